@@ -1,0 +1,35 @@
+"""The Adam family for JAX: exact, at any precision, as optax transformations."""
+
+from adam_fn import masks as masks
+from adam_fn import schedules as schedules
+from adam_fn.codec import Cast as Cast
+from adam_fn.codec import Codec as Codec
+from adam_fn.rule import Beta as Beta
+from adam_fn.rule import Clock as Clock
+from adam_fn.rule import Decay as Decay
+from adam_fn.rule import NonNegative as NonNegative
+from adam_fn.rule import Rate as Rate
+from adam_fn.rule import Rule as Rule
+from adam_fn.rule import Slot as Slot
+from adam_fn.rule import Weight as Weight
+from adam_fn.rule import ema as ema
+from adam_fn.rule import weigh as weigh
+from adam_fn.rules.adam import Adam as Adam
+from adam_fn.rules.adam import adam as adam
+from adam_fn.rules.adam import adamw as adamw
+from adam_fn.rules.adam import nadam as nadam
+from adam_fn.rules.adam import nadamw as nadamw
+from adam_fn.rules.adamax import AdaMax as AdaMax
+from adam_fn.rules.adamax import adamax as adamax
+from adam_fn.rules.adamax import adamaxw as adamaxw
+from adam_fn.rules.amsgrad import AMSGrad as AMSGrad
+from adam_fn.rules.amsgrad import amsgrad as amsgrad
+from adam_fn.rules.variance import AdaBelief as AdaBelief
+from adam_fn.rules.variance import RAdam as RAdam
+from adam_fn.rules.variance import Yogi as Yogi
+from adam_fn.rules.variance import adabelief as adabelief
+from adam_fn.rules.variance import radam as radam
+from adam_fn.rules.variance import yogi as yogi
+from adam_fn.step import make_step as make_step
+from adam_fn.transform import State as State
+from adam_fn.transform import transform as transform

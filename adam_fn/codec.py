@@ -1,0 +1,59 @@
+"""Codecs: how a slot is stored between steps. A codec knows nothing of rules."""
+
+import abc
+import dataclasses
+import functools
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+#: What a codec makes of one array: an array, or a pytree of arrays.
+Stored: TypeAlias = jax.Array | tuple[Any, ...] | dict[str, Any]
+
+
+class Codec(abc.ABC):
+    """Stores an array between steps. Codecs are static: hashable, compared by value, without arrays of their own.
+
+    Law: ``encode(decode(encode(x))) = encode(x)``.
+    """
+
+    def __init_subclass__(cls) -> None:
+        jax.tree_util.register_static(cls)
+
+    @abc.abstractmethod
+    def encode(self, x: jax.Array) -> Stored:
+        """What is stored of `x` (float32 or float64): a pytree whose structure does not depend on `x`."""
+
+    @abc.abstractmethod
+    def decode(self, stored: Stored, dtype: DTypeLike) -> jax.Array:
+        """The array of floating `dtype` that `stored` stands for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cast(Codec):
+    """Stores an array in another floating dtype; without one, in the dtype of the arithmetic (the identity)."""
+
+    dtype: DTypeLike | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None:
+            dtype = jnp.dtype(self.dtype)
+            if not jnp.issubdtype(dtype, jnp.floating):
+                raise ValueError(f"moments are stored in a floating dtype, got {dtype}")
+            object.__setattr__(self, "dtype", dtype)
+
+    def encode(self, x: jax.Array) -> Stored:
+        return x if self.dtype is None else x.astype(self.dtype)
+
+    def decode(self, stored: Stored, dtype: DTypeLike) -> jax.Array:
+        assert isinstance(stored, jax.Array)
+        return stored.astype(dtype)
+
+
+@functools.cache
+def stored_spec(codec: Codec, shape: tuple[int, ...], dtype: np.dtype) -> Stored:
+    """Shapes and dtypes of what `codec` makes of an array, without making it."""
+    return jax.eval_shape(codec.encode, jax.ShapeDtypeStruct(shape, dtype))

@@ -1,0 +1,51 @@
+"""`body`, the only place where a rule's arithmetic meets its storage, and the ways to run it."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adam_fn.codec import Codec, Stored
+from adam_fn.rule import Clock, Rule
+
+
+def compute_dtype(leaf: jax.Array) -> np.dtype:
+    """The dtype of the arithmetic for a parameter: float64 for float64 and complex128, else float32."""
+    return jnp.dtype(jnp.float64 if jnp.finfo(leaf.dtype).bits == 64 else jnp.float32)
+
+
+def as_real(x: jax.Array) -> jax.Array:
+    """A complex array as two reals, stacked in front; a real array as it is."""
+    return jnp.stack([x.real, x.imag]) if jnp.iscomplexobj(x) else x
+
+
+def _bounded(g: jax.Array) -> jax.Array:
+    """Finite gradients, clipped to where their square is finite (1.8e19 in float32); inf and nan stay."""
+    # The largest power of two whose square is finite leaves room for the differences in `ema` as well.
+    limit = 2.0 ** (jnp.finfo(g.dtype).maxexp // 2 - 1)
+    return jnp.where(jnp.isfinite(g), jnp.clip(g, -limit, limit), g)
+
+
+def body(
+    rule: Rule,
+    codecs: Mapping[str, Codec],
+    g: jax.Array,
+    p: jax.Array | None,
+    stored: Mapping[str, Stored],
+    clock: Clock,
+) -> tuple[jax.Array, dict[str, Stored]]:
+    """One step of one leaf: decode, the rule, encode. The update has the gradient's dtype and shape."""
+    dtype = compute_dtype(g if p is None else p)
+    rule = rule.cast(dtype)
+    clock = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, clock)
+    slots = {name: codecs[name].decode(x, dtype) for name, x in stored.items()}
+    param = None if p is None else as_real(p).astype(dtype)
+    u, new = rule.leaf(_bounded(as_real(g).astype(dtype)), param, slots, clock)
+    if jnp.iscomplexobj(g):
+        u = jax.lax.complex(*u)
+    return u.astype(g.dtype), {name: codecs[name].encode(x) for name, x in new.items()}
+
+
+#: `body` over a whole leaf. Jitted, so that it is traced and lowered once per distinct leaf and not once per leaf.
+run_leaf = jax.jit(body)

@@ -1,0 +1,54 @@
+"""Ready masks: which leaves decay (``mask=``) or are frozen (``frozen=``), by rank or by path.
+
+A mask is a function of the parameters that returns a tree of booleans. These are frozen dataclasses, so equal masks
+compare equal, hash alike and pickle; `optax.masked` takes them too.
+"""
+
+# ruff: noqa: N801
+import dataclasses
+import fnmatch
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+PyTree: TypeAlias = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class rank:
+    """The leaves with at least `at_least` axes: ``rank(2)`` leaves out biases and the scales of norms.
+
+    Layers stacked along an extra first axis (for `scan` or `vmap`) have one rank more.
+    """
+
+    at_least: int = 2
+
+    def __call__(self, params: PyTree) -> PyTree:
+        return jax.tree.map(lambda p: jnp.ndim(p) >= self.at_least, params)
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class path:
+    """The leaves whose path matches one of the patterns, or with ``invert=True`` none of them.
+
+    A leaf's path is its keys joined by ``/``, as in ``layers/0/kernel``; the patterns are those of `fnmatch` (``*``
+    matches ``/`` as well) and must match the whole path: ``path("*bias", "*norm*", invert=True)``.
+    """
+
+    patterns: tuple[str, ...]
+    invert: bool
+
+    def __init__(self, *patterns: str, invert: bool = False) -> None:
+        for pattern in patterns:
+            if not isinstance(pattern, str):
+                raise TypeError(f"a pattern is a string, got {pattern!r}")
+        object.__setattr__(self, "patterns", patterns)
+        object.__setattr__(self, "invert", invert)
+
+    def __call__(self, params: PyTree) -> PyTree:
+        def matches(keys: jax.tree_util.KeyPath, _: object) -> bool:
+            name = jax.tree_util.keystr(keys, simple=True, separator="/")
+            return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.patterns) != self.invert
+
+        return jax.tree_util.tree_map_with_path(matches, params)

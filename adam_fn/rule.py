@@ -1,0 +1,333 @@
+"""The algebra: a rule is one optimizer's arithmetic on one array, and ``a >> b`` composes rules.
+
+A rule is a frozen dataclass of its hyperparameters. It is pure and elementwise and knows nothing of trees, storage,
+devices or optax; `adam_fn.transform` lifts it. A hyperparameter is a Python number or a schedule (static: compared by
+value, compiled in) or a 0-d array (dynamic: another value needs no other compilation).
+"""
+
+import dataclasses
+import functools
+import math
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, NamedTuple, Self, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+
+Scalar: TypeAlias = float | jax.Array
+Schedule: TypeAlias = Callable[[jax.Array], ArrayLike]
+Hyper: TypeAlias = float | jax.Array | np.ndarray | Schedule
+
+
+class Range(NamedTuple):
+    """The half-open interval ``[low, high)`` that a Python number must lie in."""
+
+    low: float
+    high: float
+
+
+UNIT = Range(0.0, 1.0)
+Beta: TypeAlias = Annotated[Hyper, UNIT]
+NonNegative: TypeAlias = Annotated[Hyper, Range(0.0, math.inf)]
+
+
+class Slot(NamedTuple):
+    """What a rule remembers per element: its value before the first step, and whether it can become negative."""
+
+    initial: float = 0.0
+    signed: bool = True
+
+
+class Weight(NamedTuple):
+    """A bias weight: the moving average of the constant one, and the part of it that its last rounding dropped."""
+
+    value: jax.Array
+    rest: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Clock:
+    """What a rule may know of time.
+
+    Attributes:
+      count: the zero-based step, an int32 scalar; the first update sees 0.
+      weights: the rule's bias weights, this step included.
+      learning_rate: the rate that `update(..., learning_rate=x)` sets for this step, or None.
+    """
+
+    count: jax.Array
+    weights: Sequence[jax.Array]
+    learning_rate: jax.Array | None = None
+
+
+def one_minus(beta: Scalar) -> Scalar:
+    """``1 - β``, in Python's float64 when β is a number: ``1 - float32(0.99999)`` is off by 1.4e-3."""
+    return 1 - beta
+
+
+def ema(beta: Scalar, old: jax.Array, new: jax.Array | float) -> jax.Array:
+    """One step of the moving average ``β·old + (1 - β)·new``, accurate for every β in [0, 1].
+
+    It is computed from the nearer end, ``old + (1 - β)(new - old)`` or ``new - β(new - old)``: the rounding of β then
+    scales with the small coefficient, and β = 0 gives `new` exactly.
+    """
+    change = new - old
+    if isinstance(beta, (int, float)):
+        return old + one_minus(beta) * change if beta >= 0.5 else new - beta * change
+    late = beta >= 0.5
+    return jnp.where(late, old, new) + jnp.where(late, one_minus(beta), -beta) * change
+
+
+def weigh(beta: Scalar, weight: Weight, target: jax.Array | float = 1.0) -> Weight:
+    """`ema` of a bias weight, with the rounding errors carried along (Knuth's two-sum).
+
+    Without the second word, 10,000 equal increments of ``1 - 0.999999`` would all round the same way.
+    """
+    dtype = weight.value.dtype
+    beta = beta if isinstance(beta, (int, float)) else beta.astype(dtype)
+    old, rest = weight
+    change = one_minus(beta) * (target - old) + beta * rest
+    value = old + change
+    shown = value - old
+    return Weight(value, (old - (value - shown)) + (change - shown))
+
+
+@jax.custom_jvp
+def safe_sqrt(x: jax.Array) -> jax.Array:
+    """``√x`` whose derivative at 0 is 0, so that gradients through an optimizer stay finite at g = 0."""
+    return jnp.sqrt(x)
+
+
+@safe_sqrt.defjvp
+def _safe_sqrt_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    root = safe_sqrt(primals[0])
+    return root, jnp.where(root == 0, 0, tangents[0] / jnp.where(root == 0, 1, 2 * root))
+
+
+def quotient(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+    """``numerator/denominator``; where the denominator is 0 (all gradients so far were 0) the numerator itself."""
+    return numerator / jnp.where(denominator == 0, 1, denominator)
+
+
+def _checked(name: str, value: object, bounds: Range) -> Hyper:
+    """The hyperparameter as a Python float, a 0-d array or a schedule, or an error that names it."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not (bounds.low <= value < bounds.high):
+            raise ValueError(f"{name} must be in [{bounds.low:g}, {bounds.high:g}), got {value}")
+        return float(value)
+    if isinstance(value, (jax.Array, np.ndarray)):
+        if value.shape != ():
+            raise ValueError(f"{name} must be a scalar, got an array of shape {value.shape}")
+        if bounds is UNIT and jnp.issubdtype(value.dtype, jnp.floating) and jnp.finfo(value.dtype).bits < 32:
+            raise ValueError(
+                f"{name} came as a {value.dtype} array, which cannot hold a decay rate near 1 (bfloat16 rounds 0.999 "
+                "to 1.0); pass float32, with optax.inject_hyperparams by hyperparam_dtype=jnp.float32"
+            )
+        return value
+    if callable(value):
+        try:
+            hash(value)
+        except TypeError as error:
+            raise TypeError(f"{name}: a schedule must be hashable, as functions and frozen dataclasses are") from error
+        return typing.cast(Schedule, value)
+    raise TypeError(f"{name} must be a number, a 0-d array or a schedule, got {value!r}")
+
+
+@functools.cache
+def _ranges(rule: type["Rule"]) -> dict[str, Range]:
+    """The hyperparameters of a rule: the fields whose annotation carries a `Range`."""
+    found: dict[str, Range] = {}
+    for name, hint in typing.get_type_hints(rule, include_extras=True).items():
+        for part in (hint, *typing.get_args(hint)):
+            found.update({name: note for note in getattr(part, "__metadata__", ()) if isinstance(note, Range)})
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One optimizer's arithmetic on one array.
+
+    A subclass is a frozen dataclass of its hyperparameters (annotated `Beta` or `NonNegative`, which checks their range)
+    that defines `leaf` and, where it has a memory, `slots` and `weigh`. Rules are pytrees whose leaves are the
+    hyperparameters given as arrays.
+    """
+
+    def __init_subclass__(cls) -> None:
+        jax.tree_util.register_pytree_node(cls, _flatten, functools.partial(_unflatten, cls))
+
+    def __post_init__(self) -> None:
+        for name, bounds in _ranges(type(self)).items():
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, _checked(name, value, bounds))
+
+    @property
+    def slots(self) -> Mapping[str, Slot]:
+        """What the rule remembers per element, by name."""
+        return {}
+
+    @property
+    def weights(self) -> int:
+        """How many bias weights the rule keeps."""
+        return 0
+
+    @property
+    def needs_params(self) -> bool:
+        """Whether `leaf` reads the parameter."""
+        return False
+
+    def weigh(self, weights: Sequence[Weight], count: jax.Array) -> Sequence[Weight]:
+        """The bias weights after step `count`; called once a step, on scalars, after `at`."""
+        return weights
+
+    def leaf(
+        self, g: jax.Array, p: jax.Array | None, slots: Mapping[str, jax.Array], clock: Clock
+    ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+        """The update of one array and its new slots; everything has one dtype, float32 or float64."""
+        raise NotImplementedError
+
+    def at(self, count: jax.Array) -> Self:
+        """The rule with every schedule replaced by its value at step `count`."""
+        now = {}
+        for name in _ranges(type(self)):
+            value = getattr(self, name)
+            if callable(value):
+                now[name] = _checked(f"{name}(count)", value(count), Range(-math.inf, math.inf))
+        return _with(self, now)
+
+    def cast(self, dtype: DTypeLike) -> Self:
+        """The rule with its array hyperparameters in `dtype`."""
+        return jax.tree.map(lambda x: jnp.asarray(x, dtype), self)
+
+    def without(self, kind: type["Rule"]) -> "Rule":
+        """The rule less its parts of one kind."""
+        return Chain(tuple(part for part in self.parts() if not isinstance(part, kind)))
+
+    def parts(self) -> tuple["Rule", ...]:
+        """The rules that this one is composed of."""
+        return (self,)
+
+    def __rshift__(self, other: "Rule") -> "Chain":
+        """``a >> b``: the update of `a` is the gradient of `b`."""
+        return Chain(self.parts() + other.parts())
+
+
+def _with(rule: Rule, values: Mapping[str, object]) -> Rule:
+    """A copy with some fields replaced, unchecked: inside a transformation they may be any object."""
+    copy = object.__new__(type(rule))
+    for field in dataclasses.fields(rule):
+        object.__setattr__(copy, field.name, values.get(field.name, getattr(rule, field.name)))
+    return copy
+
+
+def _flatten(rule: Rule) -> tuple[tuple[object, ...], tuple[tuple[str, ...], tuple[tuple[str, object], ...]]]:
+    fields = {field.name: getattr(rule, field.name) for field in dataclasses.fields(rule)}
+    dynamic = tuple(name for name, value in fields.items() if isinstance(value, (jax.Array, np.ndarray, tuple)))
+    static = tuple((name, value) for name, value in fields.items() if name not in dynamic)
+    return tuple(fields[name] for name in dynamic), (dynamic, static)
+
+
+def _unflatten(
+    kind: type[Rule], aux: tuple[tuple[str, ...], tuple[tuple[str, object], ...]], children: Sequence[object]
+) -> Rule:
+    rule = object.__new__(kind)
+    for name, value in (*zip(aux[0], children, strict=True), *aux[1]):
+        object.__setattr__(rule, name, value)
+    return rule
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain(Rule):
+    """Rules applied one after the other; ``a >> b >> c`` is ``Chain((a, b, c))``, and ``Chain(())`` does nothing.
+
+    A slot whose name an earlier part took already is kept as ``name_i`` for part i.
+    """
+
+    chained: tuple[Rule, ...]
+
+    def parts(self) -> tuple[Rule, ...]:
+        return self.chained
+
+    def _names(self) -> Iterator[tuple[Rule, Mapping[str, str]]]:
+        taken: set[str] = set()
+        for i, part in enumerate(self.chained):
+            names = {name: f"{name}_{i}" if name in taken else name for name in part.slots}
+            taken.update(names.values())
+            yield part, names
+
+    @property
+    def slots(self) -> Mapping[str, Slot]:
+        return {names[name]: slot for part, names in self._names() for name, slot in part.slots.items()}
+
+    @property
+    def weights(self) -> int:
+        return sum(part.weights for part in self.chained)
+
+    @property
+    def needs_params(self) -> bool:
+        return any(part.needs_params for part in self.chained)
+
+    def weigh(self, weights: Sequence[Weight], count: jax.Array) -> Sequence[Weight]:
+        new: list[Weight] = []
+        for part in self.chained:
+            new += part.weigh(weights[len(new) : len(new) + part.weights], count)
+        return new
+
+    def leaf(
+        self, g: jax.Array, p: jax.Array | None, slots: Mapping[str, jax.Array], clock: Clock
+    ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+        new: dict[str, jax.Array] = {}
+        start = 0
+        for part, names in self._names():
+            own = {name: slots[full] for name, full in names.items()}
+            weights = clock.weights[start : start + part.weights]
+            start += part.weights
+            g, own = part.leaf(g, p, own, dataclasses.replace(clock, weights=weights))
+            new |= {names[name]: value for name, value in own.items()}
+        return g, new
+
+    def at(self, count: jax.Array) -> "Chain":
+        return Chain(tuple(part.at(count) for part in self.chained))
+
+
+@dataclasses.dataclass(frozen=True)
+class Decay(Rule):
+    """Weight decay: ``u + λ p``, or after the rate, `independent` of it, ``u - λ p``.
+
+    Before the rate it is the decoupled decay of torch and optax (``p - α(u + λ p)``), before the optimizer it is L2
+    regularisation, and after the rate that of the AdamW paper (``p - α u - λ p``; arXiv 1711.05101).
+    """
+
+    weight_decay: NonNegative
+    independent: bool = False
+
+    @property
+    def needs_params(self) -> bool:
+        return True
+
+    def leaf(
+        self, g: jax.Array, p: jax.Array | None, slots: Mapping[str, jax.Array], clock: Clock
+    ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+        if p is None:
+            raise ValueError("weight decay needs the parameters: call update(grads, state, params)")
+        decay = self.weight_decay * p
+        return (g - decay if self.independent else g + decay), slots
+
+
+@dataclasses.dataclass(frozen=True)
+class Rate(Rule):
+    """The learning rate and the sign of descent: ``-α u``; `update(..., learning_rate=x)` replaces α for one step."""
+
+    learning_rate: NonNegative
+
+    def leaf(
+        self, g: jax.Array, p: jax.Array | None, slots: Mapping[str, jax.Array], clock: Clock
+    ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+        rate = self.learning_rate if clock.learning_rate is None else clock.learning_rate
+        return -rate * g, slots

@@ -1,0 +1,205 @@
+"""Adam, AdamW, NAdam and NAdamW: one rule."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Unpack
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
+
+from adam_fn.options import CommonOptions, DecayOptions, alias, optimizer
+from adam_fn.rule import (
+    Beta,
+    Clock,
+    Hyper,
+    NonNegative,
+    Rule,
+    Scalar,
+    Slot,
+    Weight,
+    ema,
+    one_minus,
+    quotient,
+    safe_sqrt,
+    weigh,
+)
+from adam_fn.schedules import nadam_momentum
+from adam_fn.transform import Mask
+
+
+@dataclasses.dataclass(frozen=True)
+class Adam(Rule):
+    """Adam (arXiv 1412.6980, algorithm 1), and NAdam (Dozat, ICLR 2016 workshop) with `nesterov`.
+
+    ::
+
+        m ← β₁m + (1-β₁)g,   w₁ ← β₁w₁ + (1-β₁),   m̂ = m/w₁
+        v ← β₂v + (1-β₂)g²,  w₂ ← β₂w₂ + (1-β₂),   v̂ = v/w₂
+        u = m̂ / (√(v̂ + ε_root) + ε)
+
+    The bias weights are ``w = 1 - βᵗ`` for a constant β and right for a scheduled one as well. With `nesterov`
+    ``m̂ = μ₊ m/w₊ + (1-μ)g/w``, where μ is β₁, or with `momentum_decay` ψ the schedule ``β₁(1 - 0.96^(tψ)/2)`` of the
+    paper and torch, w its bias weight, and ₊ the next step's. With `eps_hat`, ε is the "epsilon hat" of the paper's
+    section 2, TensorFlow and Keras: ``u = (√w₂/w₁) m/(√v + ε)``.
+
+    A variant replaces `second_moment`: everything else is shared.
+    """
+
+    b1: Beta = 0.9
+    b2: Beta = 0.999
+    eps: NonNegative = 1e-8
+    eps_root: NonNegative = 0.0
+    nesterov: bool = False
+    momentum_decay: NonNegative | None = None
+    eps_hat: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.momentum_decay is not None and not self.nesterov:
+            raise ValueError("momentum_decay schedules the momentum of NAdam: it needs nesterov=True")
+
+    @property
+    def slots(self) -> Mapping[str, Slot]:
+        return {"mu": Slot(), "nu": Slot(signed=False)}
+
+    @property
+    def weights(self) -> int:
+        return 2
+
+    def weigh(self, weights: Sequence[Weight], count: jax.Array) -> Sequence[Weight]:
+        return weigh(self.momentum(count), weights[0]), weigh(self.b2, weights[1])
+
+    def momentum(self, count: jax.Array) -> Scalar:
+        """NAdam's μ at a step; β₁ without a schedule."""
+        return self.b1 if self.momentum_decay is None else nadam_momentum(self.b1, self.momentum_decay)(count)
+
+    def second_moment(self, nu: jax.Array, g: jax.Array, mu: jax.Array) -> jax.Array:
+        """The new v, from the old one and the new m."""
+        return ema(self.b2, nu, g * g)
+
+    def direction(self, mu: jax.Array, g: jax.Array, clock: Clock) -> jax.Array:
+        """m̂"""
+        weight = clock.weights[0]
+        if not self.nesterov:
+            return mu * (1 / weight)
+        now, ahead = (jnp.asarray(self.momentum(clock.count + i), mu.dtype) for i in (0, 1))
+        return ahead / ema(ahead, weight, 1.0) * mu + one_minus(now) / weight * g
+
+    def denominator(self, nu: jax.Array, clock: Clock) -> jax.Array:
+        """√(v̂ + ε_root) + ε"""
+        weight = clock.weights[1]
+        eps = self.eps / jnp.sqrt(weight) if self.eps_hat else self.eps
+        return safe_sqrt(nu * (1 / weight) + self.eps_root) + eps
+
+    def leaf(
+        self, g: jax.Array, p: jax.Array | None, slots: Mapping[str, jax.Array], clock: Clock
+    ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+        mu = ema(self.b1, slots["mu"], g)
+        nu = self.second_moment(slots["nu"], g, mu)
+        return quotient(self.direction(mu, g, clock), self.denominator(nu, clock)), {"mu": mu, "nu": nu}
+
+
+@alias
+def adam(
+    learning_rate: Hyper,
+    b1: Hyper = 0.9,
+    b2: Hyper = 0.999,
+    eps: Hyper = 1e-8,
+    eps_root: Hyper = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    *,
+    nesterov: bool = False,
+    momentum_decay: Hyper | None = None,
+    eps_hat: bool = False,
+    **options: Unpack[DecayOptions],
+) -> optax.GradientTransformationExtraArgs:
+    """Adam (Kingma and Ba, arXiv 1412.6980): ``p ← p - α m̂/(√v̂ + ε)``; see the rule `Adam` for the rest.
+
+    Args:
+      learning_rate: α, a number, a 0-d array or a schedule (a function of the step; the first update sees 0), as is
+        every hyperparameter here.
+      b1, b2: the decay rates of the moments, in [0, 1).
+      eps: added to the denominator, in units of the gradient.
+      eps_root: added inside the root, in units of the squared gradient.
+      mu_dtype: the dtype in which the first moment is stored; float32 whatever the gradients are, unless given.
+      nesterov: NAdam, with constant momentum as in optax, unless `momentum_decay` is given.
+      momentum_decay: ψ of NAdam's momentum schedule, per step: 0.004 in torch.
+      eps_hat: `eps` is TensorFlow's and Keras's: added to the uncorrected ``√v``.
+      **options: see `adam_fn.options.DecayOptions`.
+
+    Raises:
+      ValueError, TypeError: at once, naming the argument, where it is out of range or of the wrong kind.
+    """
+    rule = Adam(b1, b2, eps, eps_root, nesterov, momentum_decay, eps_hat)
+    return optimizer(rule, learning_rate, mu_dtype=mu_dtype, **options)
+
+
+@alias
+def adamw(
+    learning_rate: Hyper,
+    b1: Hyper = 0.9,
+    b2: Hyper = 0.999,
+    eps: Hyper = 1e-8,
+    eps_root: Hyper = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    weight_decay: Hyper = 1e-4,
+    mask: Mask | None = None,
+    *,
+    nesterov: bool = False,
+    momentum_decay: Hyper | None = None,
+    eps_hat: bool = False,
+    **options: Unpack[CommonOptions],
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101): `adam` with ``p ← p - α(m̂/(√v̂ + ε) + λp)``.
+
+    `weight_decay` is λ, times the learning rate as in torch and optax; ``decay="independent"`` is the paper's form.
+    The default 1e-4 is optax's (torch: 1e-2, Keras: 4e-3). The other arguments are those of `adam`.
+    """
+    rule = Adam(b1, b2, eps, eps_root, nesterov, momentum_decay, eps_hat)
+    return optimizer(rule, learning_rate, mu_dtype=mu_dtype, weight_decay=weight_decay, mask=mask, **options)
+
+
+@alias
+def nadam(
+    learning_rate: Hyper,
+    b1: Hyper = 0.9,
+    b2: Hyper = 0.999,
+    eps: Hyper = 1e-8,
+    eps_root: Hyper = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    *,
+    nesterov: bool = True,
+    momentum_decay: Hyper | None = None,
+    eps_hat: bool = False,
+    **options: Unpack[DecayOptions],
+) -> optax.GradientTransformationExtraArgs:
+    """NAdam (Dozat, ICLR 2016 workshop): `adam` with Nesterov's momentum.
+
+    The momentum is constant, as in optax; ``momentum_decay=0.004`` gives the paper's and torch's schedule,
+    ``momentum_decay=1, eps_hat=True`` that of Keras 3.
+    """
+    rule = Adam(b1, b2, eps, eps_root, nesterov, momentum_decay, eps_hat)
+    return optimizer(rule, learning_rate, mu_dtype=mu_dtype, **options)
+
+
+@alias
+def nadamw(
+    learning_rate: Hyper,
+    b1: Hyper = 0.9,
+    b2: Hyper = 0.999,
+    eps: Hyper = 1e-8,
+    eps_root: Hyper = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    weight_decay: Hyper = 1e-4,
+    mask: Mask | None = None,
+    *,
+    nesterov: bool = True,
+    momentum_decay: Hyper | None = None,
+    eps_hat: bool = False,
+    **options: Unpack[CommonOptions],
+) -> optax.GradientTransformationExtraArgs:
+    """NAdam with decoupled weight decay: `adamw` with Nesterov's momentum (see `nadam`)."""
+    rule = Adam(b1, b2, eps, eps_root, nesterov, momentum_decay, eps_hat)
+    return optimizer(rule, learning_rate, mu_dtype=mu_dtype, weight_decay=weight_decay, mask=mask, **options)

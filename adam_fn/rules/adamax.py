@@ -1,0 +1,83 @@
+"""AdaMax and AdaMaxW."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Unpack
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adam_fn.options import MuOptions, Options, alias, optimizer
+from adam_fn.rule import Beta, Clock, Hyper, NonNegative, Rule, Slot, Weight, ema, quotient, weigh
+from adam_fn.transform import Mask
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaMax(Rule):
+    """AdaMax (arXiv 1412.6980, algorithm 2).
+
+    ::
+
+        m ← β₁m + (1-β₁)g,   w₁ ← β₁w₁ + (1-β₁)
+        v ← max(β₂v, |g| + ε)
+        u = (m/w₁) / v
+
+    ``ε = 0`` is the paper's form, in which an element whose gradients were all 0 gets a zero update.
+    """
+
+    b1: Beta = 0.9
+    b2: Beta = 0.999
+    eps: NonNegative = 1e-8
+
+    @property
+    def slots(self) -> Mapping[str, Slot]:
+        return {"mu": Slot(), "nu": Slot(signed=False)}
+
+    @property
+    def weights(self) -> int:
+        return 1
+
+    def weigh(self, weights: Sequence[Weight], count: jax.Array) -> Sequence[Weight]:
+        return (weigh(self.b1, weights[0]),)
+
+    def leaf(
+        self, g: jax.Array, p: jax.Array | None, slots: Mapping[str, jax.Array], clock: Clock
+    ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+        mu = ema(self.b1, slots["mu"], g)
+        # `ema` to 0 and not `b2 * v`: a rounded β₂ would be raised to the power of the steps since the last maximum.
+        nu = jnp.maximum(ema(self.b2, slots["nu"], 0.0), jnp.abs(g) + self.eps)
+        return quotient(mu * (1 / clock.weights[0]), nu), {"mu": mu, "nu": nu}
+
+
+@alias
+def adamax(
+    learning_rate: Hyper,
+    b1: Hyper = 0.9,
+    b2: Hyper = 0.999,
+    eps: Hyper = 1e-8,
+    **options: Unpack[Options],
+) -> optax.GradientTransformationExtraArgs:
+    """AdaMax (Kingma and Ba, arXiv 1412.6980, section 7.1): ``p ← p - α m̂/v``, ``v ← max(β₂v, |g| + ε)``.
+
+    The paper's α is 0.002 and its ε is 0; torch and optax have ε inside the maximum, as here.
+
+    Args:
+      learning_rate, b1, b2, eps: numbers, 0-d arrays or schedules; `b1` and `b2` in [0, 1).
+      **options: see `adam_fn.options.Options`.
+    """
+    return optimizer(AdaMax(b1, b2, eps), learning_rate, **options)
+
+
+@alias
+def adamaxw(
+    learning_rate: Hyper,
+    b1: Hyper = 0.9,
+    b2: Hyper = 0.999,
+    eps: Hyper = 1e-8,
+    weight_decay: Hyper = 1e-4,
+    mask: Mask | None = None,
+    **options: Unpack[MuOptions],
+) -> optax.GradientTransformationExtraArgs:
+    """`adamax` with decoupled weight decay: ``p ← p - α(m̂/v + λp)``, λ = `weight_decay`."""
+    return optimizer(AdaMax(b1, b2, eps), learning_rate, weight_decay=weight_decay, mask=mask, **options)

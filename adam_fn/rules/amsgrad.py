@@ -1,0 +1,78 @@
+"""AMSGrad."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Unpack
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
+
+from adam_fn.options import DecayOptions, alias, optimizer
+from adam_fn.rule import Clock, Hyper, Slot, ema, quotient
+from adam_fn.rules.adam import Adam
+
+
+@dataclasses.dataclass(frozen=True)
+class AMSGrad(Adam):
+    """AMSGrad (arXiv 1904.09237): Adam with the maximum of its second moments.
+
+    ::
+
+        m, v, w₁, w₂ as in Adam;   v_max ← max(v_max, v)
+        u = (m/w₁) / (√(v_max/w₂ + ε_root) + ε)
+
+    The maximum is of the raw v and is corrected afterwards, as in torch and Keras (optax corrects first). The paper
+    has no correction: without `bias_correction_mu` (`bias_correction_nu`) w₁ (w₂) is 1.
+    """
+
+    bias_correction_mu: bool = True
+    bias_correction_nu: bool = True
+
+    @property
+    def slots(self) -> Mapping[str, Slot]:
+        return {**super().slots, "nu_max": Slot(signed=False)}
+
+    def leaf(
+        self, g: jax.Array, p: jax.Array | None, slots: Mapping[str, jax.Array], clock: Clock
+    ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+        corrected = (self.bias_correction_mu, self.bias_correction_nu)
+        weights = [w if use else jnp.ones_like(w) for w, use in zip(clock.weights, corrected, strict=True)]
+        clock = dataclasses.replace(clock, weights=weights)
+        mu = ema(self.b1, slots["mu"], g)
+        nu = self.second_moment(slots["nu"], g, mu)
+        nu_max = jnp.maximum(slots["nu_max"], nu)
+        u = quotient(self.direction(mu, g, clock), self.denominator(nu_max, clock))
+        return u, {"mu": mu, "nu": nu, "nu_max": nu_max}
+
+
+@alias
+def amsgrad(
+    learning_rate: Hyper,
+    b1: Hyper = 0.9,
+    b2: Hyper = 0.999,
+    eps: Hyper = 1e-8,
+    eps_root: Hyper = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    bias_correction_mu: bool = True,
+    bias_correction_nu: bool = True,
+    *,
+    eps_hat: bool = False,
+    **options: Unpack[DecayOptions],
+) -> optax.GradientTransformationExtraArgs:
+    """AMSGrad (Reddi, Kale and Kumar, arXiv 1904.09237): ``p ← p - α m̂/(√(max v/w₂ + ε_root) + ε)``.
+
+    The maximum is of the raw second moments, then corrected (torch, Keras); with both corrections off it is the paper's.
+    The other arguments are those of `adam`.
+    """
+    rule = AMSGrad(
+        b1,
+        b2,
+        eps,
+        eps_root,
+        eps_hat=eps_hat,
+        bias_correction_mu=bias_correction_mu,
+        bias_correction_nu=bias_correction_nu,
+    )
+    return optimizer(rule, learning_rate, mu_dtype=mu_dtype, **options)

@@ -1,0 +1,168 @@
+"""Adam with another second moment or another trust in it: RAdam, AdaBelief, Yogi."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Unpack
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adam_fn.options import Options, alias, optimizer
+from adam_fn.rule import Clock, Hyper, NonNegative, Slot, Weight, ema, one_minus, quotient, weigh
+from adam_fn.rules.adam import Adam
+
+
+@dataclasses.dataclass(frozen=True)
+class RAdam(Adam):
+    """RAdam (arXiv 1908.03265): Adam, rectified for the variance of its adaptive rate.
+
+    ::
+
+        ρ∞ = 2/(1-β₂) - 1,   ρ = ρ∞ - 2tβ₂ᵗ/(1-β₂ᵗ)
+        r = √((ρ-4)(ρ-2)ρ∞ / ((ρ∞-4)(ρ∞-2)ρ))
+        u = r m̂/(√v̂ + ε)  where ρ ≥ threshold,  else m̂, or 0 without `degenerated_to_sgd`
+
+    ``ρ + 1`` is twice the mean age of the gradients in v. It is computed so, from a third bias weight, the moving
+    average of the second (``a ← β₂a + (1-β₂)w₂``, ``ρ = 2a/((1-β₂)w₂) - 1``): the difference above loses every digit
+    in float32 when β₂ is near 1.
+    """
+
+    threshold: NonNegative = 5.0
+    degenerated_to_sgd: bool = True
+
+    @property
+    def weights(self) -> int:
+        return 3
+
+    def weigh(self, weights: Sequence[Weight], count: jax.Array) -> Sequence[Weight]:
+        first, second = super().weigh(weights[:2], count)
+        return first, second, weigh(self.b2, weights[2], second.value)
+
+    def leaf(
+        self, g: jax.Array, p: jax.Array | None, slots: Mapping[str, jax.Array], clock: Clock
+    ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+        mu = ema(self.b1, slots["mu"], g)
+        nu = self.second_moment(slots["nu"], g, mu)
+        direction = self.direction(mu, g, clock)
+        longest = 2 / one_minus(self.b2) - 1
+        length = 2 * clock.weights[2] / (one_minus(self.b2) * clock.weights[1]) - 1
+        rectified = length >= self.threshold
+        length = jnp.where(rectified, length, longest)  # r = 1 where it is not used, and no root of a negative number.
+        ratio = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+        adaptive = jnp.sqrt(ratio) * quotient(direction, self.denominator(nu, clock))
+        plain = direction if self.degenerated_to_sgd else jnp.zeros_like(direction)
+        return jnp.where(rectified, adaptive, plain), {"mu": mu, "nu": nu}
+
+
+@alias
+def radam(
+    learning_rate: Hyper,
+    b1: Hyper = 0.9,
+    b2: Hyper = 0.999,
+    eps: Hyper = 1e-8,
+    eps_root: Hyper = 0.0,
+    threshold: Hyper = 5.0,
+    *,
+    nesterov: bool = False,
+    eps_hat: bool = False,
+    degenerated_to_sgd: bool = True,
+    **options: Unpack[Options],
+) -> optax.GradientTransformationExtraArgs:
+    """RAdam (Liu et al., arXiv 1908.03265): `adam` times r, see the rule `RAdam`.
+
+    Args:
+      learning_rate, b1, b2, eps, eps_root, nesterov, eps_hat: as in `adam`; torch has ``eps_hat=True``.
+      threshold: the length ρ of the average from which on the step is adaptive.
+      degenerated_to_sgd: before that, step by m̂ (the paper, optax, torch); otherwise not at all (the authors' code).
+      **options: see `adam_fn.options.Options`.
+    """
+    rule = RAdam(
+        b1,
+        b2,
+        eps,
+        eps_root,
+        nesterov,
+        eps_hat=eps_hat,
+        threshold=threshold,
+        degenerated_to_sgd=degenerated_to_sgd,
+    )
+    return optimizer(rule, learning_rate, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaBelief(Adam):
+    """AdaBelief (arXiv 2010.07468): the second moment of the gradient's distance from m.
+
+    ::
+
+        m, w₁, w₂ as in Adam;   s ← β₂s + (1-β₂)(g - m)² + ε_each
+        u = (m/w₁) / (√(s/w₂ + ε_root) + ε)
+
+    ε_each accumulates: it is added at every step, as in the authors' code (eps) and in optax (eps_root).
+    """
+
+    eps: NonNegative = 1e-16
+    eps_each: NonNegative = 1e-16
+
+    def second_moment(self, nu: jax.Array, g: jax.Array, mu: jax.Array) -> jax.Array:
+        surprise = g - mu
+        return ema(self.b2, nu, surprise * surprise) + self.eps_each
+
+
+
+@alias
+def adabelief(
+    learning_rate: Hyper,
+    b1: Hyper = 0.9,
+    b2: Hyper = 0.999,
+    eps: Hyper = 1e-16,
+    eps_root: Hyper = 1e-16,
+    *,
+    nesterov: bool = False,
+    eps_hat: bool = False,
+    **options: Unpack[Options],
+) -> optax.GradientTransformationExtraArgs:
+    """AdaBelief (Zhuang et al., arXiv 2010.07468): ``p ← p - α m̂/(√(s/w₂) + ε)``, see the rule `AdaBelief`.
+
+    The arguments are those of `adam`, but `eps_root` is the rule's ε_each: added to s at every step, it accumulates.
+    """
+    return optimizer(AdaBelief(b1, b2, eps, eps_each=eps_root, nesterov=nesterov, eps_hat=eps_hat), learning_rate, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Yogi(Adam):
+    """Yogi (Zaheer et al., NeurIPS 2018): a second moment that changes additively.
+
+    ::
+
+        m, w₁, w₂ as in Adam;   v ← v - (1-β₂) sign(v - g²) g²
+        u = (m/w₁) / (√(v/w₂ + ε_root) + ε)
+
+    Both moments start at 1e-6, as in the authors' code and optax.
+    """
+
+    eps: NonNegative = 1e-3
+
+    @property
+    def slots(self) -> Mapping[str, Slot]:
+        return {"mu": Slot(initial=1e-6), "nu": Slot(initial=1e-6, signed=False)}
+
+    def second_moment(self, nu: jax.Array, g: jax.Array, mu: jax.Array) -> jax.Array:
+        square = g * g
+        return nu - one_minus(self.b2) * jnp.sign(nu - square) * square
+
+
+@alias
+def yogi(
+    learning_rate: Hyper,
+    b1: Hyper = 0.9,
+    b2: Hyper = 0.999,
+    eps: Hyper = 1e-3,
+    **options: Unpack[Options],
+) -> optax.GradientTransformationExtraArgs:
+    """Yogi (Zaheer et al., NeurIPS 2018): `adam` with ``v ← v - (1-β₂) sign(v - g²) g²``, see the rule `Yogi`.
+
+    The arguments are those of `adam`.
+    """
+    return optimizer(Yogi(b1, b2, eps), learning_rate, **options)

@@ -1,0 +1,311 @@
+"""Lifts a rule and its storage to an optax transformation; the only place where trees appear.
+
+One policy for the leaves, everywhere: ``None`` passes through. Integer, boolean and frozen leaves have no moments
+(`optax.MaskedNode` stands in their place) and get a zero update. Complex leaves are two reals. A gradient that does
+not fit its parameter is an error, raised while tracing, that names the leaf.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental.shard_alike import shard_alike
+from jax.typing import ArrayLike
+
+from adam_fn.codec import Cast, Codec, Stored, stored_spec
+from adam_fn.execute import as_real, compute_dtype, run_leaf
+from adam_fn.rule import Clock, Decay, Rule, Weight
+
+PyTree: TypeAlias = Any
+#: Which leaves: a tree of booleans (a prefix will do), or a function of the parameters that returns one.
+Mask: TypeAlias = PyTree | Callable[[PyTree], PyTree]
+
+
+class State(NamedTuple):
+    """The state of a transformation.
+
+    Attributes:
+      count: the number of updates made so far, an int32 scalar; schedules see it.
+      weights: the bias weights, float32 (float64 with float64 parameters) of shape ``[n, 2]``: the weight, which is
+        ``1 - β**count`` for a constant β, and its rounding remainder.
+      slots: by name (``"mu"``, ``"nu"``, …) a tree with the structure of the parameters: the raw, uncorrected moments.
+    """
+
+    count: jax.Array
+    weights: jax.Array
+    slots: dict[str, PyTree]
+
+
+class _Tree(Hashable):
+    """A tree of booleans, compared by value and hashable, so that it can be compiled in."""
+
+    def __init__(self, tree: PyTree) -> None:
+        self.tree = tree
+        self._key = jax.tree.flatten(tree, is_leaf=lambda x: x is None)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Tree) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash((tuple(self._key[0]), self._key[1]))
+
+    def __reduce__(self) -> tuple[type["_Tree"], tuple[PyTree]]:
+        return _Tree, (self.tree,)
+
+
+def _fixed_mask(name: str, mask: Mask | None) -> Hashable:
+    """The mask in a hashable form. A callable that is a pytree (an Equinox module of booleans) is a tree."""
+    if mask is None or (callable(mask) and jax.tree_util.all_leaves([mask])):
+        return mask
+
+    def as_bool(path: jax.tree_util.KeyPath, value: object) -> bool | None:
+        if value is None or isinstance(value, (bool, np.bool_)):
+            return None if value is None else bool(value)
+        raise TypeError(f"{name}{jax.tree_util.keystr(path)} must be a Python bool, got {value!r}")
+
+    return _Tree(jax.tree_util.tree_map_with_path(as_bool, mask, is_leaf=lambda x: x is None))
+
+
+class _Leaves:
+    """The leaves of a tree by path, ``None`` included."""
+
+    def __init__(self, tree: PyTree) -> None:
+        flat, self.treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
+        self.paths = [jax.tree_util.keystr(path) or "the only leaf" for path, _ in flat]
+        self.leaves = [leaf for _, leaf in flat]
+
+    def match(self, tree: PyTree, what: str, of: str) -> list[Any]:
+        """The subtrees of `tree` at this tree's leaves, or an error that names the first path that differs."""
+        try:
+            return self.treedef.flatten_up_to(tree)
+        except (ValueError, TypeError) as error:
+            theirs = _Leaves(tree).paths
+            missing = [path for path in self.paths if path not in theirs]
+            extra = [path for path in theirs if path not in self.paths]
+            difference = f"{missing[0]} is missing" if missing else f"{extra[0]} is not there" if extra else str(error)
+            raise ValueError(f"{what} must have the structure of {of}: {difference}") from error
+
+    def spread(self, name: str, mask: Mask, tree: PyTree) -> list[bool]:
+        """One boolean a leaf."""
+        if callable(mask):
+            mask = _fixed_mask(name, mask(tree))
+        if not isinstance(mask, _Tree):
+            raise TypeError(f"{name} must return a tree of booleans, got {mask!r}")
+        found: list[bool] = []
+
+        def add(value: bool | None, below: PyTree) -> None:
+            found.extend([bool(value)] * len(_Leaves(below).leaves))
+
+        try:
+            jax.tree.map(add, mask.tree, tree, is_leaf=lambda x: x is None)
+        except (ValueError, TypeError) as error:
+            theirs = _Leaves(mask.tree).paths
+            extra = [path for path in theirs if not any(ours.startswith(path) for ours in self.paths)]
+            where = f"{extra[0]} is not a parameter" if extra else str(error)
+            raise ValueError(f"{name} must have the structure of the parameters or a prefix of it: {where}") from error
+        return found
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Spec:
+    """Everything that defines a transformation. A pytree: its leaves are the hyperparameters given as arrays."""
+
+    rule: Rule
+    codecs: tuple[tuple[str, Codec], ...] = dataclasses.field(metadata={"static": True})
+    mask: Hashable = dataclasses.field(metadata={"static": True})
+    frozen: Hashable = dataclasses.field(metadata={"static": True})
+
+    def trained(self, leaves: _Leaves, tree: PyTree) -> list[bool]:
+        """Which leaves are trained: floating or complex, and not frozen."""
+        frozen = leaves.spread("frozen", self.frozen, tree) if self.frozen is not None else [False] * len(leaves.leaves)
+        return [
+            x is not None and not fixed and jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+            for x, fixed in zip(leaves.leaves, frozen, strict=True)
+        ]
+
+
+def _constant_like(p: jax.Array, fill: float) -> jax.Array:
+    """A constant of the parameter's (real) shape, arithmetic dtype and sharding."""
+    real = as_real(p)
+    constant = jnp.full(real.shape, fill, compute_dtype(p))
+    # Inside `shard_map` a constant does not vary over the mesh as the parameter does, and `scan` would refuse it.
+    varying = tuple(getattr(jax.typeof(real), "vma", ()))
+    if varying:
+        constant = jax.lax.pcast(constant, varying, to="varying")
+    return shard_alike(real, constant)[1]
+
+
+def _structure(codec: Codec) -> jax.tree_util.PyTreeDef:
+    return jax.tree.structure(stored_spec(codec, (1,), jnp.dtype(jnp.float32)))
+
+
+def _gather(leaves: _Leaves, codec: Codec, stored: Sequence[Stored | None]) -> PyTree:
+    """What the codec made of each leaf, as its structure of trees: slots outside, the parameters' structure inside."""
+    outer = _structure(codec)
+    blank = [None if x is None else optax.MaskedNode() for x in leaves.leaves]
+    rows = [b if x is None else outer.flatten_up_to(x) for b, x in zip(blank, stored, strict=True)]
+    columns = [[row[i] if isinstance(row, list) else row for row in rows] for i in range(outer.num_leaves)]
+    return outer.unflatten([leaves.treedef.unflatten(column) for column in columns])
+
+
+def _scatter(leaves: _Leaves, codec: Codec, slot: PyTree, what: str) -> list[Stored]:
+    """The inverse of `_gather`."""
+    outer = _structure(codec)
+    columns = [leaves.match(column, what, "the parameters") for column in outer.flatten_up_to(slot)]
+    return [outer.unflatten(row) for row in zip(*columns, strict=True)]
+
+
+@jax.jit
+def _init(spec: _Spec, params: PyTree) -> State:
+    leaves = _Leaves(params)
+    trained = spec.trained(leaves, params)
+    if spec.mask is not None:
+        leaves.spread("mask", spec.mask, params)  # Of another structure it is an error now and not at the first step.
+    slots = {}
+    for name, codec in spec.codecs:
+        initial = spec.rule.slots[name].initial
+        stored = [
+            codec.encode(_constant_like(jnp.asarray(p), initial)) if train else None
+            for p, train in zip(leaves.leaves, trained, strict=True)
+        ]
+        slots[name] = _gather(leaves, codec, stored)
+    double = any(compute_dtype(jnp.asarray(p)) == jnp.float64 for p in itertools.compress(leaves.leaves, trained))
+    weights = jnp.zeros((spec.rule.weights, 2), jnp.float64 if double else jnp.float32)
+    return State(jnp.zeros((), jnp.int32), weights, slots)
+
+
+def _check_leaf(path: str, g: object, p: object, stored: Mapping[str, Stored], codecs: Mapping[str, Codec]) -> None:
+    """Raises where a trained leaf's gradient, parameter and state do not belong together."""
+    if g is None:
+        raise ValueError(f"the gradient of {path} is None, but its parameter is trained; freeze it with frozen=")
+    gradient, parameter = jax.typeof(g), jax.typeof(p)
+    if gradient.shape != parameter.shape:
+        raise ValueError(f"the gradient of {path} has shape {gradient.shape}, its parameter {parameter.shape}")
+    for kind in (jnp.floating, jnp.complexfloating):
+        if jnp.issubdtype(gradient.dtype, kind) != jnp.issubdtype(parameter.dtype, kind):
+            raise ValueError(f"the gradient of {path} is {gradient.dtype}, its parameter {parameter.dtype}")
+    real = jax.eval_shape(as_real, p)
+    for name, codec in codecs.items():
+        expected = stored_spec(codec, real.shape, compute_dtype(parameter))
+        if jax.tree.map(_form, stored[name]) != jax.tree.map(_form, expected):
+            raise ValueError(
+                f"the state's {name} of {path} is {jax.tree.map(_form, stored[name])}, expected "
+                f"{jax.tree.map(_form, expected)}; was the state made by this transformation from these parameters?"
+            )
+
+
+def _form(x: object) -> str:
+    return f"{x.dtype}{list(x.shape)}" if isinstance(x, (jax.Array, jax.ShapeDtypeStruct)) else repr(x)
+
+
+def _no_update(g: object, p: object) -> jax.Array | None:
+    """The update of a leaf that is not trained: zeros that can be added to it."""
+    if g is None:
+        return None
+    # float0 is what JAX gives as the gradient of an integer; nothing can be added to it, so it becomes False.
+    dtype = next((x.dtype for x in map(jax.typeof, (g, p)) if x.dtype != jax.dtypes.float0), jnp.dtype(bool))
+    return jnp.zeros(jnp.shape(p), dtype)
+
+
+@jax.jit
+def _update(
+    spec: _Spec, grads: PyTree, state: State, params: PyTree | None, learning_rate: jax.Array | None
+) -> tuple[PyTree, State]:
+    reference = grads if params is None else params
+    leaves = _Leaves(reference)
+    gradients = leaves.match(grads, "the gradients", "the parameters")
+    trained = spec.trained(leaves, reference)
+    codecs = dict(spec.codecs)
+    slots = {name: _scatter(leaves, codec, state.slots[name], f"the state's {name}") for name, codec in spec.codecs}
+
+    rule = spec.rule.at(state.count)
+    decays = [True] * len(trained) if spec.mask is None else leaves.spread("mask", spec.mask, reference)
+    rules = {True: rule, False: rule.without(Decay)}
+    weights = rule.weigh([Weight(*row) for row in state.weights], state.count)
+    clock = Clock(state.count, tuple(weight.value for weight in weights), learning_rate)
+
+    updates: list[jax.Array | None] = []
+    stored: list[dict[str, Stored] | None] = []
+    for i, (path, g, p) in enumerate(zip(leaves.paths, gradients, leaves.leaves, strict=True)):
+        if not trained[i]:
+            updates.append(_no_update(g, p))
+            stored.append(None)
+            continue
+        old = {name: slot[i] for name, slot in slots.items()}
+        _check_leaf(path, g, p, old, codecs)
+        u, new = run_leaf(rules[decays[i]], codecs, g, None if params is None else p, old, clock)
+        updates.append(u)
+        stored.append(new)
+    new_slots = {
+        name: _gather(leaves, codec, [None if x is None else x[name] for x in stored]) for name, codec in spec.codecs
+    }
+    new_weights = jnp.stack([jnp.stack(weight) for weight in weights]) if weights else state.weights
+    return leaves.treedef.unflatten(updates), State(optax.safe_increment(state.count), new_weights, new_slots)
+
+
+@dataclasses.dataclass(frozen=True)
+class Init:
+    """``init(params) -> State``: the state before the first step, sharded like the parameters."""
+
+    spec: _Spec
+
+    def __call__(self, params: PyTree) -> State:
+        return _init(self.spec, params)
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """``update(grads, state, params) -> (updates, state)``; `learning_rate` replaces the rate for this step."""
+
+    spec: _Spec
+
+    def __call__(
+        self,
+        updates: PyTree,
+        state: optax.OptState,
+        params: PyTree | None = None,
+        *,
+        learning_rate: ArrayLike | None = None,
+        **extra_args: object,
+    ) -> tuple[PyTree, State]:
+        del extra_args  # Meant for other links of a chain.
+        if not isinstance(state, State) or set(state.slots) != set(dict(self.spec.codecs)):
+            raise TypeError(f"this is not a state of {self.spec.rule}: {type(state).__name__}")
+        if isinstance(learning_rate, (int, float, np.generic)):
+            learning_rate = float(learning_rate)  # One type, one compilation.
+        elif learning_rate is not None and jnp.shape(learning_rate) != ():
+            raise ValueError(f"learning_rate must be a scalar, got an array of shape {jnp.shape(learning_rate)}")
+        return _update(self.spec, updates, state, params, learning_rate)
+
+
+def transform(
+    rule: Rule,
+    *,
+    storage: Mapping[str, Codec] | None = None,
+    mask: Mask | None = None,
+    frozen: Mask | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """A rule as an optax transformation.
+
+    Transformations of equal rules, codecs and masks compare equal, hash alike, share compilations and pickle where
+    their hyperparameters do.
+
+    Args:
+      rule: what to compute; ``transform(a >> b)`` equals ``optax.chain(transform(a), transform(b))``.
+      storage: a `Codec` for each slot by name; the others are stored in float32 (float64 for float64 parameters).
+      mask: the leaves to which a `Decay` applies: a tree of booleans with the structure of the parameters or a prefix
+        of it, or a function of the parameters that returns one (see `adam_fn.masks`); all by default.
+      frozen: the leaves that are not trained: no moments and a zero update; none by default.
+    """
+    unknown = set(storage or {}) - set(rule.slots)
+    if unknown:
+        raise ValueError(f"storage for {sorted(unknown)}, but the slots of {rule} are {sorted(rule.slots)}")
+    codecs = tuple((name, (storage or {}).get(name, Cast())) for name in rule.slots)
+    spec = _Spec(rule, codecs, _fixed_mask("mask", mask), _fixed_mask("frozen", frozen))
+    return optax.GradientTransformationExtraArgs(Init(spec), Update(spec))
