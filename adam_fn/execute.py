@@ -10,9 +10,9 @@ from adam_fn.codec import Codec, Stored
 from adam_fn.rule import Clock, Rule
 
 
-def compute_dtype(leaf: jax.Array) -> np.dtype:
-    """The dtype of the arithmetic for a parameter: float64 for float64 and complex128, else float32."""
-    return jnp.dtype(jnp.float64 if jnp.finfo(leaf.dtype).bits == 64 else jnp.float32)
+def compute_dtype(dtype: np.dtype) -> np.dtype:
+    """The dtype of the arithmetic for a parameter's dtype: float64 for float64 and complex128, else float32."""
+    return jnp.dtype(jnp.float64 if jnp.finfo(dtype).bits == 64 else jnp.float32)
 
 
 def as_real(x: jax.Array) -> jax.Array:
@@ -20,11 +20,17 @@ def as_real(x: jax.Array) -> jax.Array:
     return jnp.stack([x.real, x.imag]) if jnp.iscomplexobj(x) else x
 
 
-def _bounded(g: jax.Array) -> jax.Array:
-    """Finite gradients, clipped to where their square is finite (1.8e19 in float32); inf and nan stay."""
-    # The largest power of two whose square is finite leaves room for the differences in `ema` as well.
-    limit = 2.0 ** (jnp.finfo(g.dtype).maxexp // 2 - 1)
-    return jnp.where(jnp.isfinite(g), jnp.clip(g, -limit, limit), g)
+def _widened(g: jax.Array, dtype: np.dtype) -> jax.Array:
+    """The gradient in the dtype of the arithmetic.
+
+    A low-precision gradient whose square would overflow there (bfloat16 above 9e18) counts as the largest that does
+    not, so that any finite one gives a finite update; inf and nan stay what they are.
+    """
+    limit = 2.0 ** (jnp.finfo(dtype).maxexp // 2 - 1)
+    wide = g.astype(dtype)
+    if jnp.finfo(g.dtype).bits >= 32 or jnp.finfo(g.dtype).max <= limit:
+        return wide
+    return jnp.where(jnp.isfinite(wide), jnp.clip(wide, -limit, limit), wide)
 
 
 def body(
@@ -36,12 +42,12 @@ def body(
     clock: Clock,
 ) -> tuple[jax.Array, dict[str, Stored]]:
     """One step of one leaf: decode, the rule, encode. The update has the gradient's dtype and shape."""
-    dtype = compute_dtype(g if p is None else p)
+    dtype = compute_dtype((g if p is None else p).dtype)
     rule = rule.cast(dtype)
     clock = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, clock)
     slots = {name: codecs[name].decode(x, dtype) for name, x in stored.items()}
     param = None if p is None else as_real(p).astype(dtype)
-    u, new = rule.leaf(_bounded(as_real(g).astype(dtype)), param, slots, clock)
+    u, new = rule.leaf(_widened(as_real(g), dtype), param, slots, clock)
     if jnp.iscomplexobj(g):
         u = jax.lax.complex(*u)
     return u.astype(g.dtype), {name: codecs[name].encode(x) for name, x in new.items()}

@@ -108,9 +108,17 @@ def _safe_sqrt_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tup
     return root, jnp.where(root == 0, 0, tangents[0] / jnp.where(root == 0, 1, 2 * root))
 
 
-def quotient(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
-    """``numerator/denominator``; where the denominator is 0 (all gradients so far were 0) the numerator itself."""
+def quotient(numerator: jax.Array, denominator: jax.Array, eps: Scalar) -> jax.Array:
+    """``numerator/(denominator + ε)``; where that is 0 (all gradients so far were 0), the numerator itself."""
+    denominator = shifted(denominator, eps)
+    if isinstance(eps, float) and eps > 0:
+        return numerator / denominator
     return numerator / jnp.where(denominator == 0, 1, denominator)
+
+
+def shifted(x: jax.Array, constant: Scalar) -> jax.Array:
+    """``x + constant``, without the addition where the constant is the number 0 (XLA has to keep ``x + 0``)."""
+    return x if isinstance(constant, float) and constant == 0 else x + constant
 
 
 def _checked(name: str, value: object, bounds: Range) -> Hyper:

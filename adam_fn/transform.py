@@ -6,6 +6,7 @@ not fit its parameter is an error, raised while tracing, that names the leaf.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -133,7 +134,7 @@ class _Spec:
 def _constant_like(p: jax.Array, fill: float) -> jax.Array:
     """A constant of the parameter's (real) shape, arithmetic dtype and sharding."""
     real = as_real(p)
-    constant = jnp.full(real.shape, fill, compute_dtype(p))
+    constant = jnp.full(real.shape, fill, compute_dtype(p.dtype))
     # Inside `shard_map` a constant does not vary over the mesh as the parameter does, and `scan` would refuse it.
     varying = tuple(getattr(jax.typeof(real), "vma", ()))
     if varying:
@@ -175,9 +176,20 @@ def _init(spec: _Spec, params: PyTree) -> State:
             for p, train in zip(leaves.leaves, trained, strict=True)
         ]
         slots[name] = _gather(leaves, codec, stored)
-    double = any(compute_dtype(jnp.asarray(p)) == jnp.float64 for p in itertools.compress(leaves.leaves, trained))
+    double = any(compute_dtype(jnp.result_type(p)) == jnp.float64 for p in itertools.compress(leaves.leaves, trained))
     weights = jnp.zeros((spec.rule.weights, 2), jnp.float64 if double else jnp.float32)
     return State(jnp.zeros((), jnp.int32), weights, slots)
+
+
+def _form(x: jax.Array | jax.ShapeDtypeStruct) -> tuple[tuple[int, ...], np.dtype]:
+    return x.shape, x.dtype
+
+
+@functools.cache
+def _expected(codec: Codec, shape: tuple[int, ...], dtype: np.dtype) -> list[tuple[tuple[int, ...], np.dtype]]:
+    """Shapes and dtypes of what is stored for a slot of a parameter."""
+    real = jax.eval_shape(as_real, jax.ShapeDtypeStruct(shape, dtype))
+    return [_form(x) for x in jax.tree.leaves(stored_spec(codec, real.shape, compute_dtype(dtype)))]
 
 
 def _check_leaf(path: str, g: object, p: object, stored: Mapping[str, Stored], codecs: Mapping[str, Codec]) -> None:
@@ -187,21 +199,18 @@ def _check_leaf(path: str, g: object, p: object, stored: Mapping[str, Stored], c
     gradient, parameter = jax.typeof(g), jax.typeof(p)
     if gradient.shape != parameter.shape:
         raise ValueError(f"the gradient of {path} has shape {gradient.shape}, its parameter {parameter.shape}")
-    for kind in (jnp.floating, jnp.complexfloating):
-        if jnp.issubdtype(gradient.dtype, kind) != jnp.issubdtype(parameter.dtype, kind):
-            raise ValueError(f"the gradient of {path} is {gradient.dtype}, its parameter {parameter.dtype}")
-    real = jax.eval_shape(as_real, p)
+    if gradient.dtype != parameter.dtype:
+        for kind in (jnp.floating, jnp.complexfloating):
+            if jnp.issubdtype(gradient.dtype, kind) != jnp.issubdtype(parameter.dtype, kind):
+                raise ValueError(f"the gradient of {path} is {gradient.dtype}, its parameter {parameter.dtype}")
     for name, codec in codecs.items():
-        expected = stored_spec(codec, real.shape, compute_dtype(parameter))
-        if jax.tree.map(_form, stored[name]) != jax.tree.map(_form, expected):
+        found = [_form(x) for x in jax.tree.leaves(stored[name])]
+        expected = _expected(codec, parameter.shape, parameter.dtype)
+        if found != expected:
             raise ValueError(
-                f"the state's {name} of {path} is {jax.tree.map(_form, stored[name])}, expected "
-                f"{jax.tree.map(_form, expected)}; was the state made by this transformation from these parameters?"
+                f"the state's {name} of {path} has (shape, dtype) {found}, expected {expected}: was the state made by "
+                "this transformation from these parameters?"
             )
-
-
-def _form(x: object) -> str:
-    return f"{x.dtype}{list(x.shape)}" if isinstance(x, (jax.Array, jax.ShapeDtypeStruct)) else repr(x)
 
 
 def _no_update(g: object, p: object) -> jax.Array | None:

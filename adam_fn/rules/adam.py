@@ -23,6 +23,7 @@ from adam_fn.rule import (
     one_minus,
     quotient,
     safe_sqrt,
+    shifted,
     weigh,
 )
 from adam_fn.schedules import nadam_momentum
@@ -87,18 +88,18 @@ class Adam(Rule):
         now, ahead = (jnp.asarray(self.momentum(clock.count + i), mu.dtype) for i in (0, 1))
         return ahead / ema(ahead, weight, 1.0) * mu + one_minus(now) / weight * g
 
-    def denominator(self, nu: jax.Array, clock: Clock) -> jax.Array:
-        """√(v̂ + ε_root) + ε"""
+    def scaled(self, direction: jax.Array, nu: jax.Array, clock: Clock) -> jax.Array:
+        """The direction, divided by √(v̂ + ε_root) + ε."""
         weight = clock.weights[1]
         eps = self.eps / jnp.sqrt(weight) if self.eps_hat else self.eps
-        return safe_sqrt(nu * (1 / weight) + self.eps_root) + eps
+        return quotient(direction, safe_sqrt(shifted(nu * (1 / weight), self.eps_root)), eps)
 
     def leaf(
         self, g: jax.Array, p: jax.Array | None, slots: Mapping[str, jax.Array], clock: Clock
     ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
         mu = ema(self.b1, slots["mu"], g)
         nu = self.second_moment(slots["nu"], g, mu)
-        return quotient(self.direction(mu, g, clock), self.denominator(nu, clock)), {"mu": mu, "nu": nu}
+        return self.scaled(self.direction(mu, g, clock), nu, clock), {"mu": mu, "nu": nu}
 
 
 @alias

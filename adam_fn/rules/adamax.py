@@ -47,7 +47,7 @@ class AdaMax(Rule):
         mu = ema(self.b1, slots["mu"], g)
         # `ema` to 0 and not `b2 * v`: a rounded β₂ would be raised to the power of the steps since the last maximum.
         nu = jnp.maximum(ema(self.b2, slots["nu"], 0.0), jnp.abs(g) + self.eps)
-        return quotient(mu * (1 / clock.weights[0]), nu), {"mu": mu, "nu": nu}
+        return quotient(mu * (1 / clock.weights[0]), nu, 0.0), {"mu": mu, "nu": nu}
 
 
 @alias

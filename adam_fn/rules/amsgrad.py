@@ -10,7 +10,7 @@ import optax
 from jax.typing import DTypeLike
 
 from adam_fn.options import DecayOptions, alias, optimizer
-from adam_fn.rule import Clock, Hyper, Slot, ema, quotient
+from adam_fn.rule import Clock, Hyper, Slot, ema
 from adam_fn.rules.adam import Adam
 
 
@@ -43,7 +43,7 @@ class AMSGrad(Adam):
         mu = ema(self.b1, slots["mu"], g)
         nu = self.second_moment(slots["nu"], g, mu)
         nu_max = jnp.maximum(slots["nu_max"], nu)
-        u = quotient(self.direction(mu, g, clock), self.denominator(nu_max, clock))
+        u = self.scaled(self.direction(mu, g, clock), nu_max, clock)
         return u, {"mu": mu, "nu": nu, "nu_max": nu_max}
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from adam_fn.options import Options, alias, optimizer
-from adam_fn.rule import Clock, Hyper, NonNegative, Slot, Weight, ema, one_minus, quotient, weigh
+from adam_fn.rule import Clock, Hyper, NonNegative, Slot, Weight, ema, one_minus, weigh
 from adam_fn.rules.adam import Adam
 
 
@@ -50,7 +50,7 @@ class RAdam(Adam):
         rectified = length >= self.threshold
         length = jnp.where(rectified, length, longest)  # r = 1 where it is not used, and no root of a negative number.
         ratio = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
-        adaptive = jnp.sqrt(ratio) * quotient(direction, self.denominator(nu, clock))
+        adaptive = jnp.sqrt(ratio) * self.scaled(direction, nu, clock)
         plain = direction if self.degenerated_to_sgd else jnp.zeros_like(direction)
         return jnp.where(rectified, adaptive, plain), {"mu": mu, "nu": nu}
 
