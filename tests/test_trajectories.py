@@ -1,0 +1,215 @@
+"""The family against torch and Keras: 1,000 steps that `record_trajectories.py` recorded in float64.
+
+Every recorded row has its adam_fn call in CALLS, which doubles as the guide for whoever comes from there. The oracles
+are held by the same records and by optax, so that what the other tests compare with is known to be right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracles
+import pytest
+from jax.typing import DTypeLike
+from record_trajectories import (
+    FOLDER,
+    KERAS,
+    PULL,
+    RECORDED,
+    STEPS,
+    TORCH,
+    Array,
+    Problem,
+    Rows,
+    fingerprint,
+    gradient,
+    listing,
+    problem,
+)
+
+import adam_fn
+
+
+class Call(NamedTuple):
+    """An alias and its arguments, the same for the oracle of that name."""
+
+    alias: str
+    arguments: Mapping[str, object]
+
+
+def call(alias: str, **arguments: object) -> Call:
+    return Call(alias, arguments)
+
+
+#: Keras adds its eps to the raw second moment's root: the paper's epsilon-hat. Its Nadam, whatever its documentation
+#: says, adds it to the corrected one, as Algorithm 1 does. torch does that too, but in RAdam, which has epsilon-hat.
+CALLS: Mapping[str, Call] = {
+    "torch/adam": call("adam", learning_rate=1e-3),
+    "torch/adam_betas_eps": call("adam", learning_rate=3e-3, b1=0.8, b2=0.95, eps=1e-5),
+    "torch/adam_long_memory": call("adam", learning_rate=3e-3, b1=0.95, b2=0.9999, eps=1e-10),
+    "torch/adam_rmsprop": call("adam", learning_rate=1e-3, b1=0.0, b2=0.99),
+    "torch/adam_l2": call("adam", learning_rate=1e-3, weight_decay=1e-2, decay="l2"),
+    "torch/adam_amsgrad": call("amsgrad", learning_rate=1e-3),
+    "torch/adam_amsgrad_l2": call("amsgrad", learning_rate=2e-3, b2=0.99, weight_decay=1e-2, decay="l2"),
+    "torch/adamw": call("adamw", learning_rate=1e-3, weight_decay=1e-2),
+    "torch/adamw_betas_eps": call("adamw", learning_rate=3e-3, b1=0.8, b2=0.95, eps=1e-6, weight_decay=0.1),
+    "torch/adamw_amsgrad": call("amsgrad", learning_rate=1e-3, weight_decay=1e-2),
+    "torch/adamax": call("adamax", learning_rate=2e-3),
+    "torch/adamax_betas_eps": call("adamax", learning_rate=2e-3, b1=0.8, b2=0.95, eps=1e-5),
+    "torch/adamax_l2": call("adamax", learning_rate=2e-3, weight_decay=1e-2, decay="l2"),
+    "torch/nadam": call("nadam", learning_rate=2e-3, momentum_decay=4e-3),
+    "torch/nadam_betas_eps": call("nadam", learning_rate=1e-3, b1=0.95, b2=0.99, eps=1e-5, momentum_decay=2e-2),
+    "torch/nadam_l2": call("nadam", learning_rate=2e-3, momentum_decay=4e-3, weight_decay=1e-2, decay="l2"),
+    "torch/nadamw": call("nadamw", learning_rate=2e-3, momentum_decay=4e-3, weight_decay=1e-2),
+    "torch/radam": call("radam", learning_rate=1e-3, eps_hat=True),
+    "torch/radam_betas_eps": call("radam", learning_rate=2e-3, b1=0.8, b2=0.95, eps=1e-5, eps_hat=True),
+    "torch/radam_l2": call("radam", learning_rate=1e-3, eps_hat=True, weight_decay=1e-2, decay="l2"),
+    "torch/radamw": call("radam", learning_rate=1e-3, eps_hat=True, weight_decay=1e-2),
+    "torch/complex_adam": call("adam", learning_rate=1e-3),
+    "torch/complex_adamw_amsgrad": call("amsgrad", learning_rate=1e-3, weight_decay=1e-2),
+    "torch/complex_adamax": call("adamax", learning_rate=2e-3),
+    "keras/adam": call("adam", learning_rate=1e-3, eps=1e-7, eps_hat=True),
+    "keras/adam_betas_eps": call("adam", learning_rate=3e-3, b1=0.8, b2=0.95, eps=1e-5, eps_hat=True),
+    "keras/adam_amsgrad": call("amsgrad", learning_rate=1e-3, eps=1e-7, eps_hat=True),
+    "keras/adamw": call("adamw", learning_rate=1e-3, eps=1e-7, eps_hat=True, weight_decay=4e-3),
+    "keras/adamw_betas_eps": call(
+        "adamw", learning_rate=3e-3, b1=0.8, b2=0.95, eps=1e-6, eps_hat=True, weight_decay=0.1
+    ),
+    "keras/adamax": call("adamax", learning_rate=1e-3, eps=1e-7, eps_hat=True),
+    "keras/adamax_betas_eps": call("adamax", learning_rate=2e-3, b1=0.8, b2=0.95, eps=1e-5, eps_hat=True),
+    "keras/adamaxw": call("adamaxw", learning_rate=1e-3, eps=1e-7, eps_hat=True, weight_decay=4e-3),
+    "keras/nadam": call("nadam", learning_rate=1e-3, eps=1e-7, momentum_decay=1.0),
+    "keras/nadam_betas_eps": call("nadam", learning_rate=2e-3, b1=0.8, b2=0.95, eps=1e-5, momentum_decay=1.0),
+    "keras/nadamw": call("nadamw", learning_rate=1e-3, eps=1e-7, momentum_decay=1.0, weight_decay=4e-3),
+}
+
+#: Where optax has the same maths.
+OPTAX: Mapping[str, Call] = {
+    "adam": call("adam", learning_rate=1e-3, b1=0.8, b2=0.99, eps=1e-6, eps_root=1e-9),
+    "adamw": call("adamw", learning_rate=1e-3, weight_decay=0.1),
+    "nadam": call("nadam", learning_rate=1e-3, eps_root=1e-10),
+    "nadamw": call("nadamw", learning_rate=1e-3, weight_decay=0.1),
+    "adamax": call("adamax", learning_rate=1e-3, b1=0.8, b2=0.99, eps=1e-6),
+    "adamaxw": call("adamaxw", learning_rate=1e-3, weight_decay=0.1),
+    "amsgrad_uncorrected": call("amsgrad", learning_rate=1e-3, bias_correction_mu=False, bias_correction_nu=False),
+    "amsgrad_half_corrected": call("amsgrad", learning_rate=1e-3, eps_root=1e-10, bias_correction_nu=False),
+    "radam": call("radam", learning_rate=1e-3, b2=0.99),
+    "radam_nesterov": call("radam", learning_rate=1e-3, eps_root=1e-10, threshold=4.5, nesterov=True),
+    "adabelief": call("adabelief", learning_rate=1e-3),
+    "adabelief_nesterov": call("adabelief", learning_rate=1e-3, eps=1e-7, eps_root=1e-13, nesterov=True),
+    "yogi": call("yogi", learning_rate=1e-3),
+    "yogi_betas_eps": call("yogi", learning_rate=1e-3, b1=0.8, b2=0.99, eps=1e-5),
+}
+
+
+class Record(NamedTuple):
+    params: Mapping[str, Array]
+    text: Mapping[str, str]
+
+
+def load(framework: str) -> Record:
+    with np.load(FOLDER / f"{framework}.npz") as file:
+        params = {key.removeprefix("params/"): file[key] for key in file.files if key.startswith("params/")}
+        return Record(params, {key: str(file[key]) for key in file.files if not key.startswith("params/")})
+
+
+@pytest.fixture(scope="module")
+def recorded() -> Mapping[str, Array]:
+    return {f"{framework}/{row}": p for framework in ("torch", "keras") for row, p in load(framework).params.items()}
+
+
+def distance(ours: Array, theirs: Array) -> float:
+    """The largest difference at any recorded step, as a fraction of the largest parameter there."""
+    assert ours.shape == theirs.shape
+    return float(np.max(np.max(np.abs(ours - theirs), axis=1) / np.max(np.abs(theirs), axis=1)))
+
+
+def relative_error(ours: Array, theirs: Array) -> float:
+    """The largest relative L2 error at any recorded step.
+
+    For float32: storing p + u rounds each parameter by up to half a unit at every step, and a parameter that only
+    decays rounds the same way a thousand times. No optimizer can help that; the largest difference would measure it.
+    """
+    assert ours.shape == theirs.shape
+    return float(np.max(np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1)))
+
+
+def follow(tx: optax.GradientTransformation, this: Problem, dtype: DTypeLike, *, is_complex: bool = False) -> Array:
+    """[5, 64]: the parameters after the steps RECORDED, from one compiled scan in `dtype`."""
+
+    def as_real(p: jax.Array) -> jax.Array:
+        return jnp.stack([p.real, p.imag], axis=-1).reshape(-1) if is_complex else p
+
+    def as_params(p: jax.Array) -> jax.Array:
+        return jax.lax.complex(p[::2], p[1::2]) if is_complex else p
+
+    @jax.jit
+    def run(start: jax.Array, target: jax.Array, scale: jax.Array, noise: jax.Array, active: jax.Array) -> jax.Array:
+        def step(carry: tuple[Any, Any], now: tuple[jax.Array, jax.Array]) -> tuple[tuple[Any, Any], jax.Array]:
+            p, state = carry
+            g = scale * now[1] * (now[0] + PULL * (as_real(p) - target))
+            updates, state = tx.update(as_params(g), state, p)
+            p = jax.tree.map(jnp.add, p, updates)
+            return (p, state), as_real(p)
+
+        p = as_params(start)
+        return jax.lax.scan(step, (p, tx.init(p)), (noise, active))[1]
+
+    path = run(*(jnp.asarray(x, dtype) for x in this))
+    assert path.dtype == dtype
+    return np.asarray(path, np.float64)[np.array(RECORDED) - 1]
+
+
+def transcribed(made: Call, this: Problem) -> Array:
+    """[5, 64]: the same from the oracle."""
+    oracle = getattr(oracles, made.alias)
+    path = oracle(lambda t, p: gradient(this, t, p), this.params, steps=STEPS, **made.arguments)
+    return path.params[np.array(RECORDED) - 1]
+
+
+@pytest.mark.parametrize(("framework", "rows"), [("torch", TORCH), ("keras", KERAS)])
+def test_record_is_of_this_problem_and_of_these_rows(framework: str, rows: Rows) -> None:
+    record = load(framework)
+    assert record.text["problem"] == fingerprint(problem())
+    assert record.text["rows"] == listing(rows)
+    assert record.params.keys() == rows.keys()
+    assert {f"{framework}/{row}" for row in rows} == {row for row in CALLS if row.startswith(framework)}
+    assert (FOLDER / f"{framework}.npz").stat().st_size < 200_000
+
+
+def test_problem_is_exact_in_float32() -> None:
+    for numbers in problem():
+        np.testing.assert_array_equal(numbers.astype(np.float32).astype(np.float64), numbers)
+
+
+@pytest.mark.parametrize("row", CALLS)
+def test_oracle_is_the_record(row: str, recorded: Mapping[str, Array]) -> None:
+    assert distance(transcribed(CALLS[row], problem()), recorded[row]) < 1e-12
+
+
+@pytest.mark.parametrize("row", OPTAX)
+def test_oracle_is_optax(row: str) -> None:
+    made = OPTAX[row]
+    with jax.enable_x64(True):
+        theirs = follow(getattr(optax, made.alias)(**made.arguments), problem(), np.float64)
+    assert distance(transcribed(made, problem()), theirs) < 1e-12
+
+
+@pytest.mark.parametrize("row", CALLS)
+def test_float32_follows_the_record(row: str, recorded: Mapping[str, Array]) -> None:
+    tx = getattr(adam_fn, CALLS[row].alias)(**CALLS[row].arguments)
+    ours = follow(tx, problem(), np.float32, is_complex="/complex" in row)
+    assert relative_error(ours, recorded[row]) < 2e-6
+
+
+@pytest.mark.parametrize("row", CALLS)
+def test_float64_is_the_record(row: str, recorded: Mapping[str, Array]) -> None:
+    tx = getattr(adam_fn, CALLS[row].alias)(**CALLS[row].arguments)
+    with jax.enable_x64(True):
+        ours = follow(tx, problem(), np.float64, is_complex="/complex" in row)
+    assert distance(ours, recorded[row]) < 1e-10
