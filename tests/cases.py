@@ -1,0 +1,106 @@
+"""The family as data: one row a member or variant. Tests run over every row; what a row supports is in the row."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optax
+import oracles
+
+import adam_fn
+from adam_fn.transform import Update
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A member of the family.
+
+    Attributes:
+      name: what pytest calls it.
+      alias: the function under test.
+      oracle: its float64 transcription (`oracles`), which takes the same options.
+      options: what is passed to both.
+      peer: optax's function where it has the same maths.
+      tolerance: of the updates in float32, as a relative L2 error.
+    """
+
+    name: str
+    alias: Callable[..., optax.GradientTransformationExtraArgs]
+    oracle: Callable[..., oracles.Trajectory]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    peer: Callable[..., optax.GradientTransformation] | None = None
+    tolerance: float = 2e-6
+
+    def make(self, learning_rate: Any = 1e-3, **more: Any) -> optax.GradientTransformationExtraArgs:
+        return self.alias(learning_rate, **{**self.options, **more})
+
+    def make_peer(self, learning_rate: Any = 1e-3) -> optax.GradientTransformation:
+        assert self.peer is not None
+        return self.peer(learning_rate, **self.options)
+
+    @property
+    def rule(self) -> adam_fn.Rule:
+        """The whole rule, with its rate and decay."""
+        return rule_of(self.make())
+
+    @property
+    def member(self) -> adam_fn.Rule:
+        """The rule of the optimizer itself."""
+        return next(part for part in self.rule.parts() if part.slots)
+
+
+def rule_of(tx: optax.GradientTransformation) -> adam_fn.Rule:
+    """The rule that a transformation was made of."""
+    update = tx.update
+    assert isinstance(update, Update)
+    return update.spec.rule
+
+
+CASES = (
+    Case("adam", adam_fn.adam, oracles.adam, peer=optax.adam),
+    Case("adam-b", adam_fn.adam, oracles.adam, {"b1": 0.8, "b2": 0.9999, "eps": 1e-3}, peer=optax.adam),
+    Case("adam-eps_root", adam_fn.adam, oracles.adam, {"eps": 0.0, "eps_root": 1e-6}, peer=optax.adam),
+    Case("adam-eps_hat", adam_fn.adam, oracles.adam, {"eps": 1e-3, "eps_hat": True}),
+    Case("adam-b1_zero", adam_fn.adam, oracles.adam, {"b1": 0.0, "b2": 0.3}, peer=optax.adam),
+    Case("adam-l2", adam_fn.adam, oracles.adam, {"weight_decay": 0.02, "decay": "l2"}),
+    Case("adamw", adam_fn.adamw, oracles.adamw, {"weight_decay": 0.02}, peer=optax.adamw),
+    Case("adamw-independent", adam_fn.adamw, oracles.adamw, {"weight_decay": 1e-3, "decay": "independent"}),
+    Case("nadam", adam_fn.nadam, oracles.nadam, peer=optax.nadam),
+    Case("nadam-momentum_decay", adam_fn.nadam, oracles.nadam, {"momentum_decay": 4e-3}),
+    Case("nadam-keras", adam_fn.nadam, oracles.nadam, {"momentum_decay": 1.0, "eps": 1e-7}),
+    Case("nadamw", adam_fn.nadamw, oracles.nadamw, {"weight_decay": 0.02}, peer=optax.nadamw),
+    Case("adamax", adam_fn.adamax, oracles.adamax, peer=optax.adamax),
+    Case("adamax-paper", adam_fn.adamax, oracles.adamax, {"eps": 0.0}),
+    Case("adamax-eps_hat", adam_fn.adamax, oracles.adamax, {"eps": 1e-2, "eps_hat": True}),
+    Case("adamaxw", adam_fn.adamaxw, oracles.adamaxw, {"weight_decay": 0.02}, peer=optax.adamaxw),
+    Case("amsgrad", adam_fn.amsgrad, oracles.amsgrad),
+    Case(
+        "amsgrad-paper",
+        adam_fn.amsgrad,
+        oracles.amsgrad,
+        {"bias_correction_mu": False, "bias_correction_nu": False},
+        peer=optax.amsgrad,
+    ),
+    Case("amsgrad-keras", adam_fn.amsgrad, oracles.amsgrad, {"eps": 1e-3, "eps_hat": True}),
+    Case("radam", adam_fn.radam, oracles.radam, peer=optax.radam),
+    Case("radam-no_step", adam_fn.radam, oracles.radam, {"degenerated_to_sgd": False, "b2": 0.9999}),
+    Case("radam-torch", adam_fn.radam, oracles.radam, {"eps_hat": True, "eps": 1e-4}),
+    Case("adabelief", adam_fn.adabelief, oracles.adabelief, peer=optax.adabelief),
+    Case(
+        "adabelief-eps",
+        adam_fn.adabelief,
+        oracles.adabelief,
+        {"eps": 1e-8, "eps_root": 1e-8},
+        peer=optax.adabelief,
+        tolerance=4e-6,  # g - m cancels.
+    ),
+    Case("yogi", adam_fn.yogi, oracles.yogi, peer=optax.yogi),
+)
+
+#: One row a rule, for tests that need not see every variant.
+MEMBERS = tuple({type(case.member): case for case in reversed(CASES)}.values())
+
+
+def name(case: Case) -> str:
+    """pytest's id of a row."""
+    return case.name

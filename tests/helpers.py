@@ -1,0 +1,47 @@
+"""What several test files need: deterministic gradients, and whole trajectories in one compiled scan."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+def random_gradients(steps: int, size: int, spread: float = 3.0, seed: int = 0) -> Array:
+    """Normal gradients ``[steps, size]`` in float32 whose scales span ``exp(±spread)``."""
+    rng = np.random.default_rng(seed)
+    scales = np.exp(np.linspace(-spread, spread, size))
+    return (rng.standard_normal((steps, size)) * scales).astype(np.float32)
+
+
+def trajectory(
+    tx: optax.GradientTransformation, grads: Array, params: Array, dtype: Any = jnp.float32
+) -> tuple[Array, Array]:
+    """``(params, updates)``, each ``[steps, size]``, of one jitted scan over the gradients."""
+
+    @jax.jit
+    def run(params: jax.Array, grads: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def step(carry: tuple[jax.Array, optax.OptState], g: jax.Array) -> Any:
+            p, state = carry
+            u, state = tx.update(g, state, p)
+            p = p + u
+            return (p, state), (p, u)
+
+        return jax.lax.scan(step, (params, tx.init(params)), grads)[1]
+
+    after, updates = run(jnp.asarray(params, dtype), jnp.asarray(grads, dtype))
+    return np.asarray(after), np.asarray(updates)
+
+
+def relative_error(found: Array, expected: Array) -> float:
+    """Relative L2 error; of an expected zero, the absolute one."""
+    return float(np.linalg.norm(np.float64(found) - expected) / (np.linalg.norm(expected) or 1.0))
+
+
+def compilations(function: Any) -> int:
+    """How many programs a jitted function holds."""
+    return function._cache_size()

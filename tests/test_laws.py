@@ -1,0 +1,136 @@
+"""The laws of the algebra, over every rule and codec."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import CASES, MEMBERS, Case, name
+from helpers import random_gradients, trajectory
+
+import adam_fn
+from adam_fn.execute import body, run_leaf
+from adam_fn.rule import Clock, Weight
+
+SIZE = 64
+GRADS = random_gradients(8, SIZE)
+PARAMS = np.random.default_rng(1).standard_normal(SIZE).astype(np.float32)
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_elementwise(case: Case) -> None:
+    """1. A rule commutes with every permutation of the elements, bit for bit."""
+    order = np.random.default_rng(2).permutation(SIZE)
+    plain = trajectory(case.make(), GRADS, PARAMS)
+    permuted = trajectory(case.make(), GRADS[:, order], PARAMS[order])
+    for a, b in zip(plain, permuted, strict=True):
+        np.testing.assert_array_equal(a[:, order], b)
+
+
+def test_composition() -> None:
+    """2. ``transform(a >> b)`` is ``chain(transform(a), transform(b))``, for every pair of rules in either order."""
+    rules = [case.member for case in MEMBERS] + [adam_fn.Decay(0.1), adam_fn.Rate(0.1)]
+    pairs = list(itertools.product(rules, rules))
+
+    @jax.jit
+    def run(params: jax.Array, grads: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+        found = []
+        for a, b in pairs:
+            ab = adam_fn.transform(a >> b)
+            chain = optax.chain(adam_fn.transform(a), adam_fn.transform(b))
+            updates = []
+            for tx in (ab, chain):
+                state = tx.init(params)
+                for g in grads:
+                    u, state = tx.update(g, state, params)
+                updates.append(u)
+            found.append((updates[0], updates[1]))
+        return found
+
+    for (a, b), (one, two) in zip(pairs, run(jnp.asarray(PARAMS), jnp.asarray(GRADS[:2])), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-6, err_msg=f"{a} >> {b}")
+
+
+def test_composition_is_associative_and_keeps_slots_apart() -> None:
+    a, b, c = adam_fn.Adam(), adam_fn.Adam(0.5), adam_fn.Rate(0.1)
+    assert (a >> b) >> c == a >> (b >> c)
+    assert set((a >> b).slots) == {"mu", "nu", "mu_1", "nu_1"}
+    assert (a >> b).weights == 4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_storage(dtype: str) -> None:
+    """4. What was stored once is stored exactly from then on; float32 is the identity."""
+    x = jnp.asarray(np.concatenate([GRADS[0], -GRADS[1], [0.0, 1e-30]]).astype(np.float32))
+    codec = adam_fn.Cast(dtype)
+    stored = codec.encode(x)
+    decoded = codec.decode(stored, jnp.float32)
+    assert isinstance(stored, jax.Array)
+    assert stored.dtype == dtype
+    np.testing.assert_array_equal(codec.encode(decoded), stored)
+    if dtype == "float32":
+        np.testing.assert_array_equal(decoded, x)
+
+
+@pytest.mark.parametrize("case", MEMBERS, ids=name)
+def test_float32_storage_is_the_identity(case: Case) -> None:
+    plain = trajectory(case.make(), GRADS, PARAMS)
+    stored = trajectory(case.make(nu_dtype=jnp.float32, mu_dtype=jnp.float32), GRADS, PARAMS)
+    for a, b in zip(plain, stored, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_executors_agree(case: Case) -> None:
+    """5. The compiled leaf and the uncompiled `body` are the same arithmetic."""
+    rule = case.rule
+    weights = [Weight(jnp.zeros(()), jnp.zeros(()))] * rule.weights
+    codecs = dict.fromkeys(rule.slots, adam_fn.Cast())
+    stored = {key: jnp.full(SIZE, slot.initial) for key, slot in rule.slots.items()}
+    count = jnp.zeros((), jnp.int32)
+    for g in GRADS[:3]:
+        weights = rule.at(count).weigh(weights, count)
+        clock = Clock(count, tuple(weight.value for weight in weights))
+        found = [run(rule, codecs, jnp.asarray(g), jnp.asarray(PARAMS), stored, clock) for run in (body, run_leaf)]
+        for a, b in zip(jax.tree.leaves(found[0]), jax.tree.leaves(found[1]), strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-9)
+        stored, count = found[1][1], count + 1
+
+
+INVARIANT = [case for case in MEMBERS if case.name.split("-")[0] not in ("yogi", "adabelief")]
+
+
+@pytest.mark.parametrize("case", INVARIANT, ids=name)
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_invariant_to_the_scale_of_the_gradients(case: Case, scale: float) -> None:
+    """6. As eps goes to 0, gradients times c > 0 leave the updates unchanged (not RAdam's first, plain steps)."""
+    tx = case.make(eps=0.0, **({"degenerated_to_sgd": False} if case.name.startswith("radam") else {}))
+    _, plain = trajectory(tx, GRADS, PARAMS)
+    _, scaled = trajectory(tx, GRADS * np.float32(scale), PARAMS)
+    np.testing.assert_allclose(scaled, plain, rtol=0, atol=1e-9)  # of a rate of 1e-3
+    assert np.abs(plain).max() > 0
+
+
+@pytest.mark.parametrize(("b1", "b2"), [(0.9, 0.999), (0.5, 0.9), (0.9, 0.99)])
+def test_step_bound(b1: float, b2: float) -> None:
+    """6. |Δ_t| ≤ α (1-β₁)/(1-β₁ᵗ) √((1-β₂ᵗ)/(1-β₂)) √((1-rᵗ)/(1-r)), r = β₁²/β₂: reached by growing gradients."""
+    steps = 60
+    t = np.arange(1, steps + 1)
+    growing = np.repeat(((b1 / b2) ** (steps - t))[:, None], 4, axis=1) * [1, -1, 1e-3, 1e3]
+    grads = np.concatenate([growing, np.eye(steps)[:, -1:], random_gradients(steps, 59)], axis=1).astype(np.float32)
+    _, updates = trajectory(adam_fn.adam(1.0, b1, b2, eps=0.0), grads, np.zeros(64, np.float32))
+    r = b1**2 / b2
+    bound = (1 - b1) / (1 - b1**t) * np.sqrt((1 - b2**t) / (1 - b2)) * np.sqrt((1 - r**t) / (1 - r))
+    assert (np.abs(updates).max(axis=1) <= bound * (1 + 1e-5)).all()
+    np.testing.assert_allclose(np.abs(updates[-1, :4]), bound[-1], rtol=1e-5)
+
+
+def test_rules_are_pytrees_of_their_array_hyperparameters() -> None:
+    rule = adam_fn.Adam(b1=jnp.asarray(0.8)) >> adam_fn.Rate(0.1)
+    leaves, treedef = jax.tree.flatten(rule)
+    assert [float(x) for x in leaves] == [pytest.approx(0.8)]
+    assert jax.tree.unflatten(treedef, leaves) == rule
+    assert dataclasses.is_dataclass(rule)
