@@ -172,7 +172,7 @@ class Rule:
     def __post_init__(self) -> None:
         for name, bounds in _ranges(type(self)).items():
             value = getattr(self, name)
-            if value is not None:
+            if value is not None or getattr(type(self), name, ...) is not None:  # None only where it is the default.
                 object.__setattr__(self, name, _checked(name, value, bounds))
 
     @property

@@ -42,7 +42,8 @@ class Adam(Rule):
 
     The bias weights are ``w = 1 - βᵗ`` for a constant β and right for a scheduled one as well. With `nesterov`
     ``m̂ = μ₊ m/w₊ + (1-μ)g/w``, where μ is β₁, or with `momentum_decay` ψ the schedule ``β₁(1 - 0.96^(tψ)/2)`` of the
-    paper and torch, w its bias weight, and ₊ the next step's. With `eps_hat`, ε is the "epsilon hat" of the paper's
+    paper and torch, w its bias weight, and ₊ the next step's (a
+    scheduled β₁ is taken as it is now for both). With `eps_hat`, ε is the "epsilon hat" of the paper's
     section 2, TensorFlow and Keras: ``u = (√w₂/w₁) m/(√v + ε)``.
 
     A variant replaces `second_moment`: everything else is shared.
@@ -179,7 +180,7 @@ def nadam(
     """NAdam (Dozat, ICLR 2016 workshop): `adam` with Nesterov's momentum.
 
     The momentum is constant, as in optax; ``momentum_decay=0.004`` gives the paper's and torch's schedule,
-    ``momentum_decay=1, eps_hat=True`` that of Keras 3.
+    ``momentum_decay=1`` that of Keras 3.
     """
     rule = Adam(b1, b2, eps, eps_root, nesterov, momentum_decay, eps_hat)
     return optimizer(rule, learning_rate, mu_dtype=mu_dtype, **options)

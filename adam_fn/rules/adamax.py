@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from adam_fn.options import MuOptions, Options, alias, optimizer
-from adam_fn.rule import Beta, Clock, Hyper, NonNegative, Rule, Slot, Weight, ema, quotient, weigh
+from adam_fn.rule import Beta, Clock, Hyper, NonNegative, Rule, Slot, Weight, ema, quotient, shifted, weigh
 from adam_fn.transform import Mask
 
 
@@ -23,12 +23,14 @@ class AdaMax(Rule):
         v ← max(β₂v, |g| + ε)
         u = (m/w₁) / v
 
-    ``ε = 0`` is the paper's form, in which an element whose gradients were all 0 gets a zero update.
+    ``ε = 0`` is the paper's form, in which an element whose gradients were all 0 gets a zero update. With `eps_hat`,
+    ε is outside the maximum, as in Keras and Lasagne: ``v ← max(β₂v, |g|)``, ``u = (m/w₁)/(v + ε)``.
     """
 
     b1: Beta = 0.9
     b2: Beta = 0.999
     eps: NonNegative = 1e-8
+    eps_hat: bool = False
 
     @property
     def slots(self) -> Mapping[str, Slot]:
@@ -46,8 +48,9 @@ class AdaMax(Rule):
     ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
         mu = ema(self.b1, slots["mu"], g)
         # `ema` to 0 and not `b2 * v`: a rounded β₂ would be raised to the power of the steps since the last maximum.
-        nu = jnp.maximum(ema(self.b2, slots["nu"], 0.0), jnp.abs(g) + self.eps)
-        return quotient(mu * (1 / clock.weights[0]), nu, 0.0), {"mu": mu, "nu": nu}
+        inside, outside = (0.0, self.eps) if self.eps_hat else (self.eps, 0.0)
+        nu = jnp.maximum(ema(self.b2, slots["nu"], 0.0), shifted(jnp.abs(g), inside))
+        return quotient(mu * (1 / clock.weights[0]), nu, outside), {"mu": mu, "nu": nu}
 
 
 @alias
@@ -56,17 +59,20 @@ def adamax(
     b1: Hyper = 0.9,
     b2: Hyper = 0.999,
     eps: Hyper = 1e-8,
+    *,
+    eps_hat: bool = False,
     **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
     """AdaMax (Kingma and Ba, arXiv 1412.6980, section 7.1): ``p ← p - α m̂/v``, ``v ← max(β₂v, |g| + ε)``.
 
-    The paper's α is 0.002 and its ε is 0; torch and optax have ε inside the maximum, as here.
+    The paper's α is 0.002 and its ε is 0; torch and optax have it inside the maximum, as here.
 
     Args:
       learning_rate, b1, b2, eps: numbers, 0-d arrays or schedules; `b1` and `b2` in [0, 1).
+      eps_hat: ε is added to v outside the maximum (Keras).
       **options: see `adam_fn.options.Options`.
     """
-    return optimizer(AdaMax(b1, b2, eps), learning_rate, **options)
+    return optimizer(AdaMax(b1, b2, eps, eps_hat), learning_rate, **options)
 
 
 @alias
@@ -77,7 +83,9 @@ def adamaxw(
     eps: Hyper = 1e-8,
     weight_decay: Hyper = 1e-4,
     mask: Mask | None = None,
+    *,
+    eps_hat: bool = False,
     **options: Unpack[MuOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """`adamax` with decoupled weight decay: ``p ← p - α(m̂/v + λp)``, λ = `weight_decay`."""
-    return optimizer(AdaMax(b1, b2, eps), learning_rate, weight_decay=weight_decay, mask=mask, **options)
+    return optimizer(AdaMax(b1, b2, eps, eps_hat), learning_rate, weight_decay=weight_decay, mask=mask, **options)
