@@ -26,11 +26,11 @@ def _widened(g: jax.Array, dtype: np.dtype) -> jax.Array:
     A low-precision gradient whose square would overflow there (bfloat16 above 9e18) counts as the largest that does
     not, so that any finite one gives a finite update; inf and nan stay what they are.
     """
-    limit = 2.0 ** (jnp.finfo(dtype).maxexp // 2 - 1)
+    exponent = jnp.finfo(dtype).maxexp // 2 - 1
     wide = g.astype(dtype)
-    if jnp.finfo(g.dtype).bits >= 32 or jnp.finfo(g.dtype).max <= limit:
+    if jnp.finfo(g.dtype).bits >= 32 or jnp.finfo(g.dtype).maxexp <= exponent:
         return wide
-    return jnp.where(jnp.isfinite(wide), jnp.clip(wide, -limit, limit), wide)
+    return jnp.where(jnp.isfinite(wide), jnp.clip(wide, -(2.0**exponent), 2.0**exponent), wide)
 
 
 def body(
