@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental.shard_alike import shard_alike
 from jax.typing import ArrayLike
 
 from adam_fn.codec import Cast, Codec, Stored, stored_spec
@@ -131,15 +130,16 @@ class _Spec:
         ]
 
 
-def _constant_like(p: jax.Array, fill: float) -> jax.Array:
-    """A constant of the parameter's (real) shape, arithmetic dtype and sharding."""
-    real = as_real(p)
-    constant = jnp.full(real.shape, fill, compute_dtype(p.dtype))
-    # Inside `shard_map` a constant does not vary over the mesh as the parameter does, and `scan` would refuse it.
-    varying = tuple(getattr(jax.typeof(real), "vma", ()))
-    if varying:
-        constant = jax.lax.pcast(constant, varying, to="varying")
-    return shard_alike(real, constant)[1]
+def _zeros_like(p: jax.Array) -> jax.Array:
+    """Zeros of the parameter's (real) shape and arithmetic dtype that live where the parameter lives.
+
+    They are computed from its bits. A constant would be placed on one device under `jit`, would not vary over the mesh
+    inside `shard_map`, and XLA would merge the equal constants of leaves that are laid out differently. The barrier
+    keeps ``x ^ x`` from being folded to one.
+    """
+    p = as_real(p)
+    bits = jax.lax.bitcast_convert_type(p, f"uint{jnp.finfo(p.dtype).bits}")
+    return (bits ^ jax.lax.optimization_barrier(bits)).astype(compute_dtype(p.dtype))
 
 
 def _structure(codec: Codec) -> jax.tree_util.PyTreeDef:
@@ -172,7 +172,7 @@ def _init(spec: _Spec, params: PyTree) -> State:
     for name, codec in spec.codecs:
         initial = spec.rule.slots[name].initial
         stored = [
-            codec.encode(_constant_like(jnp.asarray(p), initial)) if train else None
+            codec.encode(_zeros_like(jnp.asarray(p)) + initial) if train else None
             for p, train in zip(leaves.leaves, trained, strict=True)
         ]
         slots[name] = _gather(leaves, codec, stored)

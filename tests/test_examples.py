@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import flax_train_state
 import jax
@@ -83,7 +83,8 @@ class TestMnistMlp:
 
     @pytest.mark.parametrize("name", mnist_mlp.OPTIMIZERS)
     def test_every_optimizer_learns_at_its_own_rate(self, name: str) -> None:
-        run = mnist_mlp.train(mnist_data.digits(), name, mnist_mlp.parse((*QUICK, "--epochs", "6")))
+        options = mnist_mlp.parse((*QUICK, "--epochs", "16", "--schedule", "constant"))
+        run = mnist_mlp.train(mnist_data.digits(), name, options)
         assert run.learning_rate == mnist_mlp.OPTIMIZERS[name].rate
         assert run.epochs[-1].train_cost < 0.8 * CHANCE
         assert run.epochs[-1].test_accuracy > 0.5
@@ -118,10 +119,11 @@ class TestMnistMlp:
         graph, variables = nnx.split(mnist_mlp.MLP(4, 8, rngs=nnx.Rngs(0)), nnx.Param)
         params, tx = nnx.to_pure_dict(variables), adam_fn.adam(1e-3)
         state = tx.init(params)
+        moments = optax.tree.get(state, "mu"), optax.tree.get(state, "nu")
         data = jnp.zeros((6, 4), jnp.uint8), jnp.arange(6)
         batches = jnp.arange(6).reshape(2, 3)
         new = mnist_mlp.train_step(params, state, data, batches, np.int32(1), graph=graph, tx=tx)
-        assert all(leaf.is_deleted() for leaf in jax.tree.leaves((params, state.slots)))
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves((params, moments)))
         assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
 
     def test_epochs_leave_different_images_out(self) -> None:
@@ -138,14 +140,14 @@ class TestMnistMlp:
     def test_schedules_stay_within_the_rate(self, name: str) -> None:
         for steps in (1, 2, 100):
             schedule = mnist_mlp.SCHEDULES[name](0.5, steps)
-            rates = [float(schedule(t)) if callable(schedule) else float(schedule) for t in range(steps)]
+            rates = [jnp.asarray(schedule(t) if callable(schedule) else schedule).item() for t in range(steps)]
             assert all(0 <= rate <= 0.5 for rate in rates)
             assert steps < 100 or max(rates) == pytest.approx(0.5)
         assert name == "constant" or rates[-1] < 0.2 * 0.5
 
     @pytest.mark.parametrize(
         ("name", "shrinks"),
-        [("adam", 0.1 * 0.01), ("yogi", 0.1 * 0.01), ("sgd-nesterov", 0.1 * 1.9 * 0.01)],
+        [("adam", 0.1 * 0.01), ("amsgrad", 0.1 * 0.01), ("sgd-nesterov", 0.1 * 1.9 * 0.01)],
     )
     def test_weight_decay_at_a_zero_gradient(self, name: str, shrinks: float) -> None:
         params = jnp.array([2.0, -4.0])
@@ -200,7 +202,7 @@ class TestFlaxTrainState:
         assert "test accuracy" in second
 
     def test_learns(self) -> None:
-        costs, accuracies = flax_train_state.main(("--data", "digits", "--width", "128", "--epochs", "8"))
+        costs, accuracies = flax_train_state.main(("--data", "digits", "--width", "500", "--epochs", "8"))
         assert len(costs) == 8 * (1437 // 128)
         assert costs[0] == pytest.approx(CHANCE, abs=0.5)
         assert np.mean(costs[-11:]) < 0.15 * costs[0]
@@ -210,17 +212,19 @@ class TestFlaxTrainState:
         tx = flax_train_state.optimizer(steps=100, rate=0.1)
         params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
         state = tx.init(params)
-        clipped, _ = optax.clip_by_global_norm(1.0).update(jax.tree.map(lambda p: 1e6 * p, params), optax.EmptyState())
-        sizes = []
+        grads = jax.tree.map(lambda p: 1e6 * p, params)
+        sizes, decayed = [], []
         for _ in range(11):
-            updates, state = tx.update(jax.tree.map(lambda p: 1e6 * p, params), state, params)
-            sizes.append(float(-updates["bias"][0]))
+            updates, state = tx.update(grads, state, params)
+            updates = cast(dict[str, jax.Array], updates)
+            sizes.append(-updates["bias"][0].item())
+            decayed.append(-updates["kernel"][0, 0].item())
         # A constant gradient makes Adam's step the rate itself, whatever the gradient's size is.
         np.testing.assert_allclose(sizes, 0.1 * np.arange(11) / 10, rtol=1e-4)
         mu = optax.tree.get(state, "mu")
-        np.testing.assert_allclose(np.asarray(mu["bias"]), np.asarray(clipped["bias"]) * (1 - 0.9**11), rtol=1e-4)
-        # Only the kernel decays.
-        np.testing.assert_allclose(float(-updates["kernel"][0, 0]), 0.1 * (1 + 1e-2), rtol=1e-4)
+        clipped = (1 / math.sqrt(6)) * (1 - 0.9**11)  # six equal entries of a gradient of norm 1
+        np.testing.assert_allclose(np.asarray(mu["bias"]), clipped, rtol=1e-4)
+        np.testing.assert_allclose(decayed, 1.01 * np.asarray(sizes), rtol=1e-4)  # the kernel decays, the bias does not
 
     def test_bad_options_take_one_line(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as stop:
