@@ -1,0 +1,264 @@
+"""Write the tables of README.md from the measurements in benchmarks/results.
+
+    python benchmarks/readme.py [--check]
+
+Each table stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`. With --check nothing is written, and the exit
+status is 1 when the README does not hold what the results say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterable, Sequence
+
+import workloads
+from report import Record, cell
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = pathlib.Path(__file__).resolve().parent / "results"
+OURS = ("adam_fn", "adam_fn bfloat16 moments")
+NONE = "–"
+
+
+class MissingError(Exception):
+    """There is nothing to make a table of; the message says what makes it."""
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; the first column stands left, the others right."""
+    lines = [head, [":--", *["--:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def named(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def read(path: pathlib.Path, command: str) -> typing.Any:  # noqa: ANN401 (JSON)
+    if not path.exists():
+        raise MissingError(f"no {path.relative_to(ROOT)}: {command}")
+    return json.loads(path.read_text())
+
+
+def exactness() -> str:
+    """Per b2 and step, the largest error of adam_fn over the ways of giving hyperparameters, and optax's."""
+    found = read(RESULTS / "exactness.json", "python benchmarks/exactness.py --out benchmarks/results")
+    errors: dict[tuple[float, str], list[dict[str, float]]] = {}
+    for row in found["rows"]:
+        if row["peer"] == "adam_fn" or row["form"] == "numbers":
+            errors.setdefault((row["b2"], row["peer"]), []).append(row["errors"])
+    forms = list(dict.fromkeys(row["form"] for row in found["rows"]))
+    times = list(found["rows"][0]["errors"])
+    head = ["step", *(f"{peer}, b2 = {b2}" for b2, peer in errors)]
+    body = [
+        [f"{int(time):,}", *(f"{max(error[time] for error in kinds):.1e}" for kinds in errors.values())]
+        for time in times
+    ]
+    return (
+        f"{table(head, body)}\n\n"
+        f"Relative L2 error of the update against float64: random gradients, {found['coordinates']:,} coordinates "
+        f"whose scales span e^±9. adam_fn: the largest over hyperparameters given as {', '.join(forms)}; optax.adam: "
+        f"as numbers. Measured on {found['device']} with {named(found['versions'])} by `benchmarks/exactness.py`."
+    )
+
+
+def latest(records: Iterable[Record]) -> list[Record]:
+    """Of every device and case the newest run, quick ones left out."""
+    records = [record for record in records if not record["quick"]]
+    newest: dict[tuple[str, str], str] = {}
+    for record in records:
+        key = record["device"], record["case"]
+        newest[key] = max(newest.get(key, ""), record["date"])
+    order = [case.name for case in workloads.cases(quick=False)]
+    kept = [record for record in records if record["date"] == newest[record["device"], record["case"]]]
+    return sorted(kept, key=lambda record: order.index(record["case"]) if record["case"] in order else len(order))
+
+
+class Device:
+    """The records of one device."""
+
+    def __init__(self, records: list[Record]) -> None:
+        self.records = records
+        self.found = {(record["case"], record["peer"], record["metric"]): record for record in records}
+
+    def cases(self, metric: str) -> dict[str, str]:
+        """Names and titles of the cases that have a metric, in the order measured."""
+        return {record["case"]: record["title"] for record in self.records if record["metric"] == metric}
+
+    def value(self, case: str, peer: str, metric: str) -> str:
+        record = self.found.get((case, peer, metric))
+        return cell(record) if record else NONE
+
+    def ratio(self, case: str, peer: str, metric: str) -> str:
+        record = self.found.get((case, peer, metric))
+        return f"{record['ratio']:.2f}" if record and record["ratio"] is not None else NONE
+
+    def ours(self, metric: str) -> list[tuple[str, str, str]]:
+        """Case, peer and label of every row of ours."""
+        rows = []
+        for case, title in self.cases(metric).items():
+            for peer in OURS:
+                if (case, peer, metric) in self.found:
+                    rows.append((case, peer, title + peer.removeprefix("adam_fn").replace(" bfloat16", ", bfloat16")))
+        return rows
+
+    def steps(self) -> str:
+        torch = ("torch fused", "torch foreach")
+        rates = ("optax", "copy", "in place")
+        head = ["step", "adam_fn", "optax", "adam_fn / optax", *(f"{peer} / optax" for peer in torch)]
+        head += ["adam_fn GB/s", *(f"{peer} GB/s" for peer in rates)]
+        body = [
+            [
+                label,
+                self.value(case, peer, "step"),
+                self.value(case, "optax", "step"),
+                self.ratio(case, peer, "step"),
+                *(self.ratio(case, other, "step") for other in torch),
+                self.value(case, peer, "bandwidth"),
+                *(self.value(case, other, "bandwidth") for other in rates),
+            ]
+            for case, peer, label in self.ours("step")
+        ]
+        return table(head, body)
+
+    def programs(self) -> str:
+        head = ["program", "trace + compile, adam_fn", "optax", "adam_fn / optax", "temporaries, adam_fn", "optax"]
+        head += ["state, adam_fn, bytes/parameter", "optax"]
+        body = [
+            [
+                label,
+                self.value(case, peer, "total"),
+                self.value(case, "optax", "total"),
+                self.ratio(case, peer, "total"),
+                self.value(case, peer, "temporaries"),
+                self.value(case, "optax", "temporaries"),
+                self.value(case, peer, "state"),
+                self.value(case, "optax", "state"),
+            ]
+            for case, peer, label in self.ours("total")
+        ]
+        return table(head, body)
+
+    def eager(self) -> str:
+        peers = ("adam_fn", "adam_fn make_step", "optax", "torch fused", "torch foreach")
+        body = [
+            [
+                f"{title}: {label}",
+                *(self.value(case, peer, metric) for peer in peers),
+                self.ratio(case, "adam_fn", metric),
+            ]
+            for metric, label in (("eager update", "update"), ("eager step", "update and apply"))
+            for case, title in self.cases(metric).items()
+        ]
+        return table(["outside jit", *peers, "adam_fn / optax"], body)
+
+    def rates(self) -> str:
+        metric = "compilations per new rate"
+        body = [[row["peer"], cell(row)] for row in self.records if row["metric"] == metric]
+        return table(["another learning rate", "compilations"], body)
+
+    def text(self) -> str:
+        """The tables that have rows, and on what they were measured."""
+        runs = dict.fromkeys(f"{named(record['versions'])} ({record['date'][:10]})" for record in self.records)
+        about = f"**{self.records[0]['device']}**, with {'; '.join(runs)}, by `benchmarks/run.py`:"
+        kinds = (("step", self.steps), ("total", self.programs), ("eager update", self.eager))
+        kinds += (("compilations per new rate", self.rates),)
+        return "\n\n".join([about, *(make() for metric, make in kinds if self.cases(metric))])
+
+
+def speed() -> str:
+    """Every device's tables."""
+    paths = sorted(RESULTS.glob("speed-*.json"))
+    command = "python benchmarks/run.py --out benchmarks/results"
+    if not paths:
+        raise MissingError(f"no {RESULTS.relative_to(ROOT)}/speed-*.json: {command}")
+    records = latest(record for path in paths for record in read(path, command))
+    devices = dict.fromkeys(record["device"] for record in records)
+    texts = [Device([record for record in records if record["device"] == device]).text() for device in devices]
+    note = (
+        "Medians of steps timed in turn within one run. GB/s counts the least traffic: gradients, parameters and "
+        "moments read once, parameters and moments written once, each in its own dtype. `copy` moves as many bytes "
+        "from one array to another, `in place` changes one array where it lies; what fits into the caches may exceed "
+        "both."
+    )
+    return "\n\n".join([*texts, note])
+
+
+def mnist() -> str:
+    """The last epoch of every run of examples/mnist_mlp.py."""
+    command = "python examples/mnist_mlp.py --out benchmarks/results, with --compare or without"
+    paths = [path for name in ("mnist_mlp", "mnist_compare") if (path := RESULTS / f"{name}.json").exists()]
+    if not paths:
+        raise MissingError(f"no {RESULTS.relative_to(ROOT)}/mnist_mlp.json: {command}")
+    head = ["optimizer", "rate", "decay", "schedule", "epochs", "training cost", "test accuracy", "best", "images/s"]
+    texts = []
+    for path in paths:
+        found = read(path, command)
+        body = []
+        for run in found["runs"]:
+            epochs = run["epochs"]
+            cost = epochs[-1]["train_cost"]
+            seconds = sum(epoch["seconds"] for epoch in epochs)
+            images = sum(epoch["seconds"] * epoch["images_per_second"] for epoch in epochs)
+            body.append(
+                [
+                    run["label"],
+                    f"{run['learning_rate']:g}",
+                    f"{run['weight_decay']:g}",
+                    run["schedule"],
+                    str(len(epochs)),
+                    NONE if cost is None else f"{cost:.4f}",
+                    f"{epochs[-1]['test_accuracy']:.2%}",
+                    f"{max(epoch['test_accuracy'] for epoch in epochs):.2%}",
+                    f"{images / seconds:,.0f}",
+                ]
+            )
+        layers = "-".join(str(width) for width in found["layers"])
+        about = (
+            f"{found['dataset']}, {found['train_images']:,} training and {found['test_images']:,} test images, "
+            f"MLP {layers}, batch {found['batch']}, seed {found['seed']}, on {found['device']} with "
+            f"{named(found['versions'])}, by `examples/mnist_mlp.py`:"
+        )
+        texts.append(f"{about}\n\n{table(head, body)}")
+    return "\n\n".join(texts)
+
+
+TABLES: dict[str, Callable[[], str]] = {"exactness": exactness, "speed": speed, "mnist": mnist}
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """`text` with `content` between the markers of `name`."""
+    begin, end = f"<!-- begin:{name} -->", f"<!-- end:{name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise MissingError(f"README.md needs {begin} and then {end}, once each")
+    return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{content}\n{end}", text, flags=re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when README.md is out of date")
+    options = parser.parse_args()
+    path = ROOT / "README.md"
+    old = new = path.read_text()
+    wrong = []
+    for name, make in TABLES.items():
+        try:
+            new = fill(new, name, make())
+        except MissingError as missing:
+            wrong.append(f"{name}: {missing}")
+    if options.check:
+        wrong += ["README.md is out of date: python benchmarks/readme.py"] * (new != old)
+    elif new != old:
+        path.write_text(new)
+        print(f"wrote {path.name}")
+    if wrong:
+        sys.exit("\n".join(wrong))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,323 @@
+"""A multilayer perceptron on MNIST, trained by adam_fn (arXiv 1412.6980, section 6.2: two hidden layers of 1000 ReLUs).
+
+    python examples/mnist_mlp.py              # Adam, 5 epochs
+    python examples/mnist_mlp.py --optimizer nadam --schedule linear --epochs 10
+    python examples/mnist_mlp.py --compare    # eight optimizers from one initialisation: figure 2 of the paper
+
+It prints the test accuracy after each epoch and a table, and writes a plot and the numbers to the folder of `--out`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple, NoReturn, cast
+
+import jax
+import jax.numpy as jnp
+import mnist_data
+import mnist_report
+import numpy as np
+import optax
+from command_line import Parser, real, whole
+from flax import nnx
+from mnist_data import Dataset
+from mnist_report import Epoch, Run
+from tqdm import tqdm
+
+import adam_fn
+
+CLASSES = 10
+STEPS_PER_UPDATE = 50  # of the progress bar: each update waits for the device
+
+
+class Optimizer(NamedTuple):
+    """How an optimizer is built, and the rate it has unless another one is asked for."""
+
+    label: str
+    build: Callable[..., optax.GradientTransformation]
+    rate: float
+    options: Mapping[str, float | bool] = {}
+    decoupled: bool = True  # takes `weight_decay`; to the others it is added as L2 in the gradient
+
+
+# The rates are those that the papers and libraries use. SGD's and AdaGrad's, which have none, were chosen on a coarse
+# grid, SGD's a step below the best one, which is close to divergence.
+OPTIMIZERS: Mapping[str, Optimizer] = {
+    "adam": Optimizer("Adam", adam_fn.adam, 1e-3),
+    "adamw": Optimizer("AdamW", adam_fn.adamw, 1e-3, {"weight_decay": 1e-2}),
+    "adamax": Optimizer("AdaMax", adam_fn.adamax, 2e-3),
+    "adamaxw": Optimizer("AdaMaxW", adam_fn.adamaxw, 2e-3, {"weight_decay": 1e-2}),
+    "nadam": Optimizer("NAdam", adam_fn.nadam, 1e-3),
+    "nadamw": Optimizer("NAdamW", adam_fn.nadamw, 1e-3, {"weight_decay": 1e-2}),
+    "amsgrad": Optimizer("AMSGrad", adam_fn.amsgrad, 1e-3),
+    "radam": Optimizer("RAdam", adam_fn.radam, 1e-3),
+    "adabelief": Optimizer("AdaBelief", adam_fn.adabelief, 1e-3),
+    "yogi": Optimizer("Yogi", adam_fn.yogi, 1e-2),
+    "sgd-nesterov": Optimizer("SGD, Nesterov", optax.sgd, 0.1, {"momentum": 0.9, "nesterov": True}, decoupled=False),
+    "adagrad": Optimizer("AdaGrad", optax.adagrad, 0.1, decoupled=False),
+    "rmsprop": Optimizer("RMSProp", optax.rmsprop, 1e-3, decoupled=False),
+    "adadelta": Optimizer("AdaDelta", optax.adadelta, 1.0, decoupled=False),
+}
+
+COMPARED = ("adam", "adamax", "adamw", "nadam", "sgd-nesterov", "adagrad", "rmsprop", "adadelta")
+
+# From the rate and the number of steps in the run to the learning rate of each step.
+SCHEDULES: Mapping[str, Callable[[float, int], optax.ScalarOrSchedule]] = {
+    "constant": lambda rate, steps: rate,
+    "cosine": optax.cosine_decay_schedule,
+    "linear": lambda rate, steps: optax.linear_schedule(rate, 0.0, steps),
+    "warmup_cosine": lambda rate, steps: optax.warmup_cosine_decay_schedule(0.0, rate, steps // 10, steps),
+    "inverse_sqrt": lambda rate, steps: adam_fn.schedules.inverse_sqrt(rate),
+    "warmup_stable_decay": lambda rate, steps: adam_fn.schedules.warmup_stable_decay(
+        rate, steps // 10, steps - steps // 10 - steps // 5, steps // 5
+    ),
+}
+
+
+class MLP(nnx.Module):
+    """pixels -> width -> width -> classes, ReLU between."""
+
+    def __init__(self, pixels: int, width: int, *, rngs: nnx.Rngs) -> None:
+        self.hidden1 = nnx.Linear(pixels, width, rngs=rngs)
+        self.hidden2 = nnx.Linear(width, width, rngs=rngs)
+        self.out = nnx.Linear(width, CLASSES, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nnx.relu(self.hidden1(x))
+        x = nnx.relu(self.hidden2(x))
+        return self.out(x)
+
+
+Parameters = dict[str, dict[str, jax.Array]]
+
+
+class Metrics(NamedTuple):
+    cost: jax.Array  # mean cross entropy, in nats
+    accuracy: jax.Array  # fraction
+
+
+def cost_and_metrics(
+    params: Parameters, graph: nnx.GraphDef[MLP], images: jax.Array, labels: jax.Array
+) -> tuple[jax.Array, Metrics]:
+    logits = nnx.merge(graph, params)(images.astype(jnp.float32) / 255)
+    cost = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    return cost, Metrics(cost, (logits.argmax(-1) == labels).mean())
+
+
+# The model is split into its structure, which is static, and a plain dict of arrays: such a call costs the host a
+# fraction of an `nnx.jit` call, which walks the module each time.
+@partial(jax.jit, static_argnames=("graph", "tx"), donate_argnames=("params", "state"))
+def train_step(
+    params: Parameters,
+    state: optax.OptState,
+    data: tuple[jax.Array, jax.Array],
+    batches: jax.Array,
+    index: np.int32,
+    *,
+    graph: nnx.GraphDef[MLP],
+    tx: optax.GradientTransformation,
+) -> tuple[Parameters, optax.OptState, Metrics]:
+    """One update on the images that `batches[index]` numbers; params and state are updated in place."""
+    images, labels = (array[batches[index]] for array in data)
+    (_, metrics), grads = jax.value_and_grad(cost_and_metrics, has_aux=True)(params, graph, images, labels)
+    updates, state = tx.update(grads, state, params)
+    return cast(Parameters, optax.apply_updates(params, updates)), state, metrics
+
+
+@partial(jax.jit, static_argnames="graph")
+def evaluate(params: Parameters, images: jax.Array, labels: jax.Array, *, graph: nnx.GraphDef[MLP]) -> Metrics:
+    return cost_and_metrics(params, graph, images, labels)[1]
+
+
+@partial(jax.jit, static_argnames=("size", "batch", "steps"))
+def shuffled(key: jax.Array, *, size: int, batch: int, steps: int) -> jax.Array:
+    """An epoch's minibatches as (steps, batch) image numbers.
+
+    The remainder of `size` over `batch` (96 of 60,000 images at 128) sits this epoch out; every epoch draws a new
+    order, so no image is left out for good.
+    """
+    return jax.random.permutation(key, size)[: steps * batch].reshape(steps, batch)
+
+
+def build(name: str, rate: optax.ScalarOrSchedule, weight_decay: float | None) -> optax.GradientTransformation:
+    """The optimizer of the table; `weight_decay` is times the rate, or L2 in the gradient for those without one."""
+    entry = OPTIMIZERS[name]
+    if weight_decay is None:
+        return entry.build(rate, **entry.options)
+    if entry.decoupled:
+        return entry.build(rate, **{**entry.options, "weight_decay": weight_decay})
+    return optax.chain(optax.add_decayed_weights(weight_decay), entry.build(rate, **entry.options))
+
+
+def train(dataset: Dataset, name: str, options: Options) -> Run:
+    """Train a new model from the initialisation and on the minibatches that `options.seed` stands for."""
+    size = len(dataset.train_labels)
+    steps = min(size // options.batch, options.steps or size)
+    entry = OPTIMIZERS[name]
+    rate = entry.rate if options.learning_rate is None else options.learning_rate
+    decay = options.weight_decay
+    run = Run(
+        optimizer=name,
+        label=entry.label,
+        learning_rate=rate,
+        weight_decay=float(entry.options.get("weight_decay", 0.0) if decay is None else decay),
+        schedule=options.schedule,
+    )
+    tx = build(name, SCHEDULES[options.schedule](rate, steps * options.epochs), decay)
+    graph, variables = nnx.split(MLP(dataset.pixels, options.width, rngs=nnx.Rngs(options.seed)), nnx.Param)
+    params: Parameters = nnx.to_pure_dict(variables)
+    state = tx.init(params)
+    data = jax.device_put((dataset.train_images, dataset.train_labels))
+    test = jax.device_put((dataset.test_images, dataset.test_labels))
+    key = jax.random.key(options.seed)
+
+    def minibatches(epoch: int) -> jax.Array:
+        return shuffled(jax.random.fold_in(key, epoch), size=size, batch=options.batch, steps=steps)
+
+    start = time.perf_counter()
+    step = train_step.lower(params, state, data, minibatches(1), np.int32(0), graph=graph, tx=tx).compile()
+    run.compile_seconds = time.perf_counter() - start
+    for epoch in range(1, options.epochs + 1):
+        batches = jax.block_until_ready(minibatches(epoch))
+        metrics: list[Metrics] = []
+        start = time.perf_counter()
+        with progress(f"{entry.label} {epoch}/{options.epochs}", steps * options.batch) as bar:
+            for index in range(steps):
+                params, state, seen = step(params, state, data, batches, np.int32(index))
+                metrics.append(seen)
+                if len(metrics) % STEPS_PER_UPDATE == 0 or len(metrics) == steps:
+                    cost, accuracy = means(metrics[-STEPS_PER_UPDATE:])
+                    bar.set_postfix_str(f"cost {cost:.4f}, accuracy {accuracy:.2%}", refresh=False)
+                    bar.update(len(metrics) * options.batch - bar.n)
+        seconds = time.perf_counter() - start
+        cost, accuracy = means(metrics)
+        tested = evaluate(params, *test, graph=graph)
+        run.step_costs += [float(seen.cost) for seen in jax.device_get(metrics)]
+        run.epochs.append(
+            Epoch(
+                epoch=epoch,
+                train_cost=cost,
+                train_accuracy=accuracy,
+                test_cost=float(tested.cost),
+                test_accuracy=float(tested.accuracy),
+                seconds=seconds,
+                images_per_second=steps * options.batch / seconds,
+            )
+        )
+        print(mnist_report.epoch_line(run, options.epochs), flush=True)
+    return run
+
+
+def means(metrics: Sequence[Metrics]) -> tuple[float, float]:
+    cost, accuracy = np.asarray(jax.device_get(metrics), np.float64).T
+    return float(cost.mean()), float(accuracy.mean())
+
+
+def progress(text: str, images: int) -> tqdm[NoReturn]:
+    """A bar on a terminal, nothing elsewhere: the lines of the epochs say the same in a log."""
+    return tqdm(total=images, desc=text, unit=" images", unit_scale=True, disable=None, leave=False, dynamic_ncols=True)
+
+
+class Options(NamedTuple):
+    """What the command line asks for. Rate and weight decay of None are those of the optimizer's table."""
+
+    optimizer: str
+    learning_rate: float | None
+    schedule: str
+    weight_decay: float | None
+    epochs: int
+    batch: int
+    width: int
+    seed: int
+    data: str | None
+    out: Path
+    compare: bool
+    steps: int | None  # at most so many an epoch
+
+
+def parse(argv: Sequence[str] | None) -> Options:
+    parser = Parser(prog="mnist_mlp.py", description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--optimizer", choices=OPTIMIZERS, metavar="NAME", help=f"adam (the default) or one of {', '.join(OPTIMIZERS)}")
+    add("--learning-rate", type=real, metavar="RATE", help="default: the optimizer's own, 0.001 for adam")
+    add("--schedule", choices=SCHEDULES, default="cosine", help="of the learning rate over the run (default: cosine)")
+    add("--weight-decay", type=real, metavar="DECAY", help="times the rate; L2 in the gradient for sgd-nesterov, "
+        "adagrad, rmsprop and adadelta (default: the optimizer's own)")  # fmt: skip
+    add("--epochs", type=whole(1), metavar="N", help="default: 5")
+    add("--batch", type=whole(1), default=128, metavar="N", help="images a step (default: 128)")
+    add("--width", type=whole(1), metavar="N", help="of both hidden layers (default: 1000)")
+    add("--seed", type=whole(0), default=0, metavar="N", help="of the initialisation and the shuffles (default: 0)")
+    add("--data", metavar="FOLDER", help="with MNIST's four IDX files, .gz or plain, or the word digits for "
+        "scikit-learn's (default: $ADAM_FN_DATA/mnist, else the user's cache, else a download)")  # fmt: skip
+    add("--out", type=Path, default=Path("out"), metavar="FOLDER", help="for the plot and the numbers (default: out)")
+    add("--compare", action="store_true", help=f"train {', '.join(COMPARED)}, each at its own rate")
+    add("--quick", action="store_true", help="a trial of 2 epochs of at most 20 steps, 64 units wide")
+    given = parser.parse_args(argv)
+    if given.compare and (given.optimizer or given.learning_rate is not None):
+        parser.error("--compare gives each optimizer its own rate: leave --optimizer and --learning-rate out")
+    return Options(
+        optimizer=given.optimizer or "adam",
+        learning_rate=given.learning_rate,
+        schedule=given.schedule,
+        weight_decay=given.weight_decay,
+        epochs=given.epochs or (2 if given.quick else 5),
+        batch=given.batch,
+        width=given.width or (64 if given.quick else 1000),
+        seed=given.seed,
+        data=given.data,
+        out=given.out,
+        compare=given.compare,
+        steps=20 if given.quick else None,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> list[Run]:
+    options = parse(argv)
+    try:
+        dataset = mnist_data.load(options.data)
+        if options.batch > len(dataset.train_labels):
+            raise ValueError(f"--batch {options.batch} is more than the {len(dataset.train_labels)} training images")
+        options.out.mkdir(parents=True, exist_ok=True)
+        if not os.access(options.out, os.W_OK):
+            raise PermissionError(f"--out {options.out} cannot be written to")
+    except (OSError, ValueError) as error:
+        sys.exit(f"mnist_mlp.py: error: {error}")
+    device = jax.devices()[0].device_kind
+    sizes = f"{dataset.pixels}-{options.width}-{options.width}-{CLASSES}"
+    title = f"MLP {sizes} on {dataset.name}, batch {options.batch}, seed {options.seed}"
+    print(f"{title}: {len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images; {device}")
+    names = COMPARED if options.compare else (options.optimizer,)
+    runs = [train(dataset, name, options) for name in names]
+    print(f"\n{mnist_report.table(runs)}\n")
+    stem = options.out / ("mnist_compare" if options.compare else "mnist_mlp")
+    png, numbers = stem.with_suffix(".png"), stem.with_suffix(".json")
+    if options.compare:
+        mnist_report.plot_comparison(png, runs, title)
+    else:
+        mnist_report.plot_run(png, runs[0], title)
+    mnist_report.write_json(
+        numbers,
+        {
+            "dataset": dataset.name,
+            "train_images": len(dataset.train_labels),
+            "test_images": len(dataset.test_labels),
+            "layers": [dataset.pixels, options.width, options.width, CLASSES],
+            "batch": options.batch,
+            "seed": options.seed,
+            "device": device,
+            "versions": {name: version(name) for name in ("jax", "optax", "flax")},
+        },
+        runs,
+    )
+    print(f"wrote {png} and {numbers}")
+    return runs
+
+
+if __name__ == "__main__":
+    main()

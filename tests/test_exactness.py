@@ -1,0 +1,75 @@
+"""Float32 rounding of the true update, at any beta and step; the measurement is the benchmark's own."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from exactness import measure
+
+import adam_fn
+
+BETAS = (0.999, 0.9999, 0.99999, 0.999999)
+
+
+def _number(b2: float) -> Any:
+    return lambda beta: adam_fn.adam(1e-3, b2=beta), b2, b2
+
+
+def _schedule(b2: float) -> Any:
+    held = float(np.float32(b2))
+    return lambda beta: adam_fn.adam(lambda count: 1e-3, b2=lambda count: jnp.float32(b2) + 0.0 * count), b2, held
+
+
+def _array(b2: float) -> Any:
+    return lambda beta: adam_fn.adam(jnp.asarray(1e-3, jnp.float32), b2=beta), jnp.float32(b2), float(np.float32(b2))
+
+
+@pytest.mark.parametrize("b2", BETAS)
+@pytest.mark.parametrize("given", [_number, _schedule, _array], ids=["number", "schedule", "array"])
+def test_error_of_the_update_is_below_1e_6(given: Any, b2: float) -> None:
+    make, passed, oracle = given(b2)
+    errors = measure(make, passed, oracle)
+    assert sorted(errors) == [1, 2, 10, 100, 1000, 10_000]
+    assert max(errors.values()) <= 1e-6, errors
+
+
+def test_the_measure_sees_an_inexact_optimizer() -> None:
+    errors = measure(lambda beta: optax.adam(1e-3, b2=beta), 0.99999, 0.99999, steps=100)
+    assert max(errors.values()) > 1e-5
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 0.999, 0.999999, 1 - 2**-24])
+def test_bias_weights(beta: float) -> None:
+    """``1 - βᵗ`` to float32 rounding, and the remainder beyond it, over 100,000 steps."""
+    from adam_fn.rule import Weight, weigh
+
+    @jax.jit
+    def run() -> Any:
+        def step(weight: Weight, _: None) -> Any:
+            weight = weigh(beta, weight)
+            return weight, weight
+
+        return jax.lax.scan(step, Weight(jnp.zeros(()), jnp.zeros(())), None, 100_000)[1]
+
+    found = run()
+    t = np.arange(1, 100_001)
+    expected = -np.expm1(t * np.log(beta)) if beta else np.ones(100_000)
+    np.testing.assert_allclose(found.value, expected, rtol=2e-7)
+    np.testing.assert_allclose(np.float64(found.value) + np.float64(found.rest), expected, rtol=1e-7)
+
+
+def test_bias_weight_of_a_changing_beta() -> None:
+    from adam_fn.rule import Weight, weigh
+
+    betas = np.concatenate([np.linspace(0, 0.999, 500), np.full(500, 0.99999), np.linspace(0.999, 0.1, 100)])
+    betas = betas.astype(np.float32)
+
+    def step(weight: Weight, beta: jax.Array) -> Any:
+        weight = weigh(beta, weight)
+        return weight, weight.value
+
+    found = jax.lax.scan(step, Weight(jnp.zeros(()), jnp.zeros(())), betas)[1]
+    np.testing.assert_allclose(found, 1 - np.cumprod(np.float64(betas)), rtol=2e-7)

@@ -1,0 +1,135 @@
+"""Each schedule against its formula, written out in float64."""
+
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import adam_fn
+from adam_fn import schedules
+
+COUNTS = np.arange(0, 2000)
+
+
+def _warm_restarts(first: int, factor: float, low: float, high: float) -> Callable[[int], tuple[float, int]]:
+    """(η, T_i) by walking from restart to restart, as the paper describes it."""
+
+    def value(count: int) -> tuple[float, int]:
+        start, length = 0, first
+        i = 0
+        while count >= start + length:
+            start += length
+            i += 1
+            length = round(first * factor**i)
+        return low + (high - low) / 2 * (1 + math.cos(math.pi * (count - start) / length)), length
+
+    return value
+
+
+def _wsd(count: int) -> float:
+    if count < 100:
+        return 0.5 * (count + 1) / 100
+    if count < 400:
+        return 0.5
+    return 0.1 + 0.4 * (1 - min((count - 400) / 200, 1))
+
+
+RESTARTS = schedules.warm_restarts(100, 2.0, 0.1, 0.9)
+FORMULAS: dict[str, tuple[Any, Callable[[int], float]]] = {
+    "inverse_sqrt": (schedules.inverse_sqrt(0.3), lambda c: 0.3 / math.sqrt(c + 1)),
+    "inverse_sqrt-warmup": (
+        schedules.inverse_sqrt(0.3, 100),
+        lambda c: 0.3 * min(1 / math.sqrt(c + 1), (c + 1) / 100**1.5),
+    ),
+    "inverse_time": (schedules.inverse_time(0.3, 0.01), lambda c: 0.3 / (1 + 0.01 * c)),
+    "beta1_decay": (schedules.beta1_decay(0.9, 0.999), lambda c: 0.9 * 0.999**c),
+    "beta1_decay-paper": (schedules.beta1_decay(), lambda c: 0.9 * (1 - 1e-8) ** c),
+    "nadam_momentum": (schedules.nadam_momentum(), lambda c: 0.9 * (1 - 0.5 * 0.96 ** ((c + 1) * 0.004))),
+    "nadam_momentum-keras": (schedules.nadam_momentum(0.8, 1.0), lambda c: 0.8 * (1 - 0.5 * 0.96 ** (c + 1))),
+    "warmup_stable_decay": (schedules.warmup_stable_decay(0.5, 100, 300, 200, 0.1), _wsd),
+    "warmup_stable_decay-sqrt": (
+        schedules.warmup_stable_decay(0.5, 0, 400, 1000, shape="sqrt"),
+        lambda c: 0.5 * (1 - math.sqrt(min(max(c - 400, 0) / 1000, 1))),
+    ),
+    "warmup_stable_decay-cliff": (schedules.warmup_stable_decay(0.5, 0, 4, 0), lambda c: 0.5 if c < 4 else 0.0),
+    "warm_restarts": (RESTARTS, lambda c: _warm_restarts(100, 2.0, 0.1, 0.9)(c)[0]),
+    "warm_restarts-constant": (schedules.warm_restarts(130, 1), lambda c: _warm_restarts(130, 1, 0, 1)(c)[0]),
+    "normalized_weight_decay": (
+        RESTARTS.weight_decay(0.05),
+        lambda c: (lambda eta, length: eta * 0.05 / math.sqrt(length))(*_warm_restarts(100, 2.0, 0.1, 0.9)(c)),
+    ),
+}
+
+
+@pytest.mark.parametrize("key", FORMULAS)
+def test_formula(key: str) -> None:
+    schedule, formula = FORMULAS[key]
+    found = jax.jit(jax.vmap(schedule))(COUNTS)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, [formula(int(c)) for c in COUNTS], rtol=2e-5, atol=1e-6)
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(
+            jax.vmap(schedule)(COUNTS), [formula(int(c)) for c in COUNTS], rtol=1e-12, atol=1e-14
+        )
+    assert schedule(0).shape == ()  # One step, as a Python number.
+
+
+@pytest.mark.parametrize("key", FORMULAS)
+def test_compares_hashes_and_pickles_by_value(key: str) -> None:
+    schedule, _ = FORMULAS[key]
+    copy = pickle.loads(pickle.dumps(schedule))
+    assert copy == schedule
+    assert hash(copy) == hash(schedule)
+    assert copy is not schedule
+    assert adam_fn.adam(copy) == adam_fn.adam(schedule)
+
+
+def test_paper_restarts_at_100_300_700_1500() -> None:
+    current, length = jax.vmap(schedules.warm_restarts(100).period)(COUNTS)
+    np.testing.assert_array_equal(COUNTS[np.asarray(current) == 0], [0, 100, 300, 700, 1500])
+    np.testing.assert_array_equal(np.unique(length), [100, 200, 400, 800, 1600])
+
+
+@pytest.mark.parametrize("factor", [1.1, 1.5, 2, 3, 10])
+@pytest.mark.parametrize("first", [1, 7, 1000])
+def test_restarts_fall_on_whole_steps(first: int, factor: float) -> None:
+    """The float32 logarithm must not put a restart a step too early or late, wherever it falls."""
+    counts = np.arange(100_000)
+    current, length = (np.asarray(x) for x in jax.jit(jax.vmap(schedules.warm_restarts(first, factor).period))(counts))
+    assert (current >= 0).all()
+    assert (current < length + 1).all()  # Rounded lengths may differ by one from the gap that they stand for.
+    steps = np.diff(current)
+    assert ((steps == 1) | (current[1:] == 0)).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: schedules.inverse_sqrt(0.1, -1), "warmup_steps must not be negative, got -1"),
+        (lambda: schedules.inverse_time(0.1, -1.0), "decay must not be negative"),
+        (lambda: schedules.beta1_decay(1.0), r"b1 must be in \[0, 1\)"),
+        (lambda: schedules.beta1_decay(0.9, 1.5), r"decay must be in \(0, 1\]"),
+        (lambda: schedules.warmup_stable_decay(0.1, -1, 0, 0), "warmup_steps must not be negative"),
+        (lambda: schedules.warmup_stable_decay(0.1, 1, 0, 0, shape="cosine"), "shape must be 'linear' or 'sqrt'"),
+        (lambda: schedules.warm_restarts(0), "first_period must be at least 1 step"),
+        (lambda: schedules.warm_restarts(10, 0.5), "factor must be at least 1"),
+    ],
+)
+def test_bad_arguments(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_paper_beta1_decay_in_adam() -> None:
+    """β₁,t = β₁λ^(t-1) goes through the bias correction exactly: see `tests/test_oracles.py` for schedules at large."""
+    tx = adam_fn.adam(schedules.inverse_sqrt(0.1), b1=schedules.beta1_decay(0.9, 0.5))
+    state = tx.init(jnp.zeros(()))
+    for t in range(1, 5):
+        updates, state = tx.update(jnp.ones(()), state)
+        np.testing.assert_allclose(updates, -0.1 / math.sqrt(t), rtol=1e-6)
+    np.testing.assert_allclose(state.weights[0, 0], 1 - 0.9**4 * 0.5**6, rtol=1e-6)
