@@ -32,4 +32,5 @@ from adam_fn.rules.variance import radam as radam
 from adam_fn.rules.variance import yogi as yogi
 from adam_fn.step import make_step as make_step
 from adam_fn.transform import State as State
+from adam_fn.transform import Transformation as Transformation
 from adam_fn.transform import transform as transform

@@ -6,12 +6,11 @@ import typing
 from collections.abc import Callable
 from typing import Literal, ParamSpec, TypedDict, TypeVar
 
-import optax
 from jax.typing import DTypeLike
 
 from adam_fn.codec import Cast, Codec
 from adam_fn.rule import Decay, Hyper, Rate, Rule
-from adam_fn.transform import Mask, transform
+from adam_fn.transform import Mask, Transformation, transform
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -66,7 +65,7 @@ def optimizer(
     frozen: Mask | None = None,
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """The transformation of `rule` with a learning rate and the options that all optimizers share (see `Options`)."""
     rate = Rate(learning_rate)
     if decay not in ("scaled", "independent", "l2"):

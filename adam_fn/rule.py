@@ -10,7 +10,7 @@ import functools
 import math
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, NamedTuple, Self, TypeAlias
+from typing import Annotated, Any, NamedTuple, Self, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 Scalar: TypeAlias = float | jax.Array
 Schedule: TypeAlias = Callable[[jax.Array], ArrayLike]
-Hyper: TypeAlias = float | jax.Array | np.ndarray | Schedule
+Hyper: TypeAlias = ArrayLike | Schedule
 
 
 class Range(NamedTuple):
@@ -30,8 +30,10 @@ class Range(NamedTuple):
 
 
 UNIT = Range(0.0, 1.0)
-Beta: TypeAlias = Annotated[Hyper, UNIT]
-NonNegative: TypeAlias = Annotated[Hyper, Range(0.0, math.inf)]
+# A rule's field is a `Hyper` where the rule is made and a `Scalar` where its arithmetic runs (after `Rule.at`): no one
+# type says that.
+Beta: TypeAlias = Annotated[Any, UNIT]
+NonNegative: TypeAlias = Annotated[Any, Range(0.0, math.inf)]
 
 
 class Slot(NamedTuple):
@@ -152,8 +154,9 @@ def _ranges(rule: type["Rule"]) -> dict[str, Range]:
     """The hyperparameters of a rule: the fields whose annotation carries a `Range`."""
     found: dict[str, Range] = {}
     for name, hint in typing.get_type_hints(rule, include_extras=True).items():
-        for part in (hint, *typing.get_args(hint)):
-            found.update({name: note for note in getattr(part, "__metadata__", ()) if isinstance(note, Range)})
+        notes = (note for part in (hint, *typing.get_args(hint)) for note in getattr(part, "__metadata__", ()))
+        if bounds := next((note for note in notes if isinstance(note, Range)), None):
+            found[name] = bounds
     return found
 
 
@@ -161,8 +164,8 @@ def _ranges(rule: type["Rule"]) -> dict[str, Range]:
 class Rule:
     """One optimizer's arithmetic on one array.
 
-    A subclass is a frozen dataclass of its hyperparameters (annotated `Beta` or `NonNegative`, which checks their range)
-    that defines `leaf` and, where it has a memory, `slots` and `weigh`. Rules are pytrees whose leaves are the
+    A subclass is a frozen dataclass of its hyperparameters (annotated `Beta` or `NonNegative`, which checks their
+    range) that defines `leaf` and, where it has a memory, `slots` and `weigh`. Rules are pytrees whose leaves are the
     hyperparameters given as arrays.
     """
 
@@ -226,7 +229,10 @@ class Rule:
         return Chain(self.parts() + other.parts())
 
 
-def _with(rule: Rule, values: Mapping[str, object]) -> Rule:
+R = TypeVar("R", bound=Rule)
+
+
+def _with(rule: R, values: Mapping[str, object]) -> R:
     """A copy with some fields replaced, unchecked: inside a transformation they may be any object."""
     copy = object.__new__(type(rule))
     for field in dataclasses.fields(rule):

@@ -83,8 +83,8 @@ class nadam_momentum:
     It rises from about ``β₁/2`` to ``β₁``. ``ψ = 0.004`` in Dozat's paper (ICLR 2016 workshop) and torch, 1 in Keras 3.
     """
 
-    b1: ArrayLike = 0.9
-    momentum_decay: ArrayLike = 4e-3
+    b1: float | jax.Array = 0.9
+    momentum_decay: float | jax.Array = 4e-3
 
     def __call__(self, count: ArrayLike) -> jax.Array:
         t = _real(count) + 1

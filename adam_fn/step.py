@@ -1,7 +1,6 @@
 """One jitted step that updates parameters and state in place."""
 
-from collections.abc import Callable
-from typing import TypeVar
+from typing import Protocol, TypeVar, cast
 
 import jax
 import optax
@@ -10,17 +9,23 @@ Params = TypeVar("Params")
 OptState = TypeVar("OptState")
 
 
-def make_step(
-    tx: optax.GradientTransformation,
-) -> Callable[[Params, OptState, Params], tuple[Params, OptState]]:
+class Step(Protocol):
+    """``step(params, state, grads) -> (params, state)``, and what `jax.jit` adds to a function."""
+
+    def __call__(self, params: Params, state: OptState, grads: Params) -> tuple[Params, OptState]: ...
+
+    def lower(self, params: object, state: object, grads: object) -> jax.stages.Lowered: ...
+
+
+def make_step(tx: optax.GradientTransformation) -> Step:
     """``step(params, state, grads) -> (params, state)``: one compiled program that works in place.
 
     It donates `params` and `state`: their buffers become the new ones and must not be used again. `tx` is any optax
     transformation.
     """
 
-    def step(params: Params, state: OptState, grads: Params) -> tuple[Params, OptState]:
+    def step(params: optax.Params, state: optax.OptState, grads: optax.Updates) -> tuple[optax.Params, optax.OptState]:
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    return jax.jit(step, donate_argnums=(0, 1))
+    return cast(Step, jax.jit(step, donate_argnums=(0, 1)))

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from adam_fn.execute import as_real, compute_dtype, run_leaf
 from adam_fn.rule import Clock, Decay, Rule, Weight
 
 PyTree: TypeAlias = Any
+PyTreeDef: TypeAlias = Any  # JAX has no public type for it.
 #: Which leaves: a tree of booleans (a prefix will do), or a function of the parameters that returns one.
 Mask: TypeAlias = PyTree | Callable[[PyTree], PyTree]
 
@@ -36,7 +37,7 @@ class State(NamedTuple):
       slots: by name (``"mu"``, ``"nu"``, …) a tree with the structure of the parameters: the raw, uncorrected moments.
     """
 
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     weights: jax.Array
     slots: dict[str, PyTree]
 
@@ -142,7 +143,7 @@ def _zeros_like(p: jax.Array) -> jax.Array:
     return (bits ^ jax.lax.optimization_barrier(bits)).astype(compute_dtype(p.dtype))
 
 
-def _structure(codec: Codec) -> jax.tree_util.PyTreeDef:
+def _structure(codec: Codec) -> PyTreeDef:
     return jax.tree.structure(stored_spec(codec, (1,), jnp.dtype(jnp.float32)))
 
 
@@ -213,7 +214,7 @@ def _check_leaf(path: str, g: object, p: object, stored: Mapping[str, Stored], c
             )
 
 
-def _no_update(g: object, p: object) -> jax.Array | None:
+def _no_update(g: ArrayLike | None, p: ArrayLike) -> jax.Array | None:
     """The update of a leaf that is not trained: zeros that can be added to it."""
     if g is None:
         return None
@@ -255,7 +256,9 @@ def _update(
         name: _gather(leaves, codec, [None if x is None else x[name] for x in stored]) for name, codec in spec.codecs
     }
     new_weights = jnp.stack([jnp.stack(weight) for weight in weights]) if weights else state.weights
-    return leaves.treedef.unflatten(updates), State(optax.safe_increment(state.count), new_weights, new_slots)
+    return leaves.treedef.unflatten(updates), State(
+        jnp.asarray(optax.safe_increment(state.count)), new_weights, new_slots
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,17 +296,28 @@ class Update:
         return _update(self.spec, updates, state, params, learning_rate)
 
 
+class Transformation(optax.GradientTransformationExtraArgs):
+    """An optax transformation with precise types: `init` returns a `State`, and any pytree is accepted.
+
+    Those of equal rules, codecs and masks compare equal, hash alike, share compilations and pickle where their
+    hyperparameters do.
+    """
+
+    __slots__ = ()
+
+    if TYPE_CHECKING:
+        init: Init  # pyright: ignore[reportIncompatibleVariableOverride]
+        update: Update  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
 def transform(
     rule: Rule,
     *,
     storage: Mapping[str, Codec] | None = None,
     mask: Mask | None = None,
     frozen: Mask | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """A rule as an optax transformation.
-
-    Transformations of equal rules, codecs and masks compare equal, hash alike, share compilations and pickle where
-    their hyperparameters do.
 
     Args:
       rule: what to compute; ``transform(a >> b)`` equals ``optax.chain(transform(a), transform(b))``.
@@ -317,4 +331,4 @@ def transform(
         raise ValueError(f"storage for {sorted(unknown)}, but the slots of {rule} are {sorted(rule.slots)}")
     codecs = tuple((name, (storage or {}).get(name, Cast())) for name in rule.slots)
     spec = _Spec(rule, codecs, _fixed_mask("mask", mask), _fixed_mask("frozen", frozen))
-    return optax.GradientTransformationExtraArgs(Init(spec), Update(spec))
+    return Transformation(Init(spec), Update(spec))

@@ -8,7 +8,6 @@ import optax
 import oracles
 
 import adam_fn
-from adam_fn.transform import Update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +24,13 @@ class Case:
     """
 
     name: str
-    alias: Callable[..., optax.GradientTransformationExtraArgs]
+    alias: Callable[..., adam_fn.Transformation]
     oracle: Callable[..., oracles.Trajectory]
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     peer: Callable[..., optax.GradientTransformation] | None = None
     tolerance: float = 2e-6
 
-    def make(self, learning_rate: Any = 1e-3, **more: Any) -> optax.GradientTransformationExtraArgs:
+    def make(self, learning_rate: Any = 1e-3, **more: Any) -> adam_fn.Transformation:
         return self.alias(learning_rate, **{**self.options, **more})
 
     def make_peer(self, learning_rate: Any = 1e-3) -> optax.GradientTransformation:
@@ -49,11 +48,9 @@ class Case:
         return next(part for part in self.rule.parts() if part.slots)
 
 
-def rule_of(tx: optax.GradientTransformation) -> adam_fn.Rule:
+def rule_of(tx: adam_fn.Transformation) -> adam_fn.Rule:
     """The rule that a transformation was made of."""
-    update = tx.update
-    assert isinstance(update, Update)
-    return update.spec.rule
+    return tx.update.spec.rule
 
 
 CASES = (
@@ -102,5 +99,5 @@ MEMBERS = tuple({type(case.member): case for case in reversed(CASES)}.values())
 
 
 def name(case: Case) -> str:
-    """pytest's id of a row."""
+    """Pytest's id of a row."""
     return case.name

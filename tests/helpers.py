@@ -27,7 +27,8 @@ def trajectory(
     def run(params: jax.Array, grads: jax.Array) -> tuple[jax.Array, jax.Array]:
         def step(carry: tuple[jax.Array, optax.OptState], g: jax.Array) -> Any:
             p, state = carry
-            u, state = tx.update(g, state, p)
+            updates, state = tx.update(g, state, p)
+            u = jnp.asarray(updates)
             p = p + u
             return (p, state), (p, u)
 

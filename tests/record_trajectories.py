@@ -138,7 +138,7 @@ KERAS: Rows = {
 
 def record_torch(this: Problem, row: str, name: str, arguments: Mapping[str, object]) -> Array:
     """Parameters after the steps RECORDED, [5, 64]."""
-    import torch  # noqa: PLC0415
+    import torch
 
     def tensor(x: Array) -> torch.Tensor:
         return torch.from_numpy(x.view(np.complex128) if row.startswith("complex") else x).clone()
@@ -160,7 +160,7 @@ def record_torch(this: Problem, row: str, name: str, arguments: Mapping[str, obj
 def record_keras(this: Problem, row: str, name: str, arguments: Mapping[str, object]) -> Array:
     """Parameters after the steps RECORDED, [5, 64]."""
     del row
-    import keras  # noqa: PLC0415
+    import keras
 
     assert keras.config.floatx() == "float64"
     p = keras.Variable(this.params, dtype="float64", name="p")
@@ -202,13 +202,13 @@ def _save(framework: str, rows: Rows, record: Callable[..., Array], versions: di
 def main(frameworks: list[str]) -> None:
     for framework in frameworks or ["torch", "keras"]:
         if framework == "torch":
-            import torch  # noqa: PLC0415
+            import torch
 
             torch.set_default_dtype(torch.float64)  # NAdam's running product of momenta has the default dtype
             _save("torch", TORCH, record_torch, {"torch": torch.__version__})
         elif framework == "keras":
             os.environ.setdefault("KERAS_BACKEND", "torch")
-            import keras  # noqa: PLC0415
+            import keras
 
             keras.config.set_floatx("float64")
             _save("keras", KERAS, record_keras, {"keras": keras.__version__, "backend": keras.config.backend()})

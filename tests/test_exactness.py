@@ -37,7 +37,7 @@ def test_error_of_the_update_is_below_1e_6(given: Any, b2: float) -> None:
 
 
 def test_the_measure_sees_an_inexact_optimizer() -> None:
-    errors = measure(lambda beta: optax.adam(1e-3, b2=beta), 0.99999, 0.99999, steps=100)
+    errors = measure(lambda beta: optax.adam(1e-3, b2=jnp.asarray(beta)), 0.99999, 0.99999, steps=100)
     assert max(errors.values()) > 1e-5
 
 
@@ -71,5 +71,5 @@ def test_bias_weight_of_a_changing_beta() -> None:
         weight = weigh(beta, weight)
         return weight, weight.value
 
-    found = jax.lax.scan(step, Weight(jnp.zeros(()), jnp.zeros(())), betas)[1]
+    found = jax.lax.scan(step, Weight(jnp.zeros(()), jnp.zeros(())), jnp.asarray(betas))[1]
     np.testing.assert_allclose(found, 1 - np.cumprod(np.float64(betas)), rtol=2e-7)

@@ -68,6 +68,7 @@ def test_nnx_optimizer(case: Case) -> None:
     model = NnxMLP(nnx.Rngs(0))
     weights = {"mask": adam_fn.masks.path("*kernel*"), "frozen": adam_fn.masks.path("first/bias*")}
     optimizer = nnx.Optimizer(model, case.make(0.02, weight_decay=1e-4, mu_dtype="bfloat16", **weights), wrt=nnx.Param)
+    assert model.first.bias is not None
     bias = jnp.copy(model.first.bias[...])
 
     @nnx.jit
@@ -78,6 +79,7 @@ def test_nnx_optimizer(case: Case) -> None:
 
     losses = [float(step(model, optimizer)) for _ in range(60)]
     assert losses[-1] < 0.5 * losses[0]
+    assert model.first.bias is not None
     np.testing.assert_array_equal(model.first.bias[...], bias)
     assert int(optimizer.opt_state.count[...]) == 60
     assert optimizer.opt_state.slots["mu"].first.kernel[...].dtype == jnp.bfloat16

@@ -43,10 +43,10 @@ def test_composition() -> None:
             chain = optax.chain(adam_fn.transform(a), adam_fn.transform(b))
             updates = []
             for tx in (ab, chain):
-                state = tx.init(params)
+                state, u = tx.init(params), params
                 for g in grads:
                     u, state = tx.update(g, state, params)
-                updates.append(u)
+                updates.append(jnp.asarray(u))
             found.append((updates[0], updates[1]))
         return found
 

@@ -37,8 +37,7 @@ def test_every_kind_of_leaf(case: Case, weight_decay: float | None) -> None:
         updates, state = tx.update(grads, state, params)
         assert updates["none"] is None
         assert updates["bool"] is None  # As its gradient is.
-        new = optax.apply_updates(params, {**updates, "bool": jnp.zeros(2, bool)})
-        assert isinstance(new, dict)
+        new: Any = optax.apply_updates(params, {**updates, "bool": jnp.zeros(2, bool)})
         jax.tree.map(lambda a, b: (a.dtype, a.shape) == (b.dtype, b.shape) or pytest.fail(), params, new)
         np.testing.assert_array_equal(new["int"], params["int"])
         assert (new["w"] < params["w"]).all()
@@ -75,7 +74,7 @@ def test_complex_is_two_reals(case: Case) -> None:
     complex_params = (params[:4] + 1j * params[4:]).astype(np.complex64)
     _, found = trajectory(case.make(), complex_grads, complex_params, jnp.complex64)
     assert found.dtype == np.complex64
-    np.testing.assert_allclose(np.concatenate([found.real, found.imag], axis=1), expected, rtol=2e-6, atol=1e-9)
+    np.testing.assert_allclose(np.concatenate([np.real(found), np.imag(found)], axis=1), expected, rtol=2e-6, atol=1e-9)
 
 
 def _bad(message: str, **changes: Any) -> Any:
@@ -116,7 +115,7 @@ def test_states_that_do_not_fit() -> None:
         tx.update(params, adam_fn.amsgrad(1e-3).init(params), params)
     with pytest.raises(ValueError, match=r"state's mu of \['w'\] has \(shape, dtype\).*expected"):
         tx.update(params, tx.init({"w": jnp.ones((1, 3))}), params)
-    with pytest.raises(ValueError, match=r"the state's mu must have the structure of the parameters: \['w'\] is missing"):
+    with pytest.raises(ValueError, match=r"the state's mu must have the structure .*: \['w'\] is missing"):
         tx.update(params, tx.init({"v": jnp.ones((3, 1))}), params)
     with pytest.raises(ValueError, match="weight decay needs the parameters"):
         adam_fn.adamw(1e-3).update(params, adam_fn.adamw(1e-3).init(params))

@@ -63,6 +63,7 @@ def test_multi_steps_averages(case: Case) -> None:
     expected, _ = tx.update(mean, state, PARAMS)
     multi = optax.MultiSteps(tx, 3)
     multi_state = multi.init(PARAMS)
+    updates: Any = None
     for i, g in enumerate(GRADS[:3]):
         updates, multi_state = multi.update(g, multi_state, PARAMS)
         if i < 2:
@@ -72,7 +73,8 @@ def test_multi_steps_averages(case: Case) -> None:
 
 def test_apply_if_finite_skips() -> None:
     tx = optax.apply_if_finite(adam_fn.adam(0.1), 5)
-    state = tx.init(PARAMS)
+    state: Any = tx.init(PARAMS)
+    after: Any
     bad = jax.tree.map(lambda g: g.at[0].set(jnp.nan), GRADS[0])
     updates, after = tx.update(bad, state, PARAMS)
     chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, PARAMS))
@@ -135,7 +137,7 @@ def test_tree_utilities(case: Case) -> None:
 def test_lookahead() -> None:
     tx = optax.lookahead(adam_fn.adam(0.1), sync_period=2, slow_step_size=0.5)
     peer = optax.lookahead(optax.adam(0.1), sync_period=2, slow_step_size=0.5)
-    params = [optax.LookaheadParams.init_synced(PARAMS)] * 2
+    params: list[Any] = [optax.LookaheadParams.init_synced(PARAMS)] * 2
     states = [tx.init(params[0]), peer.init(params[1])]
     for g in GRADS:
         for i, each in enumerate((tx, peer)):
@@ -167,13 +169,10 @@ def test_second_call_does_not_recompile(case: Case) -> None:
 
 
 def test_leaf_is_traced_once_for_equal_leaves() -> None:
-    from adam_fn.execute import run_leaf
-
     jax.clear_caches()
     params = {str(i): jnp.ones(7) for i in range(20)} | {f"m{i}": jnp.ones((7, 2)) for i in range(20)}
     tx = adam_fn.adam(1e-3)
     text = jax.jit(tx.update).lower(params, tx.init(params), params).as_text()
-    assert run_leaf.__wrapped__.__name__ == "body"
     assert text.count("func.func private @body") == 2
 
 
@@ -216,7 +215,7 @@ def test_make_step_donates_and_works_in_place(case: Case) -> None:
         params, state = step(params, state, g)
     assert all(x.is_deleted() for x in jax.tree.leaves(first))
     chex.assert_trees_all_close(params, expected, rtol=1e-6)
-    text = step.lower(params, state, GRADS[0]).compile().as_text()
+    text = step.lower(params, state, GRADS[0]).compile().as_text() or ""
     donated = text.split("input_output_alias={")[1].split("entry_computation_layout")[0].count("alias)")
     assert donated == len(jax.tree.leaves((params, state)))
     assert compilations(step) == 1

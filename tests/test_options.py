@@ -77,7 +77,7 @@ def test_static_argument_of_jit() -> None:
     def plain(x: jax.Array) -> jax.Array:
         return x
 
-    def step(tx: optax.GradientTransformation, p: jax.Array) -> jax.Array:
+    def step(tx: adam_fn.Transformation, p: jax.Array) -> jax.Array:
         return tx.update(p, tx.init(p), p)[0]
 
     jitted = jax.jit(step, static_argnums=0)
@@ -127,7 +127,7 @@ def test_bad_options_name_the_argument() -> None:
         adam_fn.adam(1e-3, weight_decay=0.1, decay="L2")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="weight_decay is not given"):
         adam_fn.adam(1e-3, mask=True)
-    with pytest.raises(ValueError, match="momentum_decay .* needs nesterov=True"):
+    with pytest.raises(ValueError, match=r"momentum_decay .* needs nesterov=True"):
         adam_fn.adam(1e-3, momentum_decay=4e-3)
     with pytest.raises(ValueError, match="floating dtype, got int8"):
         adam_fn.adam(1e-3, nu_dtype="int8")
@@ -210,7 +210,9 @@ def test_learning_rate_override() -> None:
 def test_first_update_sees_schedule_of_zero() -> None:
     """NEEDS row 26."""
     seen = [0.0, 1.0, 10.0]
-    _, updates = trajectory(adam_fn.adam(lambda count: jnp.asarray(seen)[count]), np.ones((3, 2), np.float32), PARAMS[:2])
+    _, updates = trajectory(
+        adam_fn.adam(lambda count: jnp.asarray(seen)[count]), np.ones((3, 2), np.float32), PARAMS[:2]
+    )
     np.testing.assert_allclose(-updates[:, 0], seen, rtol=1e-6)
 
 

@@ -61,7 +61,7 @@ FORMULAS: dict[str, tuple[Any, Callable[[int], float]]] = {
     "warm_restarts-constant": (schedules.warm_restarts(130, 1), lambda c: _warm_restarts(130, 1, 0, 1)(c)[0]),
     "normalized_weight_decay": (
         RESTARTS.weight_decay(0.05),
-        lambda c: (lambda eta, length: eta * 0.05 / math.sqrt(length))(*_warm_restarts(100, 2.0, 0.1, 0.9)(c)),
+        lambda c: _warm_restarts(100, 2.0, 0.1, 0.9)(c)[0] * 0.05 / math.sqrt(_warm_restarts(100, 2.0, 0.1, 0.9)(c)[1]),
     ),
 }
 

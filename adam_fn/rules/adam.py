@@ -6,7 +6,6 @@ from typing import Unpack
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.typing import DTypeLike
 
 from adam_fn.options import CommonOptions, DecayOptions, alias, optimizer
@@ -27,7 +26,7 @@ from adam_fn.rule import (
     weigh,
 )
 from adam_fn.schedules import nadam_momentum
-from adam_fn.transform import Mask
+from adam_fn.transform import Mask, Transformation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,13 +115,14 @@ def adam(
     momentum_decay: Hyper | None = None,
     eps_hat: bool = False,
     **options: Unpack[DecayOptions],
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Adam (Kingma and Ba, arXiv 1412.6980): ``p ← p - α m̂/(√v̂ + ε)``; see the rule `Adam` for the rest.
 
     Args:
       learning_rate: α, a number, a 0-d array or a schedule (a function of the step; the first update sees 0), as is
         every hyperparameter here.
-      b1, b2: the decay rates of the moments, in [0, 1).
+      b1: the decay rate of the first moment, in [0, 1).
+      b2: the decay rate of the second moment, in [0, 1).
       eps: added to the denominator, in units of the gradient.
       eps_root: added inside the root, in units of the squared gradient.
       mu_dtype: the dtype in which the first moment is stored; float32 whatever the gradients are, unless given.
@@ -153,7 +153,7 @@ def adamw(
     momentum_decay: Hyper | None = None,
     eps_hat: bool = False,
     **options: Unpack[CommonOptions],
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101): `adam` with ``p ← p - α(m̂/(√v̂ + ε) + λp)``.
 
     `weight_decay` is λ, times the learning rate as in torch and optax; ``decay="independent"`` is the paper's form.
@@ -176,7 +176,7 @@ def nadam(
     momentum_decay: Hyper | None = None,
     eps_hat: bool = False,
     **options: Unpack[DecayOptions],
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """NAdam (Dozat, ICLR 2016 workshop): `adam` with Nesterov's momentum.
 
     The momentum is constant, as in optax; ``momentum_decay=0.004`` gives the paper's and torch's schedule,
@@ -201,7 +201,7 @@ def nadamw(
     momentum_decay: Hyper | None = None,
     eps_hat: bool = False,
     **options: Unpack[CommonOptions],
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """NAdam with decoupled weight decay: `adamw` with Nesterov's momentum (see `nadam`)."""
     rule = Adam(b1, b2, eps, eps_root, nesterov, momentum_decay, eps_hat)
     return optimizer(rule, learning_rate, mu_dtype=mu_dtype, weight_decay=weight_decay, mask=mask, **options)

@@ -6,11 +6,10 @@ from typing import Unpack
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from adam_fn.options import MuOptions, Options, alias, optimizer
 from adam_fn.rule import Beta, Clock, Hyper, NonNegative, Rule, Slot, Weight, ema, quotient, shifted, weigh
-from adam_fn.transform import Mask
+from adam_fn.transform import Mask, Transformation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +61,16 @@ def adamax(
     *,
     eps_hat: bool = False,
     **options: Unpack[Options],
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """AdaMax (Kingma and Ba, arXiv 1412.6980, section 7.1): ``p ← p - α m̂/v``, ``v ← max(β₂v, |g| + ε)``.
 
     The paper's α is 0.002 and its ε is 0; torch and optax have it inside the maximum, as here.
 
     Args:
-      learning_rate, b1, b2, eps: numbers, 0-d arrays or schedules; `b1` and `b2` in [0, 1).
+      learning_rate: α, a number, a 0-d array or a schedule, as is every hyperparameter here.
+      b1: the decay rate of the first moment, in [0, 1).
+      b2: the decay rate of the maximum, in [0, 1).
+      eps: in units of the gradient.
       eps_hat: ε is added to v outside the maximum (Keras).
       **options: see `adam_fn.options.Options`.
     """
@@ -86,6 +88,6 @@ def adamaxw(
     *,
     eps_hat: bool = False,
     **options: Unpack[MuOptions],
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """`adamax` with decoupled weight decay: ``p ← p - α(m̂/v + λp)``, λ = `weight_decay`."""
     return optimizer(AdaMax(b1, b2, eps, eps_hat), learning_rate, weight_decay=weight_decay, mask=mask, **options)

@@ -6,12 +6,12 @@ from typing import Unpack
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.typing import DTypeLike
 
 from adam_fn.options import DecayOptions, alias, optimizer
 from adam_fn.rule import Clock, Hyper, Slot, ema
 from adam_fn.rules.adam import Adam
+from adam_fn.transform import Transformation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +60,10 @@ def amsgrad(
     *,
     eps_hat: bool = False,
     **options: Unpack[DecayOptions],
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """AMSGrad (Reddi, Kale and Kumar, arXiv 1904.09237): ``p ← p - α m̂/(√(max v/w₂ + ε_root) + ε)``.
 
-    The maximum is of the raw second moments, then corrected (torch, Keras); with both corrections off it is the paper's.
+    The maximum is of the raw second moments, then corrected (torch, Keras); without both corrections it is the paper's.
     The other arguments are those of `adam`.
     """
     rule = AMSGrad(

@@ -6,11 +6,11 @@ from typing import Unpack
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from adam_fn.options import Options, alias, optimizer
 from adam_fn.rule import Clock, Hyper, NonNegative, Slot, Weight, ema, one_minus, weigh
 from adam_fn.rules.adam import Adam
+from adam_fn.transform import Transformation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +68,12 @@ def radam(
     eps_hat: bool = False,
     degenerated_to_sgd: bool = True,
     **options: Unpack[Options],
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """RAdam (Liu et al., arXiv 1908.03265): `adam` times r, see the rule `RAdam`.
 
-    Args:
-      learning_rate, b1, b2, eps, eps_root, nesterov, eps_hat: as in `adam`; torch has ``eps_hat=True``.
-      threshold: the length ρ of the average from which on the step is adaptive.
-      degenerated_to_sgd: before that, step by m̂ (the paper, optax, torch); otherwise not at all (the authors' code).
-      **options: see `adam_fn.options.Options`.
+    The step is adaptive from where the length ρ of the average reaches `threshold`. Before that it is by m̂ (the paper,
+    optax, torch), or without `degenerated_to_sgd` there is none (the authors' code). The other arguments are those of
+    `adam`; torch has ``eps_hat=True``.
     """
     rule = RAdam(
         b1,
@@ -110,7 +108,6 @@ class AdaBelief(Adam):
         return ema(self.b2, nu, surprise * surprise) + self.eps_each
 
 
-
 @alias
 def adabelief(
     learning_rate: Hyper,
@@ -122,12 +119,14 @@ def adabelief(
     nesterov: bool = False,
     eps_hat: bool = False,
     **options: Unpack[Options],
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """AdaBelief (Zhuang et al., arXiv 2010.07468): ``p ← p - α m̂/(√(s/w₂) + ε)``, see the rule `AdaBelief`.
 
     The arguments are those of `adam`, but `eps_root` is the rule's ε_each: added to s at every step, it accumulates.
     """
-    return optimizer(AdaBelief(b1, b2, eps, eps_each=eps_root, nesterov=nesterov, eps_hat=eps_hat), learning_rate, **options)
+    return optimizer(
+        AdaBelief(b1, b2, eps, eps_each=eps_root, nesterov=nesterov, eps_hat=eps_hat), learning_rate, **options
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +159,7 @@ def yogi(
     b2: Hyper = 0.999,
     eps: Hyper = 1e-3,
     **options: Unpack[Options],
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Yogi (Zaheer et al., NeurIPS 2018): `adam` with ``v ← v - (1-β₂) sign(v - g²) g²``, see the rule `Yogi`.
 
     The arguments are those of `adam`.
