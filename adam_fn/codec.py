@@ -49,8 +49,7 @@ class Cast(Codec):
         return x if self.dtype is None else x.astype(self.dtype)
 
     def decode(self, stored: Stored, dtype: DTypeLike) -> jax.Array:
-        assert isinstance(stored, jax.Array)
-        return stored.astype(dtype)
+        return jnp.asarray(stored, dtype)
 
 
 @functools.cache

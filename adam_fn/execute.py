@@ -47,7 +47,12 @@ def body(
     clock = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, clock)
     slots = {name: codecs[name].decode(x, dtype) for name, x in stored.items()}
     param = None if p is None else as_real(p).astype(dtype)
-    u, new = rule.leaf(_widened(as_real(g), dtype), param, slots, clock)
+    gradient = _widened(as_real(g), dtype)
+    u, new = rule.leaf(gradient, param, slots, clock)
+    found = {"update": u.shape} | {name: x.shape for name, x in new.items()}
+    expected = {"update": gradient.shape} | {name: x.shape for name, x in slots.items()}
+    if found != expected:
+        raise ValueError(f"{type(rule).__name__}.leaf returned shapes {found}, expected {expected}")
     if jnp.iscomplexobj(g):
         u = jax.lax.complex(*u)
     return u.astype(g.dtype), {name: codecs[name].encode(x) for name, x in new.items()}

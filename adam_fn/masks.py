@@ -33,7 +33,8 @@ class path:
     """The leaves whose path matches one of the patterns, or with ``invert=True`` none of them.
 
     A leaf's path is its keys joined by ``/``, as in ``layers/0/kernel``; the patterns are those of `fnmatch` (``*``
-    matches ``/`` as well) and must match the whole path: ``path("*bias", "*norm*", invert=True)``.
+    matches ``/`` as well) and must match the whole path: ``path("*bias", "*norm*", invert=True)``. The ``.value`` of a
+    boxed parameter (of an `nnx.State`, of `flax.linen.Partitioned`) is not part of its path.
     """
 
     patterns: tuple[str, ...]
@@ -48,6 +49,8 @@ class path:
 
     def __call__(self, params: PyTree) -> PyTree:
         def matches(keys: jax.tree_util.KeyPath, _: object) -> bool:
+            if keys and keys[-1] == jax.tree_util.GetAttrKey("value"):
+                keys = keys[:-1]
             name = jax.tree_util.keystr(keys, simple=True, separator="/")
             return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.patterns) != self.invert
 

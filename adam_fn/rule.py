@@ -118,6 +118,11 @@ def quotient(numerator: jax.Array, denominator: jax.Array, eps: Scalar) -> jax.A
     return numerator / jnp.where(denominator == 0, 1, denominator)
 
 
+def square(x: jax.Array) -> jax.Array:
+    """``x²``, at most a quarter of the largest number: once v is infinite, ``v + (1-β)(g² - v)`` is nan for ever."""
+    return jnp.minimum(x * x, 2.0 ** (jnp.finfo(x.dtype).maxexp - 2))
+
+
 def shifted(x: jax.Array, constant: Scalar) -> jax.Array:
     """``x + constant``, without the addition where the constant is the number 0 (XLA has to keep ``x + 0``)."""
     return x if isinstance(constant, float) and constant == 0 else x + constant
@@ -226,6 +231,8 @@ class Rule:
 
     def __rshift__(self, other: "Rule") -> "Chain":
         """``a >> b``: the update of `a` is the gradient of `b`."""
+        if not isinstance(other, Rule):
+            return NotImplemented
         return Chain(self.parts() + other.parts())
 
 

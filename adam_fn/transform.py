@@ -34,11 +34,13 @@ class State(NamedTuple):
       count: the number of updates made so far, an int32 scalar; schedules see it.
       weights: the bias weights, float32 (float64 with float64 parameters) of shape ``[n, 2]``: the weight, which is
         ``1 - β**count`` for a constant β, and its rounding remainder.
+        ``()`` for a rule that has none (checkpointers refuse empty arrays).
       slots: by name (``"mu"``, ``"nu"``, …) a tree with the structure of the parameters: the raw, uncorrected moments.
+        Those of a complex parameter are two reals, of shape ``(2, *shape)``.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    weights: jax.Array
+    weights: jax.Array | tuple[()]
     slots: dict[str, PyTree]
 
 
@@ -93,6 +95,8 @@ class _Leaves:
 
     def spread(self, name: str, mask: Mask, tree: PyTree) -> list[bool]:
         """One boolean a leaf."""
+        if not self.leaves:  # A placeholder for the parameters, as of `optax.tree_map_params`.
+            return []
         if callable(mask):
             mask = _fixed_mask(name, mask(tree))
         if not isinstance(mask, _Tree):
@@ -100,7 +104,10 @@ class _Leaves:
         found: list[bool] = []
 
         def add(value: bool | None, below: PyTree) -> None:
-            found.extend([bool(value)] * len(_Leaves(below).leaves))
+            leaves = _Leaves(below).leaves
+            if value is None and any(leaf is not None for leaf in leaves):
+                raise TypeError("None stands for a parameter")
+            found.extend([bool(value)] * len(leaves))
 
         try:
             jax.tree.map(add, mask.tree, tree, is_leaf=lambda x: x is None)
@@ -113,14 +120,26 @@ class _Leaves:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Spec:
-    """Everything that defines a transformation. A pytree: its leaves are the hyperparameters given as arrays."""
+    """Everything that defines a transformation. A pytree: its leaves are the hyperparameters given as arrays.
+
+    Compared by value, but arrays by identity: they may be tracers.
+    """
 
     rule: Rule
     codecs: tuple[tuple[str, Codec], ...] = dataclasses.field(metadata={"static": True})
     mask: Hashable = dataclasses.field(metadata={"static": True})
     frozen: Hashable = dataclasses.field(metadata={"static": True})
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Spec):
+            return NotImplemented
+        (ours, treedef), (theirs, other_treedef) = jax.tree.flatten(self), jax.tree.flatten(other)
+        return treedef == other_treedef and all(a is b for a, b in zip(ours, theirs, strict=True))
+
+    def __hash__(self) -> int:
+        return hash(jax.tree.structure(self))
 
     def trained(self, leaves: _Leaves, tree: PyTree) -> list[bool]:
         """Which leaves are trained: floating or complex, and not frozen."""
@@ -178,7 +197,8 @@ def _init(spec: _Spec, params: PyTree) -> State:
         ]
         slots[name] = _gather(leaves, codec, stored)
     double = any(compute_dtype(jnp.result_type(p)) == jnp.float64 for p in itertools.compress(leaves.leaves, trained))
-    weights = jnp.zeros((spec.rule.weights, 2), jnp.float64 if double else jnp.float32)
+    shape = (spec.rule.weights, 2)
+    weights = jnp.zeros(shape, jnp.float64 if double else jnp.float32) if shape[0] else ()
     return State(jnp.zeros((), jnp.int32), weights, slots)
 
 
@@ -237,7 +257,10 @@ def _update(
     rule = spec.rule.at(state.count)
     decays = [True] * len(trained) if spec.mask is None else leaves.spread("mask", spec.mask, reference)
     rules = {True: rule, False: rule.without(Decay)}
-    weights = rule.weigh([Weight(*row) for row in state.weights], state.count)
+    old_weights = [Weight(*row) for row in state.weights]
+    if len(old_weights) != rule.weights:
+        raise ValueError(f"the state has {len(old_weights)} bias weights, but {spec.rule} has {rule.weights}")
+    weights = rule.weigh(old_weights, state.count)
     clock = Clock(state.count, tuple(weight.value for weight in weights), learning_rate)
 
     updates: list[jax.Array | None] = []
@@ -288,7 +311,11 @@ class Update:
     ) -> tuple[PyTree, State]:
         del extra_args  # Meant for other links of a chain.
         if not isinstance(state, State) or set(state.slots) != set(dict(self.spec.codecs)):
-            raise TypeError(f"this is not a state of {self.spec.rule}: {type(state).__name__}")
+            found = f"State with the slots {sorted(state.slots)}" if isinstance(state, State) else type(state).__name__
+            expected = sorted(dict(self.spec.codecs))
+            raise TypeError(
+                f"expected an adam_fn.State with the slots {expected}, got a {found}: not a state of this one"
+            )
         if isinstance(learning_rate, (int, float, np.generic)):
             learning_rate = float(learning_rate)  # One type, one compilation.
         elif learning_rate is not None and jnp.shape(learning_rate) != ():
@@ -326,6 +353,11 @@ def transform(
         of it, or a function of the parameters that returns one (see `adam_fn.masks`); all by default.
       frozen: the leaves that are not trained: no moments and a zero update; none by default.
     """
+    if not isinstance(rule, Rule):
+        raise TypeError(f"transform takes a rule, such as Adam() >> Rate(1e-3), got {rule!r}")
+    for name, codec in (storage or {}).items():
+        if not isinstance(codec, Codec):
+            raise TypeError(f"storage[{name!r}] must be a codec, such as Cast({codec!r}), got {codec!r}")
     unknown = set(storage or {}) - set(rule.slots)
     if unknown:
         raise ValueError(f"storage for {sorted(unknown)}, but the slots of {rule} are {sorted(rule.slots)}")

@@ -109,10 +109,13 @@ def test_gradients_that_do_not_fit(grads: Any, message: str) -> None:
 def test_states_that_do_not_fit() -> None:
     params = {"w": jnp.ones((3, 1))}
     tx = adam_fn.adam(1e-3)
-    with pytest.raises(TypeError, match="not a state of"):
+    with pytest.raises(TypeError, match=r"slots \['mu', 'nu'\], got a tuple: not a state of"):
         tx.update(params, optax.adam(1e-3).init(params), params)
-    with pytest.raises(TypeError, match="not a state of"):
+    with pytest.raises(TypeError, match=r"got a State with the slots \['mu', 'nu', 'nu_max'\]: not a state of"):
         tx.update(params, adam_fn.amsgrad(1e-3).init(params), params)
+    for other in (adam_fn.adamax, adam_fn.radam):
+        with pytest.raises(ValueError, match=r"the state has . bias weights, but .* has 2"):
+            tx.update(params, other(1e-3).init(params), params)
     with pytest.raises(ValueError, match=r"state's mu of \['w'\] has \(shape, dtype\).*expected"):
         tx.update(params, tx.init({"w": jnp.ones((1, 3))}), params)
     with pytest.raises(ValueError, match=r"the state's mu must have the structure .*: \['w'\] is missing"):
@@ -127,6 +130,27 @@ def test_params_are_optional_without_decay() -> None:
     with_params, _ = tx.update(params, tx.init(params), params)
     without, _ = tx.update(params, tx.init(params))
     np.testing.assert_array_equal(with_params["w"], without["w"])
+
+
+def test_state_of_numpy_arrays() -> None:
+    """As a checkpoint gives it back, in eager use, compiled or not."""
+    params = {"w": jnp.ones((3, 1))}
+    tx = adam_fn.adam(1e-3)
+    state = jax.device_get(tx.init(params))
+    expected, _ = tx.update(params, state, params)
+    with jax.disable_jit():
+        found, _ = tx.update(params, state, params)
+    np.testing.assert_allclose(found["w"], expected["w"], rtol=1e-6)
+
+
+def test_rules_without_a_memory_have_no_empty_arrays() -> None:
+    """Checkpointers refuse arrays of no size."""
+    tx = adam_fn.transform(adam_fn.Rate(0.1))
+    state = tx.init(jnp.ones(3))
+    assert [x.shape for x in jax.tree.leaves(state)] == [()]
+    updates, state = tx.update(jnp.ones(3), state)
+    np.testing.assert_allclose(updates, -0.1, rtol=1e-6)
+    assert int(state.count) == 1
 
 
 def test_python_scalars_and_numpy_arrays_are_parameters() -> None:

@@ -128,6 +128,11 @@ def test_tree_utilities(case: Case) -> None:
     chex.assert_trees_all_close(optax.tree.get(doubled, "mu"), jax.tree.map(lambda x: 2 * x, mu))
     assert int(optax.tree.get(doubled, "count")) == 1
     chex.assert_trees_all_equal(optax.tree.get(doubled, "weights"), optax.tree.get(state, "weights"))
+    masked = case.make(
+        0.1, weight_decay=0.1, mask={"kernel": True, "bias": False}, frozen={"kernel": False, "bias": True}
+    )
+    same = optax.tree_utils.tree_map_params(masked, lambda x: x, masked.init(PARAMS))
+    chex.assert_trees_all_equal(same, masked.init(PARAMS))
     named = optax.tree_utils.tree_map_params(
         tx, lambda _, label: label, state, {"kernel": "k", "bias": "b"}, transform_non_params=lambda _: None
     )

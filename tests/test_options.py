@@ -1,5 +1,6 @@
 """Arguments: values, errors, equality, hashing, pickling, decay, masks."""
 
+import dataclasses
 import inspect
 import pickle
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from cases import CASES, MEMBERS, Case, name, rule_of
+from flax import nnx
 from helpers import compilations, random_gradients, trajectory
 
 import adam_fn
@@ -40,7 +42,9 @@ def test_optax_names_order_and_defaults(alias: Callable[..., Any]) -> None:
 def test_signature_lists_the_shared_options(alias: Callable[..., Any]) -> None:
     names = set(inspect.signature(alias).parameters)
     assert {"weight_decay", "mask", "decay", "frozen", "mu_dtype", "nu_dtype"} <= names
-    with pytest.raises(TypeError, match="unexpected keyword argument 'weight_decoy'"):
+    with pytest.raises(
+        TypeError, match=rf"{alias.__name__}\(\) got an unexpected .* 'weight_decoy'; its arguments are"
+    ):
         alias(1e-3, weight_decoy=0.1)
 
 
@@ -152,6 +156,7 @@ class _Unhashable:
         ({"w": True}, r"mask must have the structure of the parameters"),
         ({"w": True, "b": True, "c": True}, r"mask must have .*\['c'\] is not a parameter"),
         ({"w": {"x": True}, "b": True}, r"mask must have .*\['w'\]\['x'\] is not a parameter"),
+        ({"w": None, "b": True}, r"mask must have .*None stands for a parameter"),
         ({"w": 1.0, "b": True}, r"mask\['w'\] must be a Python bool, got 1.0"),
         (lambda p: {"w": True}, r"mask must have the structure of the parameters"),
         (lambda p: {"w": True, "b": jnp.ones(())}, r"mask\['b'\] must be a Python bool"),
@@ -231,6 +236,9 @@ def test_masks_by_rank_and_path() -> None:
     assert masks.path("*/kernel")(params) == expected
     assert masks.path("*bias", "norm/*", invert=True)(params) == expected
     assert masks.path("kernel")(params)["dense"]["kernel"] is False  # The whole path must match.
+    boxed = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
+    assert jax.tree.leaves(masks.path("*bias")(boxed)) == [True, False]
+    assert jax.tree.leaves(masks.path("value")({"value": jnp.ones(1)})) == [True]  # A key of a dict is not a box.
     with pytest.raises(TypeError, match="a pattern is a string"):
         masks.path(("a",))  # pyright: ignore[reportArgumentType]
 
@@ -242,3 +250,46 @@ def test_transform_of_a_rule_alone() -> None:
     np.testing.assert_allclose(updates["a"], -0.1, rtol=1e-6)
     np.testing.assert_array_equal(updates["b"], -jnp.zeros(2))
     assert rule_of(tx) == adam_fn.Decay(0.1) >> adam_fn.Rate(1.0)
+
+
+def test_array_hyperparameters_compare_by_identity() -> None:
+    rate = jnp.asarray(1e-3)
+    one, two = adam_fn.adam(rate), adam_fn.adam(rate)
+    assert one == two
+    assert hash(one) == hash(two)
+    assert one != adam_fn.adam(jnp.asarray(1e-3))
+    assert jax.jit(lambda tx, p: tx.init(p).count, static_argnums=0)(one, jnp.ones(2)) == 0
+
+
+def test_things_that_are_not_rules_or_codecs() -> None:
+    with pytest.raises(TypeError, match="transform takes a rule"):
+        adam_fn.transform(adam_fn.adam(1e-3))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="unsupported operand type"):
+        _ = adam_fn.Adam() >> optax.clip(1.0)  # pyright: ignore[reportOperatorIssue]
+    with pytest.raises(TypeError, match=r"storage\['mu'\] must be a codec"):
+        adam_fn.transform(adam_fn.Adam(), storage={"mu": jnp.bfloat16})  # pyright: ignore[reportArgumentType]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sloppy(adam_fn.Rule):
+    """A custom rule that returns what it should not."""
+
+    fault: str = ""
+
+    @property
+    def slots(self) -> Any:
+        return {"mu": adam_fn.Slot()}
+
+    def leaf(self, g: jax.Array, p: jax.Array | None, slots: Any, clock: adam_fn.Clock) -> Any:
+        if self.fault == "update":
+            return jnp.sum(g), slots
+        if self.fault == "slot":
+            return g, {"mu": jnp.sum(g)}
+        return g, {}
+
+
+@pytest.mark.parametrize("fault", ["update", "slot", "forgotten"])
+def test_results_of_a_custom_rule_are_checked(fault: str) -> None:
+    tx = adam_fn.transform(_Sloppy(fault))
+    with pytest.raises(ValueError, match=r"_Sloppy\.leaf returned shapes .* expected"):
+        tx.update(jnp.ones(3), tx.init(jnp.ones(3)))

@@ -132,4 +132,4 @@ def test_paper_beta1_decay_in_adam() -> None:
     for t in range(1, 5):
         updates, state = tx.update(jnp.ones(()), state)
         np.testing.assert_allclose(updates, -0.1 / math.sqrt(t), rtol=1e-6)
-    np.testing.assert_allclose(state.weights[0, 0], 1 - 0.9**4 * 0.5**6, rtol=1e-6)
+    np.testing.assert_allclose(jnp.asarray(state.weights)[0, 0], 1 - 0.9**4 * 0.5**6, rtol=1e-6)

@@ -23,6 +23,7 @@ from adam_fn.rule import (
     quotient,
     safe_sqrt,
     shifted,
+    square,
     weigh,
 )
 from adam_fn.schedules import nadam_momentum
@@ -78,7 +79,7 @@ class Adam(Rule):
 
     def second_moment(self, nu: jax.Array, g: jax.Array, mu: jax.Array) -> jax.Array:
         """The new v, from the old one and the new m."""
-        return ema(self.b2, nu, g * g)
+        return ema(self.b2, nu, square(g))
 
     def direction(self, mu: jax.Array, g: jax.Array, clock: Clock) -> jax.Array:
         """m̂"""

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from adam_fn.options import Options, alias, optimizer
-from adam_fn.rule import Clock, Hyper, NonNegative, Slot, Weight, ema, one_minus, weigh
+from adam_fn.rule import Clock, Hyper, NonNegative, Slot, Weight, ema, one_minus, square, weigh
 from adam_fn.rules.adam import Adam
 from adam_fn.transform import Transformation
 
@@ -104,8 +104,7 @@ class AdaBelief(Adam):
     eps_each: NonNegative = 1e-16
 
     def second_moment(self, nu: jax.Array, g: jax.Array, mu: jax.Array) -> jax.Array:
-        surprise = g - mu
-        return ema(self.b2, nu, surprise * surprise) + self.eps_each
+        return ema(self.b2, nu, square(g - mu)) + self.eps_each
 
 
 @alias
@@ -148,8 +147,8 @@ class Yogi(Adam):
         return {"mu": Slot(initial=1e-6), "nu": Slot(initial=1e-6, signed=False)}
 
     def second_moment(self, nu: jax.Array, g: jax.Array, mu: jax.Array) -> jax.Array:
-        square = g * g
-        return nu - one_minus(self.b2) * jnp.sign(nu - square) * square
+        squared = square(g)
+        return nu - one_minus(self.b2) * jnp.sign(nu - squared) * squared
 
 
 @alias
