@@ -7,6 +7,9 @@ RECORDED ("params/<row>", [5, 64]), and as text the class and arguments of every
 ("versions", JSON) and the fingerprint of the problem ("problem").
 """
 
+# torch and keras are the maintainer's own, and need not be there where the types are checked.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import hashlib
