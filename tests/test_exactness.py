@@ -73,3 +73,27 @@ def test_bias_weight_of_a_changing_beta() -> None:
 
     found = jax.lax.scan(step, Weight(jnp.zeros(()), jnp.zeros(())), jnp.asarray(betas))[1]
     np.testing.assert_allclose(found, 1 - np.cumprod(np.float64(betas)), rtol=2e-7)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_ema_forgets_what_is_far_larger(beta: float) -> None:
+    """From the far end, ``old + (1 - β)(new - old)``, the rounding of `old` would drown `new`."""
+    old, new = jnp.asarray(1e8, jnp.float32), jnp.asarray(1.0, jnp.float32)
+    expected = np.float64(np.float32(beta)) * 1e8 + (1 - np.float64(np.float32(beta)))
+    for given in (beta, jnp.asarray(beta, jnp.float32)):
+        np.testing.assert_allclose(adam_fn.ema(given, old, new), expected, rtol=1e-7)
+
+
+def test_the_count_stops_at_its_largest() -> None:
+    tx = adam_fn.adam(1e-3)
+    state = tx.init(jnp.ones(2))._replace(count=jnp.asarray(2**31 - 1, jnp.int32))
+    assert int(tx.update(jnp.ones(2), state)[1].count) == 2**31 - 1
+
+
+def test_nu_dtype_covers_every_second_moment() -> None:
+    slots = adam_fn.amsgrad(1e-3, nu_dtype="bfloat16").init(jnp.ones(2)).slots
+    assert {key: slot.dtype for key, slot in slots.items()} == {
+        "mu": jnp.float32,
+        "nu": jnp.bfloat16,
+        "nu_max": jnp.bfloat16,
+    }
