@@ -17,14 +17,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class CommonOptions(TypedDict, total=False):
-    """Keyword options of every optimizer.
+class StateOptions(TypedDict, total=False):
+    """What is kept between steps, and of which leaves.
 
     Attributes:
-      decay: what `weight_decay` means: ``"scaled"``, ``p - α(u + λp)`` (torch, optax); ``"independent"``,
-        ``p - αu - λp`` (the AdamW paper, arXiv 1711.05101; give λ as a schedule to let it follow one);
-        ``"l2"``, ``g + λp`` before the optimizer (what other frameworks' "Adam with weight decay" often is);
-        ``"proximal"``, ``(p - αu)/(1 + αλ)`` (Adan).
       frozen: leaves that are not trained, as a mask: no moments, a zero update.
       storage: how the moments are stored between steps: a codec for all of them, such as `Block(8)`, or codecs by name,
         `Storage(mu=Block(8), nu=Cast("bfloat16"))`; a name covers the slots that begin with it (nu, nu_max).
@@ -32,10 +28,22 @@ class CommonOptions(TypedDict, total=False):
         bfloat16 loses the changes of v below 0.4%: with β₂ above 0.996 that is all of them while gradients are steady.
     """
 
-    decay: Meaning
     frozen: Mask | None
     nu_dtype: DTypeLike | None
     storage: Codec | Mapping[str, Codec] | None
+
+
+class CommonOptions(StateOptions, total=False):
+    """Keyword options of every optimizer: `StateOptions`, and the meaning of its decay.
+
+    Attributes:
+      decay: what `weight_decay` means: ``"scaled"``, ``p - α(u + λp)`` (torch, optax); ``"independent"``,
+        ``p - αu - λp`` (the AdamW paper, arXiv 1711.05101; give λ as a schedule to let it follow one);
+        ``"l2"``, ``g + λp`` before the optimizer (what other frameworks' "Adam with weight decay" often is);
+        ``"proximal"``, ``(p - αu)/(1 + αλ)`` (Adan).
+    """
+
+    decay: Meaning
 
 
 class MuOptions(CommonOptions, total=False):

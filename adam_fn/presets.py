@@ -12,11 +12,11 @@ and Chainer's ``AdaBound``. Clipping (``clipvalue``, ``clip_gradients``, ...) is
 """
 
 import math
-from typing import Literal, TypedDict, Unpack
+from typing import Literal, Unpack
 
 from jax.typing import DTypeLike
 
-from adam_fn.options import Options, alias
+from adam_fn.options import Options, StateOptions, alias
 from adam_fn.rule import Hyper
 from adam_fn.rules.adam import adam, adamw, nadam
 from adam_fn.rules.adamax import adamax
@@ -25,16 +25,14 @@ from adam_fn.rules.variance import radam
 from adam_fn.transform import Mask, Transformation
 
 
-class Storage(TypedDict, total=False):
-    """`frozen`, `mu_dtype` and `nu_dtype`, as in `adam_fn.options.Options`."""
+class Kept(StateOptions, total=False):
+    """`StateOptions`, and `mu_dtype`: the dtype in which the first moments are stored; float32 by default."""
 
-    frozen: Mask | None
     mu_dtype: DTypeLike | None
-    nu_dtype: DTypeLike | None
 
 
-class Weights(Storage, total=False):
-    """`Storage`, and `weight_decay`, whose meaning is the framework's, with `mask`: the leaves that decay."""
+class Weights(Kept, total=False):
+    """`Kept`, and `weight_decay`, whose meaning is the framework's, with `mask`: the leaves that decay."""
 
     weight_decay: Hyper | None
     mask: Mask | None
@@ -51,7 +49,7 @@ _ADAM = {False: adam, True: amsgrad}
 
 @alias
 def tensorflow1_adam(
-    learning_rate: Hyper = 1e-3, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-8, **options: Unpack[Storage]
+    learning_rate: Hyper = 1e-3, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-8, **options: Unpack[Kept]
 ) -> Transformation:
     """TensorFlow 1's ``tf.train.AdamOptimizer``: ``p ← p - α_t m/(√v + ε)``.
 
@@ -69,7 +67,7 @@ def keras2_adam(
     eps: Hyper = 1e-7,
     *,
     amsgrad: bool = False,
-    **options: Unpack[Storage],
+    **options: Unpack[Kept],
 ) -> Transformation:
     """Keras 2's ``Adam``: ``p ← p - α_t m/(√v + ε)``; with `amsgrad` the maximum of all v so far for v.
 
@@ -82,7 +80,7 @@ def keras2_adam(
 
 @alias
 def keras2_adamax(
-    learning_rate: Hyper = 2e-3, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-7, **options: Unpack[Storage]
+    learning_rate: Hyper = 2e-3, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-7, **options: Unpack[Kept]
 ) -> Transformation:
     """Keras 2's ``Adamax``: ``p ← p - α m̂/(u + ε)``, ``u ← max(β₂u, |g|)``. There and source: as in `keras2_adam`."""
     return adamax(learning_rate, b1, b2, eps, eps_hat=True, **options)
@@ -95,7 +93,7 @@ def keras2_nadam(
     b2: Hyper = 0.999,
     eps: Hyper = 1e-7,
     momentum_decay: Hyper = 4e-3,
-    **options: Unpack[Storage],
+    **options: Unpack[Kept],
 ) -> Transformation:
     """Keras 2's ``Nadam``: `adam_fn.nadam` with the momenta ``β₁(1 - 0.96^(tψ)/2)``, ε beside ``√v̂``.
 
@@ -132,7 +130,7 @@ def keras3_adamw(
     *,
     amsgrad: bool = False,
     mask: Mask | None = None,
-    **options: Unpack[Storage],
+    **options: Unpack[Kept],
 ) -> Transformation:
     """Keras 3's ``AdamW``: `keras3_adam` with λ = 0.004, argument 2. Source: ``keras/src/optimizers/adamw.py``."""
     return _ADAM[amsgrad](learning_rate, b1, b2, eps, eps_hat=True, weight_decay=weight_decay, mask=mask, **options)
@@ -163,7 +161,7 @@ def keras3_nadam(
 
 @alias
 def blocks_adam(
-    learning_rate: Hyper = 2e-3, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-8, **options: Unpack[Storage]
+    learning_rate: Hyper = 2e-3, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-8, **options: Unpack[Kept]
 ) -> Transformation:
     """Blocks' ``Adam``: ``p ← p - α_t m/(√v + ε)``.
 
@@ -176,7 +174,7 @@ def blocks_adam(
 
 @alias
 def lasagne_adam(
-    learning_rate: Hyper = 1e-3, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-8, **options: Unpack[Storage]
+    learning_rate: Hyper = 1e-3, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-8, **options: Unpack[Kept]
 ) -> Transformation:
     """``lasagne.updates.adam``: ``p ← p - α_t m/(√v + ε)``. There: ``epsilon``. Source: ``lasagne/updates.py``."""
     return adam(learning_rate, b1, b2, eps, eps_hat=True, **options)
@@ -184,7 +182,7 @@ def lasagne_adam(
 
 @alias
 def lasagne_adamax(
-    learning_rate: Hyper = 2e-3, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-8, **options: Unpack[Storage]
+    learning_rate: Hyper = 2e-3, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-8, **options: Unpack[Kept]
 ) -> Transformation:
     """``lasagne.updates.adamax``: ``p ← p - α m̂/(u + ε)``, ``u ← max(β₂u, |g|)``. Source: ``lasagne/updates.py``."""
     return adamax(learning_rate, b1, b2, eps, eps_hat=True, **options)
@@ -192,7 +190,7 @@ def lasagne_adamax(
 
 @alias
 def lasagne_amsgrad(
-    learning_rate: Hyper = 1e-3, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-8, **options: Unpack[Storage]
+    learning_rate: Hyper = 1e-3, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-8, **options: Unpack[Kept]
 ) -> Transformation:
     """``lasagne.updates.amsgrad``: ``p ← p - α_t m/(√max v + ε)``, of the raw v. Source: ``lasagne/updates.py``."""
     return amsgrad(learning_rate, b1, b2, eps, eps_hat=True, **options)
@@ -305,7 +303,7 @@ def torch_adamw(
     *,
     amsgrad: bool = False,
     mask: Mask | None = None,
-    **options: Unpack[Storage],
+    **options: Unpack[Kept],
 ) -> Transformation:
     """``torch.optim.AdamW``: ``p ← p - α(m̂/(√v̂ + ε) + λp)``, λ = 0.01; `amsgrad` and names as in `torch_adam`.
 
@@ -366,7 +364,7 @@ def torch_radam(
 
 @alias
 def jax_adam(
-    learning_rate: Hyper, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-8, **options: Unpack[Storage]
+    learning_rate: Hyper, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-8, **options: Unpack[Kept]
 ) -> Transformation:
     """``jax.example_libraries.optimizers.adam``: ``p ← p - α m̂/(√v̂ + ε)``.
 
@@ -378,7 +376,7 @@ def jax_adam(
 
 @alias
 def jax_adamax(
-    learning_rate: Hyper, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-8, **options: Unpack[Storage]
+    learning_rate: Hyper, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-8, **options: Unpack[Kept]
 ) -> Transformation:
     """``jax.example_libraries.optimizers.adamax``: ``p ← p - α m̂/(u + ε)``, ``u ← max(β₂u, |g|)``; see `jax_adam`."""
     return adamax(learning_rate, b1, b2, eps, eps_hat=True, **options)
@@ -386,7 +384,7 @@ def jax_adamax(
 
 @alias
 def autograd_adam(
-    learning_rate: Hyper = 1e-3, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-8, **options: Unpack[Storage]
+    learning_rate: Hyper = 1e-3, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-8, **options: Unpack[Kept]
 ) -> Transformation:
     """HIPS autograd's ``adam``: ``p ← p - α m̂/(√v̂ + ε)``, α ``step_size``. Source: ``autograd/misc/optimizers.py``."""
     return adam(learning_rate, b1, b2, eps, **options)

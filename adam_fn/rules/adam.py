@@ -32,7 +32,41 @@ from adam_fn.transform import Mask, Transformation
 
 
 @dataclasses.dataclass(frozen=True)
-class Adam(Rule):
+class Moments(Rule):
+    """The two moving averages of the family, ``m ← β₁m + (1-β₁)g``, ``v ← β₂v + (1-β₂)g²``, and their bias weights.
+
+    Where `b1` is the number 0, m is g and is not stored.
+    """
+
+    b1: Beta = 0.9
+    b2: Beta = 0.999
+
+    @property
+    def slots(self) -> Mapping[str, Slot]:
+        first = {} if isinstance(self.b1, float) and self.b1 == 0 else {"mu": Slot()}
+        return {**first, "nu": Slot(signed=False)}
+
+    @property
+    def weights(self) -> int:
+        return 2
+
+    def weigh(self, weights: Sequence[Weight], count: jax.Array) -> Sequence[Weight]:
+        return weigh(self.b1, weights[0]), weigh(self.b2, weights[1])
+
+    def first_moment(self, slots: Slots, g: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The new m, and what is stored of it."""
+        if "mu" not in slots:
+            return g, {}
+        mu = ema(self.b1, slots["mu"], g)
+        return mu, {"mu": mu}
+
+    def second_moment(self, nu: jax.Array, g: jax.Array, mu: jax.Array) -> jax.Array:
+        """The new v, from the old one and the new m."""
+        return ema(self.b2, nu, square(g))
+
+
+@dataclasses.dataclass(frozen=True)
+class Adam(Moments):
     """Adam (arXiv 1412.6980, algorithm 1), and NAdam (Dozat, ICLR 2016 workshop) with `nesterov`.
 
     ::
@@ -45,13 +79,11 @@ class Adam(Rule):
     ``m̂ = μ₊ m/w₊ + (1-μ)g/w``, where μ is β₁, or with `momentum_decay` ψ the schedule ``β₁(1 - 0.96^(tψ)/2)`` of the
     paper and torch, w its bias weight, and ₊ the next step's (a
     scheduled β₁ is taken as it is now for both). With `eps_hat`, ε is the "epsilon hat" of the paper's
-    section 2, TensorFlow and Keras: ``u = (√w₂/w₁) m/(√v + ε)``. Where `b1` is the number 0, m is g and is not stored.
+    section 2, TensorFlow and Keras: ``u = (√w₂/w₁) m/(√v + ε)``.
 
     A variant replaces `second_moment` or another of the small methods: everything else is shared.
     """
 
-    b1: Beta = 0.9
-    b2: Beta = 0.999
     eps: NonNegative = 1e-8
     eps_root: NonNegative = 0.0
     nesterov: bool = False
@@ -63,32 +95,12 @@ class Adam(Rule):
         if self.momentum_decay is not None and not self.nesterov:
             raise ValueError("momentum_decay schedules the momentum of NAdam: it needs nesterov=True")
 
-    @property
-    def slots(self) -> Mapping[str, Slot]:
-        first = {} if isinstance(self.b1, float) and self.b1 == 0 else {"mu": Slot()}
-        return {**first, "nu": Slot(signed=False)}
-
-    @property
-    def weights(self) -> int:
-        return 2
-
     def weigh(self, weights: Sequence[Weight], count: jax.Array) -> Sequence[Weight]:
         return weigh(self.momentum(count), weights[0]), weigh(self.b2, weights[1])
 
     def momentum(self, count: jax.Array) -> Scalar:
         """NAdam's μ at a step; β₁ without a schedule."""
         return self.b1 if self.momentum_decay is None else nadam_momentum(self.b1, self.momentum_decay)(count)
-
-    def first_moment(self, slots: Slots, g: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The new m, and what is stored of it."""
-        if "mu" not in slots:
-            return g, {}
-        mu = ema(self.b1, slots["mu"], g)
-        return mu, {"mu": mu}
-
-    def second_moment(self, nu: jax.Array, g: jax.Array, mu: jax.Array) -> jax.Array:
-        """The new v, from the old one and the new m."""
-        return ema(self.b2, nu, square(g))
 
     def direction(self, mu: jax.Array, g: jax.Array, clock: Clock) -> jax.Array:
         """m̂"""

@@ -24,7 +24,7 @@ from adam_fn.rule import (
     square,
     weigh,
 )
-from adam_fn.rules.adam import Adam
+from adam_fn.rules.adam import Adam, Moments
 from adam_fn.transform import Mask, Transformation
 
 
@@ -318,7 +318,7 @@ def lion(
 
 
 @dataclasses.dataclass(frozen=True)
-class AdamAtan2(Rule):
+class AdamAtan2(Moments):
     """Adam-atan2 (arXiv 2407.05872): Adam without ε, invariant to the scale of the gradients.
 
     ::
@@ -329,30 +329,18 @@ class AdamAtan2(Rule):
     2α; gradients below 1e-19, whose squares are 0 in float32, take that step.
     """
 
-    b1: Beta = 0.9
     b2: Beta = 0.99
     a: NonNegative = 4 / math.pi
     b: NonNegative = 1.0
 
-    @property
-    def slots(self) -> Mapping[str, Slot]:
-        return {"mu": Slot(), "nu": Slot(signed=False)}
-
-    @property
-    def weights(self) -> int:
-        return 2
-
-    def weigh(self, weights: Sequence[Weight], count: jax.Array) -> Sequence[Weight]:
-        return weigh(self.b1, weights[0]), weigh(self.b2, weights[1])
-
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
-        mu = ema(self.b1, slots["mu"], g)
-        nu = ema(self.b2, slots["nu"], square(g))
+        mu, stored = self.first_moment(slots, g)
+        nu = self.second_moment(slots["nu"], g, mu)
         direction = mu * (1 / clock.weights[0])
         scale = self.b * safe_sqrt(nu * (1 / clock.weights[1]))
         # The derivative of atan2 at a scale of 0 is not finite; its value there is ±π/2, or 0 at 0.
         angle = jnp.arctan2(direction, jnp.where(scale == 0, 1, scale))
-        return self.a * jnp.where(scale == 0, math.pi / 2 * jnp.sign(direction), angle), {"mu": mu, "nu": nu}
+        return self.a * jnp.where(scale == 0, math.pi / 2 * jnp.sign(direction), angle), {**stored, "nu": nu}
 
 
 @alias
