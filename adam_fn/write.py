@@ -210,12 +210,14 @@ def master_weights(tx: optax.GradientTransformation, bits: int = 16) -> optax.Gr
 
     The master x is a float32; of it the parameter is the upper half, rounded to nearest (halves away from 0), and the
     state keeps the rest, an int16 r. Nothing is lost: training is that of float32, and the parameters are its rounding.
-    `tx` sees the masters as parameters, weight decay included, and gradients in float32; so its state is in float32
-    too. The updates are float32, and `optax.apply_updates` lands on q exactly.
+    (XLA may contract the addition and a multiplication in `tx`, in one program and not in another: then x differs in
+    the last bit.) `tx` sees the masters as parameters, weight decay included, and gradients in float32; so its state is
+    in float32 too. The updates are float32, and `optax.apply_updates` lands on q exactly.
 
     The remainder is added to whatever parameter is given. A parameter that was changed between two steps (tied,
     clipped, averaged, restored) is taken as it is, up to half a unit of its last place. bfloat16 is the only short
-    dtype: float16 and float8 are errors. Leaves of float32 and wider, integers and None go to `tx` as they are.
+    dtype: float16 and float8 are errors, since all float32 below 2⁻²⁵ are one float16, 0, and 2 bytes cannot tell them
+    apart. Leaves of float32 and wider, integers and None go to `tx` as they are.
 
     Gradients are best accumulated inside, in float32: ``master_weights(optax.MultiSteps(tx, n))``.
 
@@ -225,8 +227,8 @@ def master_weights(tx: optax.GradientTransformation, bits: int = 16) -> optax.Gr
 
     Args:
       tx: any optax transformation.
-      bits: 16 for float32 masters; 8 for masters of 24 bits (16 significant ones, rounded to nearest), whose steps
-        vanish below 2⁻¹⁷ of the parameter.
+      bits: 16 for float32 masters; 8 for masters of 24 bits (16 significant ones, rounded to nearest): each step is off
+        by up to 2⁻¹⁷ of the parameter, equal steps equally, and vanishes below that.
     """
     if bits not in (8, 16):
         raise ValueError(f"bits must be 8 or 16, got {bits}")
@@ -268,7 +270,8 @@ def _rounded(seed: jax.Array, count: jax.Array, updates: PyTree, params: PyTree)
     for i, (short, u, p) in enumerate(zip(tree.short, new, tree.leaves, strict=True)):
         if short and u is not None:
             x = p.astype(jnp.float32) + u.astype(jnp.float32)
-            new[i], _ = _landing(p, round_stochastically(x, random_bits(seed, count, i, p.shape)))
+            # ~i and not i: seed, step and leaf alone are the stream of a `Block` code in the slot of that number.
+            new[i], _ = _landing(p, round_stochastically(x, random_bits(seed, count, ~i, p.shape)))
     return tree.treedef.unflatten(new)
 
 
@@ -282,11 +285,14 @@ def stochastic_rounding(seed: int = 0) -> optax.GradientTransformationExtraArgs:
 
     ``tx = optax.chain(adam_fn.adam(1e-3), adam_fn.stochastic_rounding(0))``. The updates u' are float32, and
     `optax.apply_updates` lands on q exactly. The random bits depend on the seed, the step, the leaf's place in the tree
-    and the element's index, never on the sharding (see `adam_fn.noise`). Nothing but the step is stored.
+    and the element's index, never on the sharding (see `adam_fn.noise`). Nothing but the step is stored. A member of a
+    `vmap` or a shard of a `shard_map` is rounded as it would be alone, so members share their bits; to give each its
+    own, start them at distant steps: ``state._replace(count=jnp.arange(members) << 20)``.
 
     It rounds the updates that it gets. Those of this package have the gradient's dtype: give float32 gradients, or
-    bfloat16's 2⁻⁹ is the error of an update. An update below 2⁻²⁵ of its parameter vanishes in x. bfloat16 is the only
-    short dtype of parameters: float16 and float8 are errors. The updates of other leaves pass through.
+    bfloat16's 2⁻⁹ is the error of an update. An update below 2⁻²⁵ of its parameter vanishes in x, and where XLA takes
+    subnormal numbers as 0 (on CPU) so do they here. bfloat16 is the only short dtype of parameters: float16 and float8
+    are errors. The updates of other leaves pass through.
 
     Args:
       seed: an integer in [0, 2³²). Transformations of equal seeds use equal bits.

@@ -13,6 +13,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
+from helpers import compilations
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import adam_fn
@@ -37,7 +38,7 @@ def _patterns() -> np.ndarray:
     """Every bfloat16, subnormals and both zeros included, times ties and their neighbours; and random bits."""
     low = np.array([0, 1, 0x7F, 0x80, 0x81, 0x7F7F, 0x7F80, 0x7FFF, 0x8000, 0x8001, 0xFF7F, 0xFF80, 0xFFFF])
     every = (np.arange(0x10000)[:, None] << 16 | low).ravel()
-    return np.concatenate([every, RNG.integers(0, 2**32, 2**22)]).astype(np.uint32)
+    return np.concatenate([every, RNG.integers(0, 2**32, 2**24, np.uint32)]).astype(np.uint32)
 
 
 def _run(tx: Any, start: Any, grad: Callable[[Any, Any], Any], steps: int) -> tuple[Any, Any]:
@@ -56,6 +57,11 @@ def _run(tx: Any, start: Any, grad: Callable[[Any, Any], Any], steps: int) -> tu
     return run(start)
 
 
+def _step(tx: Any, p: Any, state: Any, g: Any) -> tuple[Any, Any]:
+    updates, state = tx.update(g, state, p)
+    return optax.apply_updates(p, updates), state
+
+
 # The masters.
 
 
@@ -72,8 +78,7 @@ def test_split_and_join_are_lossless() -> None:
     finite = (patterns & 0x7FFFFFFF) < 0x7F800000
     inside = (patterns & 0x7FFFFFFF) <= LARGEST
     np.testing.assert_array_equal(_bits(back)[inside], patterns[inside])
-    expected = (patterns.astype(np.uint64) + 0x8000) >> 16
-    np.testing.assert_array_equal(_bits(q)[inside], expected[inside])
+    np.testing.assert_array_equal(_bits(q)[inside], (patterns[inside] + 0x8000) >> 16)
     # The few above bfloat16's reach stay below it; inf and nan are what they were.
     np.testing.assert_array_equal(_bits(back)[finite & ~inside], (patterns & 0x80000000 | LARGEST)[finite & ~inside])
     np.testing.assert_array_equal(np.asarray(back)[~finite], x[~finite])
@@ -89,7 +94,7 @@ def test_masters_of_24_bits_are_the_nearest() -> None:
         return q, write.join(q, write.remainder(x, q, 8), 8)
 
     q, back = there_and_back(_floats(patterns))
-    expected = (patterns.astype(np.uint64) + 0x80) >> 8 << 8
+    expected = (patterns + 0x80) >> 8 << 8
     np.testing.assert_array_equal(_bits(back), expected)
     np.testing.assert_array_equal(_bits(q), (expected + 0x8000) >> 16)
 
@@ -108,30 +113,29 @@ def test_any_parameter_joins_any_remainder(bits: int) -> None:
     assert np.isfinite(up[:4]).all() and up[7] > 1 > down[7]
 
 
-SCALES = np.exp(RNG.uniform(-6, 3, 512)).astype(np.float32)
-CURVATURE = np.exp(RNG.uniform(-2, 2, 512)).astype(np.float32)
-PULL = jnp.asarray(RNG.standard_normal(512) * SCALES, jnp.float32)
+PULL = jnp.asarray(RNG.standard_normal(64) * np.exp(RNG.uniform(-6, 3, 64)), jnp.float32)
 
 
 @pytest.mark.parametrize("bits", [16, 8])
 def test_training_is_that_of_float32(bits: int) -> None:
-    """2,000 steps with decay and with noise in bfloat16: the masters are the float32 parameters, bit for bit."""
-    steps = 2000
-    start = jnp.asarray(RNG.standard_normal(512), BF16)
-    noise = jnp.asarray(RNG.standard_normal((steps, 512)) * CURVATURE, BF16)
+    """10,000 steps with decay and with noise in bfloat16: the masters are the float32 parameters, bit for bit."""
+    steps = 10_000 if bits == 16 else 2000
+    start = jnp.asarray(RNG.standard_normal(64), BF16)
     plain = adam_fn.adamw(3e-3, weight_decay=0.01)
-    tx: Any = write.master_weights(plain, bits)
 
-    exact, _ = _run(plain, start.astype(jnp.float32), lambda p, t: noise[t].astype(jnp.float32) - PULL, steps)
-    short, states = _run(tx, start, lambda p, t: noise[t].astype(jnp.float32) - PULL, steps)
+    def grad(p: Any, t: jax.Array) -> jax.Array:
+        noise = random_bits(0, t, 0, p.shape).astype(jnp.float32) * 2.0**-32 - 0.5
+        return noise.astype(BF16).astype(jnp.float32) - PULL
+
+    exact, _ = _run(plain, start.astype(jnp.float32), grad, steps)
+    short, states = _run(write.master_weights(plain, bits), start, grad, steps)
     masters = np.asarray(jax.jit(lambda p, r: write.join(p, r, bits))(short, states.remainder))
     expected = np.asarray(exact)
+    np.testing.assert_array_equal(_bits(short), (_bits(masters).astype(np.uint64) + 0x8000) >> 16)
     if bits == 16:
         np.testing.assert_array_equal(_bits(masters), _bits(expected))
-        np.testing.assert_array_equal(_bits(short), (_bits(expected).astype(np.uint64) + 0x8000) >> 16)
-        return
-    assert np.abs(masters - expected).max() < 5e-3 * np.abs(expected - expected[0]).max()
-    np.testing.assert_array_equal(_bits(short), (_bits(masters).astype(np.uint64) + 0x8000) >> 16)
+    else:
+        assert 0 < np.abs(masters - expected).max() < 2e-2 * np.abs(expected - expected[0]).max()
 
 
 def test_the_inner_transformation_sees_float32() -> None:
@@ -152,6 +156,21 @@ def test_the_inner_transformation_sees_float32() -> None:
     assert adam.init(p).inner.slots["mu"].dtype == jnp.float32
     eight: Any = write.master_weights(tx, 8)
     assert state.remainder.dtype == jnp.int16 and eight.init(p).remainder.dtype == jnp.int8
+
+
+def test_any_transformation_trains_as_in_float32() -> None:
+    """A norm over all leaves, a comparison of signs, stored codes, frozen leaves: they see the masters, bit for bit."""
+    start = {"w": jnp.asarray(RNG.standard_normal((64, 64)), BF16), "f": jnp.ones(3, BF16)}
+    noise = jax.tree.map(lambda p: jnp.asarray(RNG.standard_normal((20, *p.shape)), jnp.float32), start)
+    storage = adam_fn.Storage(mu=adam_fn.Cast("bfloat16"), nu=adam_fn.Block(8))
+    inner = adam_fn.cautious(adam_fn.adamw(0.01, storage=storage, frozen={"w": False, "f": True}))
+    plain = optax.chain(optax.clip_by_global_norm(1.0), inner)
+    grad = lambda p, t: jax.tree.map(lambda g: g[t], noise)  # noqa: E731
+    exact, _ = _run(plain, jax.tree.map(lambda p: p.astype(jnp.float32), start), grad, 20)
+    short, states = _run(write.master_weights(plain), start, grad, 20)
+    for key, p in short.items():
+        masters = np.asarray(write.join(p, states.remainder[key], 16))
+        np.testing.assert_array_equal(_bits(masters), _bits(exact[key]))
 
 
 @pytest.mark.parametrize("bits", [16, 8])
@@ -212,8 +231,19 @@ def test_infinite_parameters_stay() -> None:
 # Stochastic rounding.
 
 
+def test_the_mean_over_all_random_bits_is_exact() -> None:
+    """In value: subnormals, next to powers of two, both signs, up to the largest finite bfloat16."""
+    low = np.array([0, 1, 0x7FFF, 0x8000, 0xFFFF, 0x7F0001, 0x7F8000, 0x7FFFFF])
+    magnitudes = (np.array([0, 1, 2, 60, 126, 127, 128, 200, 253])[:, None] << 23 | low).ravel()
+    x = _floats(np.concatenate([magnitudes, magnitudes | 0x80000000, [0x7F7EFFFF, 0xFF7EFFFF, 0x7F7F0000]]))
+    random = jnp.arange(2**16, dtype=jnp.uint32)[:, None] << 16 | 0xABCD
+    q = np.asarray(jax.jit(write.round_stochastically)(jnp.asarray(x)[None], random))
+    # A bfloat16 is a multiple of the unit of its neighbour: the sum is exact in float64.
+    np.testing.assert_array_equal(q.astype(np.float64).mean(0), x.astype(np.float64))
+
+
 def test_rounding_is_unbiased_and_to_a_neighbour() -> None:
-    """At every magnitude, by bits: subnormals, next to powers of two, both signs."""
+    """The same with the bits of one step, at every magnitude."""
     magnitudes = np.concatenate(
         [
             np.arange(0, 0x7F00, 0x80)[:, None] << 16
@@ -241,6 +271,23 @@ def test_rounding_is_unbiased_and_to_a_neighbour() -> None:
     likely = (share * draws > 10) & ((1 - share) * draws > 10)
     assert np.abs(z[likely]).max() < 5 and abs(z[likely].mean()) < 5 / np.sqrt(likely.sum())
     assert 0.9 < z[likely].std() < 1.1
+    rare = np.where(share < 0.5, ups, draws - np.asarray(ups))[~likely & ~certain].sum()
+    mean = draws * np.minimum(share, 1 - share)[~likely & ~certain].sum()
+    assert abs(rare - mean) < 5 * np.sqrt(mean)
+
+
+def test_rounded_updates_land_where_they_cancel() -> None:
+    """Where p + u is anything down to 0, p lands on x rounded with the bits of its leaf."""
+    n = 2**18
+    p = jnp.asarray(RNG.standard_normal((2, n)) * np.exp2(RNG.integers(-40, 40, n)), BF16)
+    wide = np.asarray(p, np.float32)
+    u = (-wide * (1 + RNG.standard_normal(n) * np.exp2(-RNG.integers(-20, 30, n)))).astype(np.float32)
+    tx: Any = write.stochastic_rounding(9)
+    state = tx.init(list(p))._replace(count=jnp.int32(7))
+    updates, _ = jax.jit(tx.update)(list(jnp.asarray(u)), state, list(p))
+    after: Any = jnp.stack(jax.tree.leaves(optax.apply_updates(list(p), updates)))
+    random = jnp.stack([random_bits(9, 7, ~i, (n,)) for i in range(2)])
+    np.testing.assert_array_equal(_bits(after), _bits(write.round_stochastically(jnp.asarray(wide + u), random)))
 
 
 def test_rounding_keeps_what_is_exact_and_finite() -> None:
@@ -274,6 +321,10 @@ def test_streams_are_uniform_distinct_and_uncorrelated() -> None:
     np.testing.assert_array_equal(
         random_bits(0, 0, 0, (n,)).reshape(16, -1, 8), random_bits(0, 0, 0, (16, n // 128, 8))
     )
+    # A million (step, leaf) pairs, a million streams.
+    steps, leaves = jnp.arange(2000)[:, None], ~jnp.arange(500)[None]
+    both = [np.asarray(_key(start, 0, steps, leaves)).astype(np.uint64) for start in (0x9E3779B9, 0x85EBCA6B)]
+    assert np.unique(both[0] << 32 | both[1]).size == 2000 * 500
     assert random_bits(0, 0, 0, ()).shape == () and random_bits(0, 0, 0, (0, 3)).shape == (0, 3)
 
 
@@ -287,9 +338,11 @@ def test_reproducible_and_different_for_seed_step_and_leaf() -> None:
     reseeded: Any = write.stochastic_rounding(2)
     other, _ = reseeded.update(updates, tx.init(params), params)
     np.testing.assert_array_equal(first["a"], again["a"])
-    draws = [first["a"], first["b"], second["a"], other["a"]]
+    # A code of the same step in the slot whose number is the seed, of the same leaf, has another stream.
+    code = random_bits(1, 0, 0, (4096,)) >> 30 == 3
+    draws = [first["a"], first["b"], second["a"], other["a"], code]
     centred = np.stack([np.asarray(x) > 0 for x in draws]) - 0.25
-    correlation = np.corrcoef(centred) - np.eye(4)
+    correlation = np.corrcoef(centred) - np.eye(5)
     assert np.abs(correlation).max() < 5 / 64
 
 
@@ -302,83 +355,161 @@ WRITES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", WRITES)
-def test_small_steps_move_one_to_zero(kind: str) -> None:
+def test_small_steps_move_one_to_zero() -> None:
     """1,000 steps of 1e-3, which plain bfloat16 rounds away at the first."""
-    start, grad = jnp.ones(1000, BF16), jnp.full(1000, 1e-3)
-    plain, _ = _run(optax.sgd(1.0), start, lambda p, t: grad, 1000)
-    assert (np.asarray(plain) == 1).all()
-    moved = np.asarray(_run(WRITES[kind](optax.sgd(1.0)), start, lambda p, t: grad, 1000)[0][-1], np.float32)
-    if kind != "stochastic":
-        # float32's own rounding of 1,000 differences is 2⁻²⁵ each; of 24-bit masters it is 2⁻¹⁷.
-        assert np.abs(moved).max() < 1000 * (2.0**-25 if "16" in kind else 2.0**-17)
-        return
+
+    def end(tx: Any) -> np.ndarray:
+        return np.asarray(_run(tx, jnp.ones(1000, BF16), lambda p, t: jnp.full(1000, 1e-3), 1000)[0][-1], np.float32)
+
+    sgd = optax.sgd(1.0)
+    assert (end(sgd) == 1).all()
+    # float32's own rounding of 1,000 differences is 2⁻²⁵ each; of 24-bit masters it is 2⁻¹⁷.
+    assert np.abs(end(WRITES["masters of 16 bits"](sgd))).max() < 1000 * 2.0**-25
+    assert np.abs(end(WRITES["masters of 8 bits"](sgd))).max() < 1000 * 2.0**-17
+    moved = end(WRITES["stochastic"](sgd))
     # Each step's variance is at most a quarter of the square of the unit at the larger of the neighbours.
     sigma = np.sqrt(sum((2.0**-8 * max(1 - i / 1000, 2.0**-8)) * 1e-3 for i in range(1000)))
     assert 0.01 < moved.std() < 1.2 * sigma
     assert abs(moved.mean()) < 5 * sigma / np.sqrt(1000)
 
 
-@pytest.mark.parametrize("kind", WRITES)
 @pytest.mark.parametrize("dtype", [BF16, jnp.float32], ids=str)
-def test_adam_learns(kind: str, dtype: Any) -> None:
+def test_adam_learns(dtype: Any) -> None:
     start = jnp.zeros(32, BF16)
-    target = jnp.asarray(RNG.uniform(0.5, 1, 32), jnp.float32)
+    target = np.asarray(RNG.uniform(0.5, 1, 32), np.float32)
     grad = lambda p, t: (p.astype(jnp.float32) - target).astype(dtype)  # noqa: E731
-    plain, _ = _run(adam_fn.adam(2e-3), start, grad, 1600)
-    found, _ = _run(WRITES[kind](adam_fn.adam(2e-3)), start, grad, 1600)
-    assert found.dtype == BF16
-    error, stuck = (np.abs(np.asarray(x[-1], np.float32) - target).mean() for x in (found, plain))
-    assert error < 0.01
-    assert stuck > 0.1
+
+    def error(tx: Any) -> float:
+        found = _run(tx, start, grad, 1600)[0][-1]
+        assert found.dtype == BF16
+        return float(np.abs(np.asarray(found, np.float32) - target).mean())
+
+    assert error(adam_fn.adam(2e-3)) > 0.1
+    for make in WRITES.values():
+        assert error(make(adam_fn.adam(2e-3))) < 0.01
 
 
 @pytest.mark.parametrize("kind", WRITES)
 def test_landing_in_every_loop(kind: str) -> None:
     """Under jit XLA does not undo q - p: `apply_updates`, Flax linen's and NNX's loops land on the same bits."""
-    tx: Any = WRITES[kind](adam_fn.adamw(0.01, weight_decay=0.1))
-    start = jnp.asarray(RNG.standard_normal(64), BF16)
-    grads = jnp.asarray(RNG.standard_normal((50, 64)), jnp.float32)
+    # Powers of two, so that it does not matter where XLA contracts multiplications and additions.
+    tx: Any = WRITES[kind](optax.chain(optax.add_decayed_weights(2.0**-4), optax.sgd(2.0**-6)))
+    shapes = {"a": (), "b": (0,), "c": (1,), "d": (3, 5, 7), "e": (999,)}
+    start = {key: jnp.asarray(RNG.standard_normal(shape), BF16) for key, shape in shapes.items()}
+    noise = jax.tree.map(lambda p: jnp.asarray(RNG.standard_normal((20, *p.shape)), jnp.float32), start)
+    grads = [jax.tree.map(lambda g, t=t: g[t], noise) for t in range(20)]
 
     def loop(update: Any, apply: Any) -> Any:
         p, state = start, tx.init(start)
         for g in grads:
             u, state = update(g, state, p)
-            aim = np.asarray(p, np.float64) + np.asarray(u, np.float64)
+            aim = jax.tree.map(lambda p, u: np.asarray(p, np.float64) + np.asarray(u, np.float64), p, u)
             p = apply(p, u)
-            assert (np.asarray(p, np.float64) == aim).all()  # No rounding at all: the sum is a bfloat16.
+            for key, x in p.items():
+                assert (np.asarray(x, np.float64) == aim[key]).all()  # No rounding at all: the sum is a bfloat16.
         return p
 
     expected = loop(jax.jit(tx.update), optax.apply_updates)
-    scanned, _ = _run(tx, start, lambda p, t: grads[t], 50)
+    scanned, _ = _run(tx, start, lambda p, t: jax.tree.map(lambda g: g[t], noise), 20)
 
     @jax.jit
     def unrolled(p: Any) -> Any:
         state = tx.init(p)
-        for g in grads[:8]:
+        for g in grads[:2]:
             u, state = tx.update(g, state, p)
             p = optax.apply_updates(p, u)
         return p
 
-    train = TrainState.create(apply_fn=lambda: None, params={"w": start}, tx=tx)
-    linen = jax.lax.scan(lambda s, g: (s.apply_gradients(grads={"w": g}), None), train, grads)[0].params["w"]
+    train = TrainState.create(apply_fn=lambda: None, params=start, tx=tx)
+    linen = jax.lax.scan(lambda s, g: (s.apply_gradients(grads=g), None), train, noise)[0].params
 
     class Model(nnx.Module):
         def __init__(self) -> None:
-            self.w, self.wide = nnx.Param(start), nnx.Param(jnp.ones(2))
+            self.wide = nnx.Param(jnp.ones(2))
+            for key, p in start.items():
+                setattr(self, key, nnx.Param(p))
 
     model = Model()
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
     @nnx.jit
-    def step(model: Model, optimizer: nnx.Optimizer, g: jax.Array) -> None:
-        optimizer.update(model, nnx.State({"w": nnx.Param(g), "wide": nnx.Param(jnp.zeros(2))}))
+    def step(model: Model, optimizer: nnx.Optimizer, g: dict[str, jax.Array]) -> None:
+        optimizer.update(model, nnx.State(jax.tree.map(nnx.Param, g | {"wide": jnp.zeros(2)})))
 
     for g in grads:
         step(model, optimizer, g)
-    for found in (linen, scanned[-1], model.w[...]):
-        np.testing.assert_array_equal(_bits(found), _bits(expected))
-    np.testing.assert_array_equal(_bits(unrolled(start)), _bits(scanned[7]))
+    early, donated = unrolled(start), adam_fn.make_step(tx)
+    p, state = jax.tree.map(jnp.copy, start), tx.init(start)
+    for g in grads:
+        old, (p, state) = p, donated(p, state, g)
+        assert all(x.is_deleted() for x in old.values() if x.size)
+    assert compilations(donated) == 1
+    for key in start:
+        for found in (linen[key], scanned[key][-1], getattr(model, key)[...], p[key]):
+            np.testing.assert_array_equal(_bits(found), _bits(expected[key]))
+        np.testing.assert_array_equal(_bits(early[key]), _bits(scanned[key][1]))
+
+
+@pytest.mark.parametrize("kind", ["masters of 16 bits", "stochastic"])
+def test_members_and_shards_are_what_they_are_alone(kind: str) -> None:
+    """Under `vmap` and in `shard_map` on 8 devices: also the random bits, unless the counts differ."""
+    tx: Any = WRITES[kind](optax.sgd(2.0**-6))
+    start = jnp.asarray(RNG.standard_normal((8, 33)), BF16)
+    grads = jnp.asarray(RNG.standard_normal((8, 33)), jnp.float32)
+
+    def train(p: Any, g: Any) -> Any:
+        return jax.lax.scan(lambda c, _: (_step(tx, c[0], c[1], g), None), (p, tx.init(p)), None, 5)[0]
+
+    alone, state = jax.jit(lambda p, g: jax.lax.map(lambda x: train(*x), (p, g)))(start, grads)
+    members, states = jax.jit(jax.vmap(train))(start, grads)
+    spec = PartitionSpec("a")
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
+    sharded = jax.shard_map(lambda p, g: train(p[0], g[0])[0][None], mesh=mesh, in_specs=spec, out_specs=spec)
+    np.testing.assert_array_equal(_bits(jax.jit(sharded)(start, grads)), _bits(alone))
+    np.testing.assert_array_equal(_bits(members), _bits(alone))
+    jax.tree.map(np.testing.assert_array_equal, states, state)
+    if kind == "stochastic":
+        same, flat = jnp.ones((8, 4096), BF16), jnp.full((8, 4096), -0.125)
+        counts = tx.init(same[0])[1]._replace(count=jnp.arange(8) << 20)
+        apart = jax.vmap(lambda p, g, c: tx.update(g, (tx.init(p)[0], c), p)[0])(same, flat, counts)
+        assert np.abs(np.corrcoef(np.asarray(apart) > 0) - np.eye(8)).max() < 5 / 64
+
+
+@pytest.mark.parametrize("kind", ["masters of 16 bits", "stochastic"])
+def test_the_same_bits_with_x64(kind: str) -> None:
+    """Also with gradients in float64 and beside a float64 parameter, which is updated in float64."""
+    p, g = jnp.asarray(RNG.standard_normal(999), BF16), jnp.asarray(RNG.standard_normal(999), jnp.float32)
+    tx: Any = WRITES[kind](optax.sgd(2.0**-6))
+    expected, state = tx.update({"a": g}, tx.init({"a": p}), {"a": p})
+    with jax.enable_x64(True):
+        params = {"a": p, "wide": jnp.full(3, 1 / 3)}
+        grads = {"a": g.astype(jnp.float64), "wide": params["wide"]}
+        found, wide = jax.jit(tx.update)(grads, tx.init(params), params)
+    np.testing.assert_array_equal(found["a"], expected["a"])
+    assert found["a"].dtype == jnp.float32 and found["wide"].dtype == jnp.float64
+    assert (np.asarray(found["wide"]) == -(2.0**-6) / 3).all()
+    if isinstance(state, write.MasterState):
+        np.testing.assert_array_equal(wide.remainder["a"], state.remainder["a"])
+        assert wide.remainder["a"].dtype == state.remainder["a"].dtype
+    else:
+        assert wide[1].count.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("kind", ["masters of 16 bits", "stochastic"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_skipped_step_leaves_all_as_it_is(kind: str, inside: bool) -> None:
+    p, g = jnp.asarray(RNG.standard_normal(99), BF16), jnp.asarray(RNG.standard_normal(99), jnp.float32)
+    skip = lambda tx: optax.apply_if_finite(tx, 3)  # noqa: E731
+    sgd, make = optax.sgd(2.0**-6), WRITES[kind]
+    tx: Any = make(skip(sgd)) if inside else skip(make(sgd))
+    before = _step(tx, p, tx.init(p), g)
+    after, state = _step(tx, *before, g.at[3].set(jnp.nan).at[4].set(jnp.inf))
+    assert not (_bits(before[0]) == _bits(p)).all()
+    np.testing.assert_array_equal(_bits(after), _bits(before[0]))
+    if isinstance(state, write.MasterState):
+        np.testing.assert_array_equal(state.remainder, before[1].remainder)
+    elif not inside:
+        jax.tree.map(np.testing.assert_array_equal, state.inner_state, before[1].inner_state)
 
 
 SPECS = {

@@ -1,0 +1,331 @@
+"""Codes for Adam's two moments, compared: how far the updates are from exact Adam's.
+
+    python benchmarks/codes.py [--quick] [--data NAME] [--only TEXT] [--gradients FILE.npy] [--out DIR]
+
+Every candidate is emulated in float64: decode the moments, update them, take the update m̂/√v̂ of the new moments, encode
+them. Of the last 200 updates: the relative L2 error against exact Adam's, and their RMS and largest magnitude in units
+of exact Adam's. β₁ = 0.9, β₂ = 0.999, ε = 0. The data:
+
+- synthetic: normal gradients, each element with a scale of lognormal(0.7) times σ; σ from 1 to 1e-15;
+- recorded: the gradients of some blocks of a character transformer's weights while it trains (`char_model.py`).
+
+0/0 counts as 0 in both; √v̂ = 0 where m̂ is not 0 counts as 1e-30, so that an element that runs away shows. Recording
+takes minutes; with `--gradients FILE.npy` it is done once.
+"""
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Literal
+
+import char_model
+import jax
+import jax.numpy as jnp
+import machine
+import numpy as np
+import numpy.typing as npt
+from block_codes import Bend, Code, Log, Root, Rounding, Scale, Table, dynamic
+
+B1, B2 = 0.9, 0.999
+SIGMAS = (1.0, 1e-3, 1e-6, 1e-9, 1e-15)
+LAST = 200
+GOLDEN = (5**0.5 - 1) / 2  # Its multiples, modulo 1, fill an interval most evenly.
+
+Moment = Literal["m", "v"]
+ROUNDINGS: tuple[Rounding, ...] = ("nearest", "unbiased", "dithered")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Data:
+    """Gradients [steps, elements]; each row of the results belongs to one sigma, which multiplies them."""
+
+    name: Literal["synthetic", "recorded"]
+    gradients: npt.NDArray[np.float32]
+    sigmas: tuple[float, ...] | tuple[None] = (None,)
+
+
+def synthetic(steps: int, elements: int) -> Data:
+    """Normal gradients, each element with a scale of lognormal(0.7)."""
+    random = np.random.default_rng(0)
+    scales = np.exp(0.7 * random.standard_normal(elements))
+    return Data("synthetic", (random.standard_normal((steps, elements)) * scales).astype(np.float32), SIGMAS)
+
+
+def recorded(steps: int, elements: int, file: pathlib.Path | None = None) -> Data:
+    """Gradients of groups of 256 neighbours from eight weight matrices of the character transformer, as it trains."""
+    if file and file.exists():
+        gradients = np.load(file)
+    else:
+        gradients = char_model.recorded(steps, rows=elements // 256)
+        if file:
+            np.save(file, gradients)
+    if gradients.shape != (steps, elements // 256, 256):
+        raise ValueError(f"{file} holds gradients of other sizes, {gradients.shape}")
+    return Data("recorded", gradients.reshape(steps, -1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A way of storing the moments; None stands for the exact moment.
+
+    `relative`: not m is stored but m/√v, with the new v before it is coded; decoded, it is multiplied by √v as decoded.
+    """
+
+    label: str
+    m: Code | None
+    v: Code | None
+    peer: str | None = None
+    relative: bool = False
+
+    @property
+    def bytes(self) -> float:
+        return sum(4.0 if code is None else code.bytes for code in (self.m, self.v))
+
+    @property
+    def part(self) -> str:
+        return "m" if self.v is None else "v" if self.m is None else "both"
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def trajectory(
+    gradients: jax.Array, sigmas: jax.Array, m_code: Code | None, v_code: Code | None, relative: bool
+) -> tuple[jax.Array, jax.Array]:
+    """m̂ and √v̂ of the last updates, float32[updates, sigmas, elements], before the moments are coded again."""
+    steps, elements = gradients.shape
+    key = jax.random.key(0)
+    count = jnp.arange(steps)
+    phase = jax.random.uniform(jax.random.fold_in(key, steps), (2, elements))
+
+    def step(state: tuple[jax.Array, jax.Array], given: tuple[jax.Array, jax.Array]):  # noqa: ANN202
+        t, row = given
+        g = row.astype(jnp.float64)[None] * sigmas[:, None]
+        m, v = state
+        if relative:
+            m = m * jnp.sqrt(v)
+        m, v = B1 * m + (1 - B1) * g, B2 * v + (1 - B2) * g * g
+        white = jax.random.uniform(jax.random.fold_in(key, t), (2, elements))
+        even = (phase + t * GOLDEN) % 1.0
+        noise = [even[i] if code and code.even else white[i] for i, code in enumerate((m_code, v_code))]
+        kept = m * jax.lax.rsqrt(jnp.maximum(v, 1e-120)) if relative else m
+        kept = m_code.stored(kept, noise[0]) if m_code else kept
+        return (kept, v_code.stored(v, noise[1]) if v_code else v), (m, v)
+
+    def last(state: tuple[jax.Array, jax.Array], given: tuple[jax.Array, jax.Array]):  # noqa: ANN202
+        state, (m, v) = step(state, given)
+        m_hat, v_hat = m / (1 - B1 ** (given[0] + 1.0)), v / (1 - B2 ** (given[0] + 1.0))
+        return state, (m_hat.astype(jnp.float32), jnp.sqrt(v_hat).astype(jnp.float32))
+
+    zeros = jnp.zeros((len(sigmas), elements))
+    state, _ = jax.lax.scan(lambda s, x: (step(s, x)[0], None), (zeros, zeros), (count[:-LAST], gradients[:-LAST]))
+    return jax.lax.scan(last, state, (count[-LAST:], gradients[-LAST:]))[1]
+
+
+class Comparison:
+    """The candidates on one set of gradients. Moments that are stored apart from each other are computed once."""
+
+    def __init__(self, data: Data) -> None:
+        self.data = data
+        self.gradients = jnp.asarray(data.gradients)
+        self.sigmas = jnp.asarray([1.0 if sigma is None else sigma for sigma in data.sigmas])
+        self._moment = functools.lru_cache(maxsize=48)(self._compute)
+        self.exact = self._updates(Entry("exact", None, None))
+
+    def _compute(self, m: Code | None, v: Code | None, moment: Moment) -> jax.Array:
+        return trajectory(self.gradients, self.sigmas, m, v, False)[moment == "v"]
+
+    def _updates(self, entry: Entry) -> jax.Array:
+        if entry.relative:
+            m, v = trajectory(self.gradients, self.sigmas, entry.m, entry.v, True)
+        else:
+            m, v = self._moment(entry.m, None, "m"), self._moment(None, entry.v, "v")
+        return jnp.where(m == 0, 0.0, m.astype(jnp.float64) / jnp.maximum(v.astype(jnp.float64), 1e-30))
+
+    def rows(self, entry: Entry) -> Iterator[dict[str, object]]:
+        """One row of results for each sigma."""
+        updates, exact = self._updates(entry), self.exact
+
+        def norm(x: jax.Array) -> npt.NDArray[np.float64]:
+            return np.asarray(jnp.sqrt((x * x).sum((0, 2))))
+
+        errors, sizes = norm(updates - exact) / norm(exact), norm(updates) / norm(exact)
+        largest = np.asarray(jnp.abs(updates).max((0, 2)) / jnp.abs(exact).max((0, 2)))
+        for i, sigma in enumerate(self.data.sigmas):
+            yield {
+                "data": self.data.name,
+                "sigma": sigma,
+                "label": entry.label,
+                "m": "exact" if entry.m is None else ("m/√v: " if entry.relative else "") + str(entry.m),
+                "v": "exact" if entry.v is None else str(entry.v),
+                "bytes": entry.bytes,
+                "error": float(errors[i]),
+                "rms": float(sizes[i]),
+                "largest": float(largest[i]),
+                "ours": not entry.relative and (entry.m, entry.v) in LIBRARY.values(),
+                "peer": entry.peer,
+                "part": entry.part,
+            }
+
+
+def m_code(bits: int, k: float, rounding: Rounding = "nearest", *, sign: bool = False) -> Code:
+    """Ours for the first moment."""
+    return Code((Bend.full if sign else Bend.symmetric)(bits, k), rounding, Scale(sign=sign))
+
+
+def v_code(bits: int, decades: float, rounding: Rounding = "unbiased", *, top: bool = False) -> Code:
+    """Logarithms below a bfloat16 scale."""
+    return Code(Log.over(2**bits - 1, decades), rounding, top=top)
+
+
+def v_octave(bits: int, octave: float, rounding: Rounding = "dithered", group: int = 32) -> Code:
+    """Logarithms below a power of two: with n codes an octave the values are the same whatever the scale is, and a
+    scale that changes moves no other element of its block.
+    """
+    return Code(Log(2**bits - 1, octave), rounding, Scale("power of 2", group))
+
+
+#: What `adam_fn.Block` does; a test compares them.
+LIBRARY: dict[int, tuple[Code, Code]] = {
+    8: (m_code(8, 3), v_code(8, 4, top=True)),
+    4: (m_code(4, 2), v_code(4, 2, top=True)),
+}
+
+# Codes an octave that are tried for each width.
+OCTAVES = {2: (0.25, 0.5), 3: (0.75, 1, 1.5), 4: (1.5, 2, 2.5), 5: (2, 3, 4), 6: (4, 6, 8), 7: (8, 10, 12, 15),
+           8: (12, 16, 20, 24, 30), 9: (32, 40, 50), 10: (64, 80, 100)}  # fmt: skip
+
+
+def first_moments() -> Iterator[Entry]:
+    """Codes of m, v exact."""
+    for bits, k in itertools.product((8, 7, 6, 5, 4, 3, 2), (0, 1, 2, 3, 5)):
+        if bits > 3 or k < 3:
+            yield Entry(f"m{bits}", m_code(bits, k), None)
+            if k == 2 or (bits <= 4 and k):
+                yield Entry(f"m{bits}", m_code(bits, k, "unbiased"), None)
+            if bits <= 5:
+                yield Entry(f"m{bits}", m_code(bits, k, sign=True), None)
+
+
+def second_moments() -> Iterator[Entry]:
+    """Codes of v, m exact."""
+    for bits, p in itertools.product((8, 9, 10), (2, 4)):
+        for rounding in ("nearest", "unbiased") if bits == 8 else ("unbiased",):
+            yield Entry(f"v{bits}", None, Code(Root(2**bits - 1, p), rounding))
+    for bits, all_decades in {8: (2, 3, 4, 5, 6), 9: (3, 4, 5, 6), 10: (3, 4, 6), 4: (1.5, 2, 2.5)}.items():
+        for decades in all_decades:
+            for rounding in ROUNDINGS if (bits, decades) in ((8, 4), (4, 2)) else ("unbiased",):
+                yield Entry(f"v{bits}", None, v_code(bits, decades, rounding))
+    for bits, octaves in OCTAVES.items():
+        for octave in octaves:
+            yield Entry(f"v{bits}", None, v_octave(bits, octave))
+    for rounding in ("nearest", "unbiased"):
+        yield Entry("v8", None, v_octave(8, 20, rounding))
+        yield Entry("v4", None, v_octave(4, 2, rounding))
+    for group in (16, 64):
+        yield Entry("v4", None, v_octave(4, 2, group=group))
+
+
+def peers() -> Iterator[Entry]:
+    """What other libraries store, from their published formulas, all rounded to the nearest."""
+    # bitsandbytes, optim.Adam8bit: blocks of 256. (It also keeps the sign of m where the nearest value is 0.)
+    scale = Scale("float32", 256)
+    signed, unsigned = dynamic(8, 7, signed=True), dynamic(8, 7, signed=False)
+    yield Entry("bitsandbytes 8", Code(signed, scale=scale), Code(unsigned, scale=scale), peer="bitsandbytes")
+    # torchao, optim.Adam8bit: the same with scales of at least 1e-12.
+    scale = dataclasses.replace(scale, floor=1e-12)
+    yield Entry("torchao 8", Code(signed, scale=scale), Code(unsigned, scale=scale), peer="torchao")
+    # torchao, optim.Adam4bit (arXiv 2309.01507): v in sixteenths without 0.
+    scale = dataclasses.replace(scale, group=128)
+    linear = Table("linear, no 0", tuple(i / 16 for i in range(1, 17)))
+    yield Entry("torchao 4", Code(dynamic(4, 3, signed=True), scale=scale), Code(linear, scale=scale), peer="torchao")
+    # FlashOptim (arXiv 2602.23349): the scale of v is that of √v; both are at least 1e-12 before float16 rounds them.
+    m_scale, v_scale = (Scale("float16", root=root, floor=1e-12) for root in (1, 2))
+    yield Entry(
+        "FlashOptim 8", Code(Bend.symmetric(8, 1), scale=m_scale), Code(Root(255, 2), scale=v_scale), peer="FlashOptim"
+    )
+
+
+def pairs() -> Iterator[Entry]:
+    """Both moments."""
+    for bits, (m, v) in LIBRARY.items():
+        yield Entry(f"{bits}|{bits}", m, v)
+    yield Entry("8|8", m_code(8, 2), v_octave(8, 24))
+    yield Entry("4|4", m_code(4, 2, sign=True), v_octave(4, 2))
+    yield Entry("8|8", m_code(8, 3), v_octave(8, 20))
+    yield Entry("4|4", m_code(4, 3, sign=True), v_octave(4, 2))
+    yield Entry("7|9", m_code(7, 3), v_octave(9, 40))
+    yield Entry("6|10", m_code(6, 3), v_octave(10, 80))
+    yield Entry("8|8", m_code(8, 1), Code(Root(255, 2)))
+    yield Entry("8|8", m_code(8, 3), Code(Root(255, 2), "unbiased"))
+    yield Entry("8|8", m_code(8, 3), Code(Root(255, 4), "unbiased"))
+    yield Entry("7|9", m_code(7, 3), Code(Root(511, 4), "unbiased"))
+    for decades in (3, 4):
+        yield Entry("8|8", m_code(8, 3), v_code(8, decades))
+    yield Entry("7|9", m_code(7, 3), v_code(9, 4))
+    yield Entry("6|10", m_code(6, 3), v_code(10, 4))
+    yield Entry("4|4", m_code(4, 2), v_code(4, 2))
+    yield Entry("4|4", m_code(4, 2), v_octave(4, 2))
+    yield Entry("4|4", m_code(4, 2, "unbiased"), v_octave(4, 2))
+    yield Entry("4|4", m_code(4, 3, sign=True), v_octave(4, 2, "unbiased"))
+    yield Entry("5|3", m_code(5, 3), v_octave(3, 1))
+    yield Entry("3|5", m_code(3, 1, sign=True), v_octave(5, 4))
+    yield Entry("8|8 relative", m_code(8, 1), v_octave(8, 20), relative=True)
+    yield Entry("7|9 relative", m_code(7, 1), v_octave(9, 40), relative=True)
+    yield Entry("4|4 relative", m_code(4, 0.5), v_octave(4, 2), relative=True)
+    yield Entry("4|4 relative", m_code(4, 0.5, sign=True), v_octave(4, 2), relative=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few steps and elements, to try the script")
+    parser.add_argument("--only", default="", help="candidates whose label contains this text")
+    parser.add_argument("--data", choices=("synthetic", "recorded"), help="only these gradients")
+    parser.add_argument("--gradients", type=pathlib.Path, help="where the recorded gradients are kept, or to be kept")
+    parser.add_argument("--out", type=pathlib.Path, help="folder for codes.json")
+    options = parser.parse_args()
+    jax.config.update("jax_enable_x64", True)
+
+    steps = 250 if options.quick else 3000
+    sizes = {"synthetic": 512 if options.quick else 4096, "recorded": 2048 if options.quick else 8192}
+    rows: list[dict[str, object]] = []
+    for name, elements in sizes.items():
+        if options.data in (None, name):
+            data = synthetic(steps, elements) if name == "synthetic" else recorded(steps, elements, options.gradients)
+            for entries, part in plan(data):
+                rows += table(part, [entry for entry in entries if options.only in entry.label])
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        about = {"device": machine.device(), "versions": machine.versions(), "date": machine.now()}
+        settings = {"steps": steps, "elements": sizes, "last": LAST, "b1": B1, "b2": B2}
+        (options.out / "codes.json").write_text(json.dumps({**about, **settings, "rows": rows}, indent=1) + "\n")
+
+
+def plan(data: Data) -> Iterator[tuple[Iterator[Entry], Data]]:
+    """Whole states on all sigmas; one moment alone on one sigma, as only the rounding of the scales differs there."""
+    yield itertools.chain(pairs(), peers()), data
+    yield (
+        itertools.chain(first_moments(), second_moments()),
+        dataclasses.replace(data, sigmas=data.sigmas[1:2] or (None,)),
+    )
+
+
+def table(data: Data, entries: list[Entry]) -> list[dict[str, object]]:
+    """The rows of the candidates on one set of gradients, printed."""
+    title = f"{data.name} gradients, the last {LAST} updates of {len(data.gradients):,}"
+    print(f"\n{title}\n{'':<14}{'bytes':>7}{'sigma':>8}{'error':>9}{'rms':>9}{'largest':>9}  codes")
+    comparison, rows = Comparison(data), []
+    for entry in entries:
+        for row in comparison.rows(entry):
+            sigma = "" if row["sigma"] is None else f"{row['sigma']:g}"
+            numbers = "".join(f"{row[key]:>9.3g}" for key in ("error", "rms", "largest"))
+            codes = f"m: {row['m']}; v: {row['v']}" if entry.part == "both" else row[entry.part]
+            print(f"{entry.label:<14}{entry.bytes:>7.4g}{sigma:>8}{numbers}  {codes}", flush=True)
+            rows.append(row)
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,400 @@
+"""What storage costs in quality: two networks trained with parameters and moments of fewer bytes.
+
+    python benchmarks/precision.py [--quick] [--only LABEL]... [--workload NAME] [--seeds N] [--again] [--out DIR]
+
+The character transformer of `char_model` on tinyshakespeare and the MLP 784-1000-1000-10 on MNIST, for every entry of
+`CONFIGURATIONS` and several seeds. The runs of one seed begin with the same float32 numbers, rounded where the
+parameters are bfloat16, and see the same batches; optimizer, schedule and number of steps are the same for all, with a
+rate that is the best of a short search for float32. Writes precision-<device>.json after every run, so that it can be
+interrupted (runs that it holds are not repeated while the settings are the same), and a plot of the same name.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import pathlib
+import statistics
+import sys
+import time
+import typing
+from collections.abc import Callable
+
+import char_model
+import jax
+import jax.numpy as jnp
+import machine
+import numpy as np
+import optax
+import tqdm
+import workloads
+
+import adam_fn
+
+sys.path.insert(1, str(pathlib.Path(__file__).resolve().parent.parent / "examples"))
+import mnist_data
+
+POINTS = 12  # of a curve
+
+Params: typing.TypeAlias = dict[str, jax.Array]
+Data: typing.TypeAlias = dict[str, jax.Array]
+Batch: typing.TypeAlias = typing.Any
+Carry: typing.TypeAlias = tuple[Params, optax.OptState]
+
+
+class Adam(typing.Protocol):
+    """``adam_fn.adamw`` with a workload's hyperparameters, open to `storage`."""
+
+    def __call__(self, *, storage: adam_fn.Codec | adam_fn.Storage | None = None) -> optax.GradientTransformation: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Configuration:
+    """The dtype of the parameters and what is made of Adam.
+
+    Attributes:
+      wide: the gradients are cast to float32 before the update, as `adam_fn.stochastic_rounding` asks its users to;
+        they still come as bfloat16 from the network.
+    """
+
+    dtype: str
+    make: Callable[[Adam], optax.GradientTransformation]
+    wide: bool = False
+
+
+def _moments(adam: Adam, mu: int, nu: int) -> optax.GradientTransformation:
+    return adam(storage=adam_fn.Storage(mu=adam_fn.Block(mu), nu=adam_fn.Block(nu)))
+
+
+BASE, BOTH = "float32", "bfloat16, 24-bit masters, 7|9-bit moments"
+CONFIGURATIONS = {
+    BASE: Configuration("float32", lambda adam: adam()),
+    "bfloat16": Configuration("bfloat16", lambda adam: adam()),
+    "bfloat16, stochastic rounding": Configuration(
+        "bfloat16", lambda adam: optax.chain(adam(), adam_fn.stochastic_rounding(0)), wide=True
+    ),
+    "bfloat16, 32-bit masters": Configuration("bfloat16", lambda adam: adam_fn.master_weights(adam(), bits=16)),
+    "bfloat16, 24-bit masters": Configuration("bfloat16", lambda adam: adam_fn.master_weights(adam(), bits=8)),
+    "8|8-bit moments": Configuration("float32", lambda adam: _moments(adam, 8, 8)),
+    "7|9-bit moments": Configuration("float32", lambda adam: _moments(adam, 7, 9)),
+    "4|4-bit moments": Configuration("float32", lambda adam: _moments(adam, 4, 4)),
+    BOTH: Configuration("bfloat16", lambda adam: adam_fn.master_weights(_moments(adam, 7, 9), bits=8)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a workload's runs have in common; runs of other settings are not compared with them."""
+
+    parameters: int
+    steps: int
+    batch: int
+    rate: float
+    b2: float
+    weight_decay: float
+    validation: int  # characters or images
+
+    def adam(self, *, storage: adam_fn.Codec | adam_fn.Storage | None = None) -> optax.GradientTransformation:
+        rate = char_model.schedule(self.rate, self.steps)
+        return adam_fn.adamw(rate, b2=self.b2, weight_decay=self.weight_decay, storage=storage)
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """A network and its data.
+
+    Attributes:
+      init: the float32 parameters of a seed.
+      batch: of the data, a seed and a step.
+      loss: the mean cross-entropy of a batch, in nats.
+      evaluate: on the data: the mean cross-entropy, and the accuracy or nan.
+    """
+
+    name: str
+    settings: Settings
+    data: Data
+    init: Callable[[int], Params]
+    batch: Callable[[Data, jax.Array, jax.Array], Batch]
+    loss: Callable[[Params, Batch], jax.Array]
+    evaluate: Callable[[Params, Data], tuple[jax.Array, jax.Array]]
+
+
+def characters(quick: bool = False, text: char_model.Text | None = None) -> Workload:
+    """The transformer; evaluated on windows spread over the validation text, at their full length."""
+    text = text or char_model.load()
+    model = dataclasses.replace(char_model.TINY if quick else char_model.Model(), vocabulary=text.vocabulary)
+    steps, windows = (96, 32) if quick else (1200, 256)
+    length, batch, part = model.context, char_model.BATCH, 16
+    validation = char_model.spread(jnp.array(text.validation), windows, length).reshape(-1, part, length + 1)
+
+    def evaluate(params: Params, data: Data) -> tuple[jax.Array, jax.Array]:
+        losses = jax.lax.map(functools.partial(model.loss, params), data["validation"])
+        return losses.mean(), jnp.float32(jnp.nan)
+
+    return Workload(
+        "char",
+        Settings(model.parameters, steps, batch, char_model.RATE, 0.999, 0.1, windows * length),
+        {"train": jnp.array(text.train), "validation": validation},
+        model.init,
+        lambda data, seed, step: char_model.sample(data["train"], seed, step, batch, length),
+        model.loss,
+        evaluate,
+    )
+
+
+def images(quick: bool = False, dataset: mnist_data.Dataset | None = None) -> Workload:
+    """The MLP; as many training images as two epochs have, drawn with replacement; evaluated on the test images.
+
+    Its rate is the best of 5e-4, 1e-3, 2e-3 and 4e-3 by the test loss of float32 and the seed 0.
+    """
+    dataset = dataset or mnist_data.load()
+    hidden, steps, batch = (64, 96, 128) if quick else (1000, POINTS * (2 * 60_000 // (128 * POINTS)), 128)
+    case = workloads.Case("mlp", "", "training", workloads.mlp(dataset.pixels, hidden, 10), batch=batch)
+
+    def logits(params: Params, pixels: jax.Array) -> jax.Array:
+        p = {name: jnp.atleast_2d(leaf.astype(jnp.float32)) for name, leaf in params.items()}
+        hidden = jax.nn.relu(pixels @ p["w1"] + p["b1"])
+        return jax.nn.relu(hidden @ p["w2"] + p["b2"]) @ p["w3"] + p["b3"]
+
+    def loss(params: Params, chosen: Batch) -> jax.Array:
+        pixels, labels = chosen
+        return optax.softmax_cross_entropy_with_integer_labels(logits(params, pixels), labels).mean()
+
+    def scaled(pixels: jax.Array) -> jax.Array:
+        return pixels.astype(jnp.float32) / 255
+
+    def sample(data: Data, seed: jax.Array, step: jax.Array) -> Batch:
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        chosen = jax.random.randint(key, (batch,), 0, data["train_labels"].size)
+        return scaled(data["train_images"][chosen]), data["train_labels"][chosen]
+
+    def evaluate(params: Params, data: Data) -> tuple[jax.Array, jax.Array]:
+        found, labels = logits(params, scaled(data["test_images"])), data["test_labels"]
+        losses = optax.softmax_cross_entropy_with_integer_labels(found, labels)
+        return losses.mean(), (found.argmax(-1) == labels).mean()
+
+    return Workload(
+        "mnist" if dataset.name == "MNIST" else "digits",
+        Settings(case.parameters, steps, batch, 2e-3, 0.999, 0.01, len(dataset.test_labels)),
+        {name: jnp.array(part) for name, part in dataset._asdict().items() if name != "name"},
+        functools.partial(workloads.weights, case),
+        sample,
+        loss,
+        evaluate,
+    )
+
+
+WORKLOADS = {"char": characters, "mnist": images}
+
+
+class Run(typing.TypedDict):
+    """One training. `loss` and `accuracy` are of the validation part at the end, `train` the mean of the last twelfth's
+    training losses, `curve` the validation loss by step; `bytes` are a parameter's, `seconds` those of the steps.
+    """
+
+    workload: str
+    label: str
+    seed: int
+    loss: float
+    accuracy: float | None
+    train: float
+    curve: list[tuple[int, float]]
+    bytes: dict[str, float]
+    seconds: float
+    date: str
+
+
+class Program:
+    """The compiled training and evaluation of one configuration, for any seed."""
+
+    def __init__(self, workload: Workload, configuration: Configuration) -> None:
+        self.workload, self.dtype = workload, configuration.dtype
+        self.tx = configuration.make(workload.settings.adam)
+        self.length = workload.settings.steps // POINTS
+
+        def step(data: Data, seed: jax.Array, carry: Carry, number: jax.Array) -> tuple[Carry, jax.Array]:
+            params, state = carry
+            loss, grads = jax.value_and_grad(workload.loss)(params, workload.batch(data, seed, number))
+            # Without the barrier the compiler is free to leave out the rounding of the gradients to bfloat16.
+            grads = jax.lax.optimization_barrier(grads)
+            if configuration.wide:
+                grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+            updates, state = self.tx.update(grads, state, params)
+            return (typing.cast(Params, optax.apply_updates(params, updates)), state), loss
+
+        def chunk(carry: Carry, data: Data, seed: jax.Array, first: jax.Array) -> tuple[Carry, jax.Array]:
+            return jax.lax.scan(functools.partial(step, data, seed), carry, first + jnp.arange(self.length))
+
+        params = jax.eval_shape(self.start, jax.eval_shape(lambda: workload.init(0)))
+        shapes = ((params, jax.eval_shape(self.tx.init, params)), workload.data, jnp.int32(0), jnp.int32(0))
+        self.bytes = self._bytes(params)
+        self.chunk = jax.jit(chunk, donate_argnums=0).lower(*shapes).compile()
+        self.evaluate = jax.jit(workload.evaluate).lower(params, workload.data).compile()
+
+    def start(self, params: Params) -> Params:
+        """The initial parameters of the configuration."""
+        return {name: leaf.astype(self.dtype) for name, leaf in params.items()}
+
+    def _bytes(self, params: typing.Any) -> dict[str, float]:  # noqa: ANN401 (shapes)
+        """Bytes a parameter, of what lives at the end of the backward pass; a gradient has its parameter's dtype."""
+        size = jnp.dtype(self.dtype).itemsize
+        state = adam_fn.state_bytes(self.tx, params) / self.workload.settings.parameters
+        return {"parameter": size, "gradient": size, "state": state}
+
+    def run(self, seed: int, advance: Callable[[int], object]) -> tuple[list[tuple[int, float]], float, float, float]:
+        """The curve, the accuracy, the last training loss and the seconds of the steps."""
+        data = self.workload.data
+        params = self.start(self.workload.init(seed))
+        carry = (params, self.tx.init(params))
+        curve: list[tuple[int, float]] = []
+        seconds, accuracy, losses = 0.0, jnp.nan, jnp.nan
+        for first in range(0, self.workload.settings.steps, self.length):
+            begin = time.perf_counter()
+            carry, losses = jax.block_until_ready(self.chunk(carry, data, jnp.int32(seed), jnp.int32(first)))
+            seconds += time.perf_counter() - begin
+            loss, accuracy = self.evaluate(carry[0], data)
+            curve.append((first + self.length, float(loss)))
+            advance(self.length)
+        return curve, float(accuracy), float(np.mean(losses)), seconds
+
+
+class Results:
+    """The runs of one file, written after each."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.path = path
+        found = json.loads(path.read_text()) if path.exists() else {}
+        self.runs: list[Run] = found.get("runs", [])
+        self.settings: dict[str, dict[str, float]] = found.get("settings", {})
+
+    def begin(self, workload: Workload) -> None:
+        """Forget the workload's runs that were made with other settings."""
+        settings = dataclasses.asdict(workload.settings)
+        if self.settings.get(workload.name) != settings:
+            self.runs = [run for run in self.runs if run["workload"] != workload.name]
+        self.settings[workload.name] = settings
+
+    def find(self, workload: str, label: str) -> list[Run]:
+        return [run for run in self.runs if (run["workload"], run["label"]) == (workload, label)]
+
+    def add(self, run: Run) -> None:
+        """Replaces the run of the same workload, label and seed."""
+        keys = ("workload", "label", "seed")
+        self.runs = [old for old in self.runs if any(old[key] != run[key] for key in keys)] + [run]
+        about = {"device": machine.device(), "versions": machine.versions(), "date": machine.now()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps({**about, "settings": self.settings, "runs": self.runs}, indent=1) + "\n")
+        part.replace(self.path)
+
+
+def measure(workload: Workload, labels: list[str], seeds: int, results: Results, again: bool = False) -> None:
+    """Every configuration of the seed 0, then of the next; those that `results` has are left out, unless `again`."""
+    results.begin(workload)
+    program = functools.cache(lambda label: Program(workload, CONFIGURATIONS[label]))
+    done = {(label, run["seed"]) for label in labels for run in results.find(workload.name, label) if not again}
+    missing = [(label, seed) for seed in range(seeds) for label in labels if (label, seed) not in done]
+    with tqdm.tqdm(total=len(missing) * workload.settings.steps, unit="step", disable=None) as bar:
+        for label, seed in missing:
+            bar.set_description(f"{workload.name}: {label}, seed {seed}")
+            curve, accuracy, train, seconds = program(label).run(seed, bar.update)
+            results.add({
+                "workload": workload.name, "label": label, "seed": seed, "loss": curve[-1][1],
+                "accuracy": None if np.isnan(accuracy) else accuracy, "train": train, "curve": curve,
+                "bytes": program(label).bytes, "seconds": seconds, "date": machine.now(),
+            })  # fmt: skip
+    show(workload, results)
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± standard deviation, if there is anything to spread."""
+    if not values:
+        return ""
+    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values) if len(values) > 1 else 0:.4f}"
+
+
+def show(workload: Workload, results: Results) -> None:
+    """A line a configuration."""
+    print(f"{workload.name}: loss in nats, mean ± standard deviation over the seeds; bytes a parameter")
+    print(f"{'':<43}{'validation':>18}{'train':>18}{'accuracy':>18}{'bytes':>8}{'ms/step':>9}")
+    for label in CONFIGURATIONS:
+        if found := results.find(workload.name, label):
+            columns = ([run[column] for run in found] for column in ("loss", "train", "accuracy"))
+            spreads = "".join(f"{spread([value for value in column if value is not None]):>18}" for column in columns)
+            milliseconds = statistics.median(run["seconds"] for run in found) / workload.settings.steps * 1e3
+            print(f"{label:<43}{spreads}{sum(found[0]['bytes'].values()):>8.3f}{milliseconds:>9.1f}")
+
+
+COLOURS = ("#000000", "#d55e00", "#e69f00", "#0072b2", "#56b4e9", "#009e73", "#66c2a5", "#cc79a7", "#7f3c8d")
+
+
+def plot(results: Results, path: pathlib.Path) -> None:
+    """A column a workload: the means of the curves, and below them what is above float32's, each seed beside its own.
+
+    The grey band is float32's standard deviation over the seeds, around its mean.
+    """
+    import matplotlib  # noqa: PLC0415 (optional)
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot  # noqa: PLC0415
+
+    names = [name for name in results.settings if results.find(name, BASE)]
+    figure, axes = pyplot.subplots(
+        2, len(names), figsize=(7 * len(names), 9), squeeze=False, sharex="col", layout="constrained"
+    )
+    for (top, bottom), name in zip(axes.T, names, strict=True):
+        base = {run["seed"]: np.array(run["curve"]) for run in results.find(name, BASE)}
+        steps = next(iter(base.values()))[:, 0]
+        band = np.std([curve[:, 1] for curve in base.values()], axis=0, ddof=min(1, len(base) - 1))
+        bottom.fill_between(steps, -band, band, color="0.85", label="± standard deviation of float32's seeds")
+        for (label, configuration), colour in zip(CONFIGURATIONS.items(), COLOURS, strict=True):
+            runs = [run for run in results.find(name, label) if run["seed"] in base]
+            if not runs:
+                continue
+            losses = np.array([run["curve"] for run in runs])[..., 1]
+            above = losses - np.array([base[run["seed"]][:, 1] for run in runs])
+            style = {"color": colour, "linestyle": "-" if configuration.dtype == "float32" else "--", "label": label}
+            top.plot(steps, losses.mean(0), **style)
+            bottom.plot(steps, above.mean(0), marker=".", **style)
+        top.set_title(f"{name}, {results.settings[name]['parameters']:,} parameters")
+        top.set_ylabel("validation loss, nats")
+        bottom.set_ylabel("above float32's")
+        # Linear around the band, so that it is seen beside rows that are far away.
+        bottom.set_yscale("symlog", linthresh=max(float(2 * band.max()), 1e-3))
+        bottom.set_xlabel("step")
+    figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+    figure.suptitle(machine.device(), fontsize=9)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def selected(parts: list[str]) -> list[str]:
+    """The labels that are one of `parts`; a part that is no label stands for all that have it in them."""
+    meant = {name for part in parts for name in ([part] if part in CONFIGURATIONS else CONFIGURATIONS) if part in name}
+    return [label for label in CONFIGURATIONS if not parts or label in meant]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small networks and few steps, about a minute")
+    parser.add_argument("--only", action="append", default=[], metavar="LABEL", help="a label or a part; repeatable")
+    parser.add_argument("--workload", choices=list(WORKLOADS), help="one of them alone")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--again", action="store_true", help="repeat the runs that the file has")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder for JSON and plot")
+    options = parser.parse_args()
+
+    labels = selected(options.only)
+    if not labels:
+        parser.error(f"no label has {' or '.join(options.only)} in it; there are: {'; '.join(CONFIGURATIONS)}")
+    path = options.out / f"precision-{'quick-' if options.quick else ''}{machine.slug()}.json"
+    results = Results(path)
+    for name in [options.workload] if options.workload else WORKLOADS:
+        measure(WORKLOADS[name](options.quick), labels, options.seeds, results, options.again)
+    if any(run["label"] == BASE for run in results.runs):
+        plot(results, path.with_suffix(".png"))
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
