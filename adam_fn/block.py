@@ -1,8 +1,6 @@
 """Block codecs: a byte or half a byte for each element, and a scale for each 32."""
 
 import dataclasses
-import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,38 +11,33 @@ from adam_fn.codec import Codec, Noise, Stored
 
 BLOCK = 32
 SMALL = 4096
-
-
-class _Codes(NamedTuple):
-    """How the elements of a block, divided by its scale, are coded; ``levels`` is the code of 1."""
-
-    levels: int
-    bend: float  # of signed codes: (1 + bend) z / (1 + bend |z|)
-    decades: float  # of unsigned ones: codes are logarithms over so many decades below the scale
-
-
-# Chosen by measurement among bends from 1 to 8 and ranges from 1 to 4 decades.
-CODES = {(8, True): _Codes(127, 3.0, 0.0), (4, True): _Codes(7, 2.0, 0.0),
-         (8, False): _Codes(255, 0.0, 4.0), (4, False): _Codes(15, 0.0, 2.0)}  # fmt: skip
+BEND = 2
+#: Codes an octave of the non-negative slots, by bits. Both from `benchmarks/codes.py`.
+OCTAVE = {8: 20, 4: 2}
 
 
 @dataclasses.dataclass(frozen=True)
 class Block(Codec):
-    """8- or 4-bit codes in blocks of 32 along the last axis, with a bfloat16 scale each (its largest magnitude).
+    """8- or 4-bit codes in blocks of 32 along the last axis, with a bfloat16 scale s each.
 
     ::
 
-        signed, z = x/scale in [-1, 1]:    c = round(L (1+k)z / (1 + k|z|)),   L = 127 or 7, k = 3 or 2
-        unsigned, z = x/scale in [0, 1]:   x̂ = scale 10^(-d (1 - c/L)),        L = 255 or 15, d = 4 or 2
+        signed:    x̂ = s c / ((1+k)L - k|c|),    c = -L … L-1,  L = 128 or 8,   k = 2
+        unsigned:  x̂ = s 2^(1 - (L - c)/n),      c = 0 … L,     L = 255 or 15,  n = 20 or 2
 
-    Unsigned codes are rounded at random between the two neighbours so that the mean of what is decoded is x: a second
-    moment moves by a thousandth a step, which rounding to the nearest would take back every time. Values below the
-    lowest code count as the lowest, 10^-d of the block's largest: no second moment becomes 0 beside others that are
-    not. The randomness is a hash of step, leaf, slot and element, the same under any sharding. Two 4-bit codes share a
-    byte; a shorter last axis makes shorter blocks. Arrays of fewer than 4,096 elements stay as they are: there is
-    nothing to gain.
+    Signed slots: s is minus the element of the largest magnitude, rounded up, whose code is then -L; the others get the
+    code of the nearest value. Unsigned slots: s is a power of two, so that all blocks share one grid of values and a
+    scale that changes moves no other element; a code is rounded up or down at random so that its mean is the logarithm
+    of x. To the nearest, a second moment would stay where it is, as it moves by a thousandth a step. Values below the
+    lowest code, which is 2^-11.7 or 2^-6.5 of the block's largest or less, count as that: no second moment becomes 0
+    beside others that are not. The random numbers start at a hash of leaf, slot and element and move on evenly with the
+    step (`adam_fn.noise.even_bits`); they are the same under any sharding. A block with a nan is nan.
 
-    Bytes an element: 1.0625 (8 bits) and 0.5625 (4 bits) for last axes that are multiples of 32.
+    Two 4-bit codes share a byte. Last axes that are no multiple of 32 make blocks of equal, shorter length. Arrays of
+    fewer than 4,096 elements stay as they are: there is nothing to gain.
+
+    ``{"codes": uint8[..., blocks, bytes], "scales": bfloat16[..., blocks]}``: 1.0625 bytes an element (8 bits) and
+    0.5625 (4 bits) for last axes that are multiples of 32.
 
     Attributes:
       bits: 8 or 4.
@@ -66,96 +59,96 @@ class Block(Codec):
         return not self.signed
 
     def encode(self, x: jax.Array, noise: Noise | None = None) -> Stored:
+        assert self.signed is not None
         if x.size < SMALL:
             return {"codes": x, "scales": optax.MaskedNode()}
         rows = _blocks(x)
-        largest = jnp.abs(rows).max(-1, keepdims=True)
-        scales = _up(largest)
-        divisor = jnp.where(scales == 0, 1, scales).astype(x.dtype)
-        z = jnp.clip(rows / divisor, -1, 1)
-        if self.signed:
-            codes = self._nearest(z)
-        else:
-            codes = jnp.where(rows == largest, self._codes.levels, self._unbiased(z, noise))
-        codes = jnp.where(scales == 0, 0, codes).astype(jnp.int32) & (2**self.bits - 1)
+        codes, scales = self._signed_codes(rows) if self.signed else self._unsigned_codes(rows, noise)
+        # A maximum may pass over nan on a CPU.
+        scales = jnp.where(jnp.isnan(rows).any(-1, keepdims=True), jnp.nan, scales.astype(jnp.float32))
+        codes = codes.astype(jnp.int32) & (2**self.bits - 1)
         if self.bits == 4:
             half = codes.shape[-1] // 2
             codes = codes[..., :half] | codes[..., half:] << 4
-        codes = codes.astype(jnp.uint8).reshape(*x.shape[:-1], -1)
-        return {"codes": codes if self.bits == 4 else codes[..., : x.shape[-1]], "scales": scales[..., 0]}
+        return {"codes": codes.astype(jnp.uint8), "scales": scales[..., 0].astype(jnp.bfloat16)}
 
     def decode(self, stored: Stored, dtype: DTypeLike, shape: tuple[int, ...]) -> jax.Array:
         assert isinstance(stored, dict)
         codes, scales = stored["codes"], stored["scales"]
         if isinstance(scales, optax.MaskedNode):
             return codes.astype(dtype)
-        block = _length(shape[-1])
-        count = scales.shape[-1]
+        codes = codes.astype(jnp.int32)
         if self.bits == 4:
-            codes = codes.reshape(*shape[:-1], count, block // 2)
             codes = jnp.concatenate([codes & 15, codes >> 4], -1)
-        else:
-            codes = _padded(codes, count * block).reshape(*shape[:-1], count, block)
-        x = self._value(codes, dtype) * scales.astype(dtype)[..., None]
+        values = self._signed_values(codes, dtype) if self.signed else self._unsigned_values(codes, dtype)
+        x = values * scales.astype(dtype)[..., None]
         return x.reshape(*shape[:-1], -1)[..., : shape[-1]]
 
-    @property
-    def _codes(self) -> _Codes:
-        assert self.signed is not None
-        return CODES[self.bits, self.signed]
+    def _signed_codes(self, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        highest, lowest = rows.max(-1, keepdims=True), rows.min(-1, keepdims=True)
+        scales = -_away(jnp.where(highest >= -lowest, highest, lowest))
+        z = rows / jnp.where(scales == 0, 1, scales).astype(rows.dtype)
+        levels, magnitude = 2 ** (self.bits - 1), jnp.abs(z)
+        below = jnp.floor(levels * (1 + BEND) * magnitude / (1 + BEND * magnitude))
+        codes = below + (2 * magnitude > self._bent(below) + self._bent(below + 1))
+        return jnp.clip(jnp.where(z < 0, -codes, codes), -levels, levels - 1), scales
 
-    def _nearest(self, z: jax.Array) -> jax.Array:
-        levels, bend, _ = self._codes
-        return jnp.round(levels * (1 + bend) * z / (1 + bend * jnp.abs(z)))
-
-    def _unbiased(self, z: jax.Array, noise: Noise | None) -> jax.Array:
-        """One of the two codes around z, so that the mean of what they stand for is z; without noise the nearer."""
-        levels = self._codes.levels
-        y = levels + jnp.log2(jnp.maximum(z, jnp.finfo(z.dtype).tiny)) / self._step
-        y = jnp.clip(y, 0, levels)
-        nearest = jnp.round(y)
-        if noise is None:
-            return nearest
-        lower = jnp.minimum(jnp.floor(y), levels - 1)
-        low, high = (jnp.exp2(self._step * (c - levels)) for c in (lower, lower + 1))
-        chance = noise(z.shape).astype(z.dtype) * 2.0**-32
-        code = lower + (chance < (z - low) / (high - low))
-        # What is a code already stays one, whatever the logarithm's last digit is.
-        return jnp.where(jnp.abs(y - nearest) < 2e-4, nearest, code)
-
-    @property
-    def _step(self) -> float:
-        """The binary logarithm of the ratio of two neighbouring unsigned codes."""
-        return self._codes.decades * math.log2(10) / self._codes.levels
-
-    def _value(self, codes: jax.Array, dtype: DTypeLike) -> jax.Array:
-        """What a code stands for, in units of the scale."""
-        levels, bend, _ = self._codes
-        if not self.signed:
-            return jnp.exp2(self._step * (codes.astype(dtype) - levels))
+    def _signed_values(self, codes: jax.Array, dtype: DTypeLike) -> jax.Array:
         shift = 32 - self.bits  # Sign-extends a code of few bits.
-        y = ((codes.astype(jnp.int32) << shift) >> shift).astype(dtype) / levels
-        return y / (1 + bend - bend * jnp.abs(y))
+        codes = ((codes << shift) >> shift).astype(dtype)
+        return jnp.sign(codes) * self._bent(jnp.abs(codes))
+
+    def _bent(self, code: jax.Array) -> jax.Array:
+        """What a code that is not negative stands for, in units of the scale."""
+        return code / ((1 + BEND) * 2 ** (self.bits - 1) - BEND * code)
+
+    def _unsigned_codes(self, rows: jax.Array, noise: Noise | None) -> tuple[jax.Array, jax.Array]:
+        levels, octave = 2**self.bits - 1, OCTAVE[self.bits]
+        largest = rows.max(-1, keepdims=True)
+        unit = jnp.ldexp(jnp.ones_like(largest), jnp.maximum(jnp.frexp(largest)[1] - 1, -125))
+        chance = jnp.full_like(rows, 0.5) if noise is None else (noise(rows.shape) >> 8).astype(rows.dtype) * 2.0**-24
+        shared = chance[..., :1]
+        highest, places = (octave * _log2(x / unit) for x in (largest, rows))
+        top = _rounded(highest, shared)
+        above = (top > 0).astype(rows.dtype)  # Whether it is in the octave above the unit.
+        # Where the largest can be rounded to, one number decides for all: none gets above it.
+        codes = _rounded(places, jnp.where(places >= jnp.floor(highest), shared, chance))
+        codes = jnp.where(rows == largest, top, codes) - octave * above + levels
+        scales = jnp.where((largest > 0) & jnp.isfinite(largest), unit * jnp.exp2(above - 1), largest)
+        return jnp.clip(codes, 0, levels), scales
+
+    def _unsigned_values(self, codes: jax.Array, dtype: DTypeLike) -> jax.Array:
+        levels, octave = 2**self.bits - 1, OCTAVE[self.bits]
+        return jnp.exp2((codes.astype(dtype) - (levels - octave)) * (1 / octave))
 
 
 def _length(last: int) -> int:
-    """The length of a block: 32, or where the axis is shorter, the axis, made even."""
-    return min(BLOCK, last + last % 2)
-
-
-def _padded(x: jax.Array, last: int) -> jax.Array:
-    missing = last - x.shape[-1]
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
+    """The length of the blocks of an axis: at most 32, equal and even."""
+    length = -(-last // -(-last // BLOCK))
+    return length + length % 2
 
 
 def _blocks(x: jax.Array) -> jax.Array:
     """``[..., n]`` as ``[..., blocks, length]``, padded with zeros."""
     length = _length(x.shape[-1])
-    count = -(-x.shape[-1] // length)
-    return _padded(x, count * length).reshape(*x.shape[:-1], count, length)
+    missing = -x.shape[-1] % length
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
+    return x.reshape(*x.shape[:-1], -1, length)
 
 
-def _up(x: jax.Array) -> jax.Array:
-    """The least bfloat16 number that is not below x, x not negative."""
+def _away(x: jax.Array) -> jax.Array:
+    """The bfloat16 number next to x that is not nearer to 0."""
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     return jax.lax.bitcast_convert_type(((bits + 0xFFFF) >> 16).astype(jnp.uint16), jnp.bfloat16)
+
+
+def _log2(x: jax.Array) -> jax.Array:
+    return jnp.log2(jnp.maximum(x, 2.0**-100))
+
+
+def _rounded(y: jax.Array, chance: jax.Array) -> jax.Array:
+    """Down to a whole number, or up where the chance is below the fraction."""
+    # What is a code already stays one, whatever the logarithm's last digit is.
+    y = jnp.where(jnp.abs(y - jnp.round(y)) < 1e-4, jnp.round(y), y)
+    below = jnp.floor(y)
+    return below + (chance < y - below)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adam_fn.codec import Codec, Noise, Stored
-from adam_fn.noise import random_bits
+from adam_fn.noise import even_bits
 from adam_fn.rule import Clock, Rule
 
 
@@ -41,9 +41,9 @@ def _widened(g: jax.Array, dtype: np.dtype) -> jax.Array:
 
 
 def _noise(slot: int, clock: Clock) -> Noise:
-    """A stream of its own for each slot, leaf and step."""
+    """Random numbers of their own for each slot and leaf, which move on with the step."""
     assert clock.index is not None
-    return functools.partial(random_bits, slot, clock.count, clock.index)
+    return functools.partial(even_bits, slot, clock.count, clock.index)
 
 
 def body(

@@ -144,7 +144,7 @@ def dynamic(bits: int, exponents: int, *, signed: bool) -> Table:
 class Scale:
     """The scale of a block: its largest magnitude (its `root`-th root, at least `floor`), as it is stored.
 
-    bfloat16 and powers of two (an exponent of 8 bits) are rounded up, and what is stored makes the codes; float16 and
+    bfloat16 and powers of two (kept in bfloat16) are rounded up, and what is stored makes the codes; float16 and
     float32 are rounded to the nearest, and the codes are made with the unrounded one. `sign`: the largest element
     itself is stored, so that codes need to reach 1 on its side only.
     """
@@ -157,7 +157,7 @@ class Scale:
 
     @property
     def bits(self) -> int:
-        return 8 if self.kind == "power of 2" else 8 * jnp.dtype(self.kind).itemsize
+        return 16 if self.kind == "power of 2" else 8 * jnp.dtype(self.kind).itemsize
 
     def of(self, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What a block is divided by when it is coded, and what its values are multiplied by when it is decoded."""

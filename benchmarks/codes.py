@@ -180,17 +180,17 @@ def v_code(bits: int, decades: float, rounding: Rounding = "unbiased", *, top: b
     return Code(Log.over(2**bits - 1, decades), rounding, top=top)
 
 
-def v_octave(bits: int, octave: float, rounding: Rounding = "dithered", group: int = 32) -> Code:
+def v_octave(bits: int, octave: float, rounding: Rounding = "dithered", group: int = 32, *, even: bool = False) -> Code:
     """Logarithms below a power of two: with n codes an octave the values are the same whatever the scale is, and a
     scale that changes moves no other element of its block.
     """
-    return Code(Log(2**bits - 1, octave), rounding, Scale("power of 2", group))
+    return Code(Log(2**bits - 1, octave), rounding, Scale("power of 2", group), even=even)
 
 
 #: What `adam_fn.Block` does; a test compares them.
 LIBRARY: dict[int, tuple[Code, Code]] = {
-    8: (m_code(8, 3), v_code(8, 4, top=True)),
-    4: (m_code(4, 2), v_code(4, 2, top=True)),
+    8: (m_code(8, 2, "closest", sign=True), v_octave(8, 20, even=True)),
+    4: (m_code(4, 2, "closest", sign=True), v_octave(4, 2, even=True)),
 }
 
 # Codes an octave that are tried for each width.

@@ -18,9 +18,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import adam_fn
 from adam_fn import Block, Cast, Storage
-from adam_fn.block import SMALL
+from adam_fn.block import OCTAVE, SMALL
 from adam_fn.codec import stored_spec
-from adam_fn.noise import random_bits
+from adam_fn.noise import even_bits, random_bits
 
 CODECS = [Block(bits).of(signed=signed) for bits in (8, 4) for signed in (True, False)]
 SHAPES = [(128, 64), (5000,), (130, 50), (700, 7), (16, 3, 3, 33)]
@@ -46,47 +46,68 @@ def test_storage_law_and_bytes(codec: Block) -> None:
         for key in ("codes", "scales"):
             np.testing.assert_array_equal(stored[key], again[key], err_msg=f"{shape} {scale}")
         assert (decoded[x == 0] == 0).all() or not codec.signed
-        assert jnp.abs(decoded).max() <= 1.008 * jnp.abs(x).max()  # A scale is rounded up to bfloat16.
+        # A scale is rounded up to bfloat16, a logarithm to the next code.
+        step = 2.0**-7 if codec.signed else 2 ** (1 / OCTAVE[codec.bits]) - 1
+        assert jnp.abs(decoded).max() <= (1 + step) * 1.001 * jnp.abs(x).max()
         if shape[-1] % 32 == 0:
             assert sum(y.nbytes for y in stored.values()) == x.size * (codec.bits / 8 + 2 / 32)
 
 
-@pytest.mark.parametrize(("levels", "bits", "bend"), [(127, 8, 3.0), (7, 4, 2.0)])
-def test_signed_codes_are_those_of_the_docstring(levels: int, bits: int, bend: float) -> None:
-    """The nearest of all codes on the scale of (1+k)z/(1 + k|z|), in float64 and by search."""
+@pytest.mark.parametrize(("levels", "bits"), [(128, 8), (8, 4)])
+def test_signed_codes_are_the_nearest_of_the_docstring(levels: int, bits: int) -> None:
+    """By a search, in float64, over all values that the docstring gives."""
     codec = Block(bits).of(signed=True)
-    x = values((1024, 32), signed=True)
-    found = np.asarray(codec.decode(codec.encode(x), jnp.float32, x.shape), np.float64)
-    largest = np.abs(np.asarray(x)).max(-1, keepdims=True)
+    x = np.asarray(values((1024, 32), signed=True))
+    found = np.asarray(codec.decode(codec.encode(jnp.asarray(x)), jnp.float32, x.shape), np.float64)
+    largest = np.take_along_axis(x, np.abs(x).argmax(-1, keepdims=True), -1)
     scale = np.asarray(jax.lax.reduce_precision(jnp.asarray(largest), 8, 7), np.float64)
-    scale = np.where(scale < largest, scale * (1 + 2.0**-7 / (np.frexp(scale)[0] * 2)), scale)  # Rounded up.
-    z = np.float64(x) / np.where(scale == 0, 1, scale)
-    steps = np.arange(-levels, levels + 1) / levels
-    nearest = steps[np.abs(((1 + bend) * z / (1 + bend * np.abs(z)))[..., None] - steps).argmin(-1)]
-    np.testing.assert_allclose(found, scale * nearest / (1 + bend - bend * np.abs(nearest)), rtol=1e-6)
+    spacing = 2.0 ** (np.frexp(scale)[1] - 8)
+    scale = -np.where(np.abs(scale) < np.abs(largest), scale + np.sign(scale) * spacing, scale)
+    codes = np.arange(-levels, levels)
+    nearest = (scale * codes / (3 * levels - 2 * np.abs(codes)))[:, None, :]
+    distances = np.abs(x[..., None] - nearest)
+    np.testing.assert_allclose(np.abs(found - x), distances.min(-1), rtol=1e-5, atol=1e-6 * np.abs(scale).max())
+    assert (np.abs(found - x) <= distances.min(-1) + 1e-6 * np.abs(scale)).all()
+    assert np.abs(np.take_along_axis(found, np.abs(x).argmax(-1, keepdims=True), -1) + scale).max() == 0
+
+
+@pytest.mark.parametrize(("bits", "octave"), [(8, 20), (4, 2)])
+def test_unsigned_codes_are_those_of_the_docstring_and_unbiased(bits: int, octave: int) -> None:
+    """The two neighbours on the grid of 2^(i/n), whose logarithms have the right mean; low values are raised."""
+    codec = Block(bits).of(signed=False)
+    rng = np.random.default_rng(0)
+    z = 10 ** rng.uniform(-1.9, 0.0, (128, 32))
+    steps = 2000
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def decoded(bits: Any, step: jax.Array) -> jax.Array:
+        return codec.decode(
+            codec.encode(jnp.asarray(z, jnp.float32), functools.partial(bits, 1, step, 3)), float, z.shape
+        )
+
+    exact = octave * np.log2(np.float32(z).astype(np.float64))
+    for bits_of in (random_bits, even_bits):
+        found = octave * np.log2(
+            np.asarray(jax.lax.map(functools.partial(decoded, bits_of), jnp.arange(steps)), np.float64)
+        )
+        np.testing.assert_allclose(found, np.round(found), atol=1e-4)
+        assert (np.abs(found - exact) < 1 + 1e-3).all()
+        # What happens once in 2,000 steps may not have happened yet; even numbers leave nothing but that.
+        spread = 6 * found.std(0) / np.sqrt(steps) if bits_of is random_bits else 0
+        assert (np.abs(found.mean(0) - exact) <= spread + 10 / steps).all()
+    low = codec.decode(codec.encode(jnp.asarray(z).at[:, 1:].mul(1e-9), NOISE), jnp.float32, z.shape)
+    floor = np.asarray(low)[:, :1] * 2.0 ** (-(2**bits - 1) / octave)
+    assert (low[:, 1:] >= 0.99 * floor).all(), "a second moment must not become 0 beside others"
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_unsigned_codes_are_unbiased(bits: int) -> None:
-    """The mean over many steps is the value, wherever it lies between two codes; values below the range are raised."""
-    codec = Block(bits).of(signed=False)
-    rng = np.random.default_rng(0)
-    z = 10 ** rng.uniform(-1.9, -0.01, (128, 32))
-    z[:, 0] = 1.0
-    x = jnp.asarray(z, jnp.float32)
-    steps = 2000
-
-    @jax.jit
-    def decoded(step: jax.Array) -> jax.Array:
-        return codec.decode(codec.encode(x, functools.partial(random_bits, 1, step, 3)), jnp.float32, x.shape)
-
-    found = np.asarray(jax.lax.map(decoded, jnp.arange(steps)), np.float64)
-    spread = found.std(0) / np.sqrt(steps)
-    assert (np.abs(found.mean(0) - z) <= 6 * spread + 1e-4 * z).all()
-    nearest = np.asarray(codec.decode(codec.encode(x), jnp.float32, x.shape))
-    assert (np.abs(nearest - z) > 6 * spread + 1e-4 * z).mean() > 0.5, "rounding to nearest would not pass"
-    low = codec.decode(codec.encode(x * jnp.where(x < 1, 1e-9, 1.0), NOISE), jnp.float32, x.shape)
-    assert (low[:, 1:] > 0).all(), "a second moment must not become 0 beside others"
+def test_what_is_not_finite_is_not_hidden(bits: int) -> None:
+    for signed in (True, False):
+        codec, x = Block(bits).of(signed=signed), jnp.ones((128, 64))
+        for bad in (jnp.nan, jnp.inf):
+            found = codec.decode(codec.encode(x.at[3, 5].set(bad), NOISE), jnp.float32, x.shape)
+            assert not jnp.isfinite(found[3, 5])
+            assert jnp.isfinite(found[3, 32:]).all() and jnp.isfinite(found[:3]).all()
 
 
 def test_small_arrays_stay_as_they_are() -> None:
@@ -100,7 +121,7 @@ def test_small_arrays_stay_as_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "error", "low", "high", "largest"), [(8, 0.11, 0.97, 1.03, 1.5), (4, 0.55, 0.8, 1.2, 3.0)]
+    ("bits", "error", "low", "high", "largest"), [(8, 0.065, 0.98, 1.02, 1.2), (4, 0.4, 0.9, 1.05, 2.0)]
 )
 def test_adam_with_codes_follows_exact_adam_at_any_scale(
     bits: int, error: float, low: float, high: float, largest: float
@@ -209,7 +230,7 @@ def test_inside_flax_and_optax() -> None:
         p, state = step(p, state, grads)
     assert compilations(step) == 1
     many = jax.vmap(plain.init)({"w": jnp.stack([params["w"]] * 2)})
-    assert many.slots["mu"]["codes"]["w"].shape == (2, 64, 64)
+    assert many.slots["mu"]["codes"]["w"].shape == (2, 64, 2, 32)
 
 
 @pytest.mark.parametrize("spec", [PartitionSpec("a"), PartitionSpec(None, "b"), PartitionSpec("a", "b")], ids=str)
