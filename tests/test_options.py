@@ -18,7 +18,7 @@ from helpers import compilations, random_gradients, trajectory
 import adam_fn
 from adam_fn.schedules import inverse_sqrt
 
-ALIASES = tuple({case.alias for case in CASES})
+ALIASES = tuple(dict.fromkeys(case.alias for case in CASES))  # in order: workers must collect the same
 NAMESAKES = {
     alias: peer
     for alias in ALIASES
