@@ -58,6 +58,10 @@ class Block(Codec):
     def random(self) -> bool:
         return not self.signed
 
+    @property
+    def group(self) -> int:
+        return BLOCK
+
     def encode(self, x: jax.Array, noise: Noise | None = None) -> Stored:
         assert self.signed is not None
         if x.size < SMALL:

@@ -35,6 +35,11 @@ class Codec(abc.ABC):
         """Whether `encode` uses its noise."""
         return False
 
+    @property
+    def group(self) -> int | None:
+        """How many successive elements of the last axis are encoded together; None: the array as a whole."""
+        return None
+
     @abc.abstractmethod
     def encode(self, x: jax.Array, noise: Noise | None = None) -> Stored:
         """What is stored of `x` (float32 or float64): a pytree whose structure does not depend on the values of `x`.
@@ -59,6 +64,10 @@ class Cast(Codec):
             if not jnp.issubdtype(dtype, jnp.floating):
                 raise ValueError(f"moments are stored in a floating dtype, got {dtype}")
             object.__setattr__(self, "dtype", dtype)
+
+    @property
+    def group(self) -> int:
+        return 1
 
     def encode(self, x: jax.Array, noise: Noise | None = None) -> Stored:
         return x if self.dtype is None else x.astype(self.dtype)

@@ -1,15 +1,24 @@
 """`body`, the only place where a rule's arithmetic meets its storage, and the ways to run it."""
 
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 
-from adam_fn.codec import Codec, Noise, Stored
-from adam_fn.noise import even_bits
+from adam_fn.codec import Codec, Noise, Stored, stored_spec
+from adam_fn.noise import Part, even_bits
 from adam_fn.rule import Clock, Rule
+
+Inputs: TypeAlias = dict[str, jax.Array]
+Slots: TypeAlias = dict[str, Stored]
+
+#: Elements: of a leaf from which on it is updated tile by tile, of a tile at least, and of the rows of a vector.
+LARGE, TILE, LANES = 2**20, 2**17, 1024
 
 
 def compute_dtype(dtype: np.dtype) -> np.dtype:
@@ -40,10 +49,10 @@ def _widened(g: jax.Array, dtype: np.dtype) -> jax.Array:
     return jnp.where(jnp.isfinite(wide), jnp.clip(wide, -(2.0**exponent), 2.0**exponent), wide)
 
 
-def _noise(slot: int, clock: Clock) -> Noise:
+def _noise(slot: int, clock: Clock, part: Part | None) -> Noise:
     """Random numbers of their own for each slot and leaf, which move on with the step."""
     assert clock.index is not None
-    return functools.partial(even_bits, slot, clock.count, clock.index)
+    return functools.partial(even_bits, slot, clock.count, clock.index, part=part)
 
 
 def body(
@@ -53,8 +62,9 @@ def body(
     p: jax.Array | None,
     stored: Mapping[str, Stored],
     clock: Clock,
-) -> tuple[jax.Array, dict[str, Stored]]:
-    """One step of one leaf: decode, the rule, encode. The update has the gradient's dtype and shape."""
+    part: Part | None = None,
+) -> tuple[jax.Array, Slots]:
+    """One step of one leaf, or of a part of it: decode, the rule, encode. The update has the gradient's dtype."""
     dtype = compute_dtype((g if p is None else p).dtype)
     rule = rule.cast(dtype)
     clock = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, clock)
@@ -68,10 +78,123 @@ def body(
     if found != expected:
         raise ValueError(f"{type(rule).__name__}.leaf returned shapes {found}, expected {expected}")
     return as_dtype(u, g.dtype), {
-        name: codecs[name].encode(new[name], None if clock.index is None else _noise(i, clock))
+        name: codecs[name].encode(new[name], None if clock.index is None else _noise(i, clock, part))
         for i, name in enumerate(codecs)
     }
 
 
-#: `body` over a whole leaf. Jitted, so that it is traced and lowered once per distinct leaf and not once per leaf.
-run_leaf = jax.jit(body)
+@functools.partial(jax.jit, static_argnames="write")
+def run_leaf(
+    rule: Rule,
+    codecs: Mapping[str, Codec],
+    g: jax.Array,
+    p: jax.Array | None,
+    stored: Mapping[str, Stored],
+    clock: Clock,
+    *,
+    write: bool = False,
+) -> tuple[jax.Array, Slots]:
+    """`body` over a leaf: the update, or with `write` the new parameter, as `optax.apply_updates` has it.
+
+    Jitted, so that it is traced and lowered once per distinct leaf and not once per leaf.
+    """
+
+    def run(
+        rule: Rule, inputs: Inputs, stored: Slots, clock: Clock, part: Part | None = None
+    ) -> tuple[jax.Array, Slots]:
+        g, p = inputs["g"], inputs.get("p")
+        u, new = body(rule, codecs, g, p, stored, clock, part)
+        return u if p is None or not write else (p + u).astype(p.dtype), new
+
+    inputs, stored = {"g": g} if p is None else {"g": g, "p": p}, dict(stored)
+    tiles = _tiles(codecs, g, stored)
+    if tiles is None:
+        return run(rule, inputs, stored, clock)
+    cut = jax.custom_jvp(functools.partial(_run_tiles, run, tiles, codecs, "p" if write else "g"))
+    cut.defjvp(lambda primals, tangents: jax.jvp(run, primals, tangents))  # The derivative is that of the whole.
+    return jax.lax.platform_dependent(rule, inputs, stored, clock, cpu=cut, default=run)
+
+
+class _Tiles(NamedTuple):
+    """A leaf of the shape `view` cut along `axis` into `stride` tiles, each of which is every `stride`-th row.
+
+    Interleaved, so that a leaf that is sharded along the axis is cut where it lies.
+    """
+
+    view: tuple[int, ...]
+    axis: int
+    stride: int
+
+
+def _tiles(codecs: Mapping[str, Codec], g: jax.Array, stored: Slots) -> _Tiles | None:
+    """How to cut a leaf, or None where it had better be updated as a whole.
+
+    XLA on a CPU does not fuse the reductions and the integer arithmetic of codes with the rest, and a temporary of the
+    leaf's size costs more than the arithmetic; without codes there is none, and in a small leaf it stays in the cache.
+    """
+    if g.size < LARGE or not any(jnp.issubdtype(x.dtype, jnp.integer) for x in jax.tree.leaves(stored)):
+        return None
+    if jnp.iscomplexobj(g) or any(axis != AxisType.Auto for axis in jax.typeof(g).sharding.mesh.axis_types):
+        return None  # Two reals in front; or what is sharded explicitly, or a shard.
+    view = g.shape if g.ndim > 1 else (g.size // LANES, LANES)
+    groups = [codec.group for codec in codecs.values()]
+    if math.prod(view) != g.size or any(group is None or (g.ndim == 1 and LANES % group) for group in groups):
+        return None
+    strides = range(g.size // TILE, 1, -1)
+    cuts = [
+        _Tiles(view, axis, stride) for stride in strides for axis in range(len(view) - 1) if not view[axis] % stride
+    ]
+    return cuts[0] if cuts else None
+
+
+def _run_tiles(
+    run: Callable[..., tuple[jax.Array, Slots]],
+    tiles: _Tiles,
+    codecs: Mapping[str, Codec],
+    target: str,
+    rule: Rule,
+    inputs: Inputs,
+    stored: Slots,
+    clock: Clock,
+) -> tuple[jax.Array, Slots]:
+    """`run` tile by tile, in the place of the input `target` and of the slots."""
+    view, axis, stride = tiles
+    dtype = compute_dtype(inputs["g"].dtype)
+
+    def split(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return _as_bits(x.reshape(*shape[:axis], -1, stride, *shape[axis + 1 :]))
+
+    def take(x: jax.Array, i: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_index_in_dim(x, i, axis + 1, keepdims=False)
+
+    def put(x: jax.Array, part: jax.Array, i: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(x, part, i, axis + 1)
+
+    forms = {name: stored_spec(codecs[name], view, dtype) for name in stored}
+    whole = {name: split(x, view) for name, x in inputs.items()}
+    slots = jax.tree.map(lambda x, form: split(x, form.shape), stored, forms)
+
+    def tile(i: jax.Array, parts: tuple[Inputs, Slots]) -> tuple[jax.Array, Slots]:
+        parts = jax.tree.map(lambda x, like: jax.lax.bitcast_convert_type(x, like.dtype), parts, (inputs, stored))
+        return jax.tree.map(_as_bits, run(rule, *parts, clock, Part(axis, stride, i)))
+
+    def step(i: jax.Array, carry: tuple[jax.Array, Slots]) -> tuple[jax.Array, Slots]:
+        result, slots = carry
+        parts = jax.tree.map(lambda x: take(x, i), (whole | {target: result}, slots))
+        # The branch is always the first one. XLA does not know, and so does not fuse the arithmetic into both the
+        # reductions and the writes, over and over.
+        new = jax.lax.cond(clock.count >= 0, tile, lambda _, parts: (parts[0][target], parts[1]), i, parts)
+        return jax.tree.map(lambda x, part: put(x, part, i), carry, new)
+
+    found, slots = jax.lax.fori_loop(0, stride, step, (whole[target], slots))
+    return jax.tree.map(
+        lambda x, like: jax.lax.bitcast_convert_type(x, like.dtype).reshape(like.shape),
+        (found, slots), (inputs[target], stored),
+    )  # fmt: skip
+
+
+def _as_bits(x: jax.Array) -> jax.Array:
+    """Short floats as integers: XLA's CPU compiler would widen a whole array of them to write a part of it."""
+    bits = jnp.dtype(x.dtype).itemsize * 8
+    short = bits < 32 and jnp.issubdtype(x.dtype, jnp.floating)
+    return jax.lax.bitcast_convert_type(x, f"uint{bits}") if short else x

@@ -3,31 +3,49 @@
 import itertools
 import operator
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 
-def random_bits(seed: ArrayLike, step: ArrayLike, leaf: ArrayLike, shape: Sequence[int]) -> jax.Array:
+class Part(NamedTuple):
+    """Of a larger array every `stride`-th row along `axis`, from row `start` on."""
+
+    axis: int
+    stride: int
+    start: jax.Array
+
+
+def random_bits(
+    seed: ArrayLike, step: ArrayLike, leaf: ArrayLike, shape: Sequence[int], part: Part | None = None
+) -> jax.Array:
     """32 uniform bits for each element of a leaf, uint32 of `shape`.
 
     The integers `seed`, `step` and `leaf` (scalars, modulo 2³²) choose one of 2⁶⁴ streams. The bits of an element
     depend on these and on its row-major index alone, so that they are the same under `jit` and under any sharding. They
     have statistical quality, not a cryptographic one. A leaf of more than 2³² elements uses bits twice. Inside
-    `shard_map` and `vmap` the shape, and so the index, is that of one shard or of one member.
+    `shard_map` and `vmap` the shape, and so the index, is that of one shard or of one member. An array that is a `part`
+    of a leaf gets the leaf's bits.
     """
     # Two keys: of one alone the streams would be permutations of each other, element i of one element j of another.
     first, second = _key(0x9E3779B9, seed, step, leaf), _key(0x85EBCA6B, seed, step, leaf)
-    strides = list(itertools.accumulate(reversed(shape[1:]), operator.mul, initial=1))[::-1] if shape else []
+    whole = [length * (part.stride if part and axis == part.axis else 1) for axis, length in enumerate(shape)]
+    strides = list(itertools.accumulate(reversed(whole[1:]), operator.mul, initial=1))[::-1] if shape else []
     index = jnp.zeros(tuple(shape), jnp.uint32)
     for axis, stride in enumerate(strides):
-        if shape[axis] > 1:
-            index += jax.lax.broadcasted_iota(jnp.uint32, tuple(shape), axis) * jnp.uint32(stride % 2**32)
+        rows = jax.lax.broadcasted_iota(jnp.uint32, tuple(shape), axis)
+        if part and axis == part.axis:
+            rows = rows * jnp.uint32(part.stride) + part.start.astype(jnp.uint32)
+        if whole[axis] > 1:
+            index += rows * jnp.uint32(stride % 2**32)
     return _mix(index ^ first, second)
 
 
-def even_bits(seed: ArrayLike, step: ArrayLike, leaf: ArrayLike, shape: Sequence[int]) -> jax.Array:
+def even_bits(
+    seed: ArrayLike, step: ArrayLike, leaf: ArrayLike, shape: Sequence[int], part: Part | None = None
+) -> jax.Array:
     """Like `random_bits`, but the numbers of an element are spread evenly over the steps instead of independent.
 
     They start at random and advance by the golden ratio of 2³² (an additive recurrence): every number is as likely as
@@ -35,7 +53,7 @@ def even_bits(seed: ArrayLike, step: ArrayLike, leaf: ArrayLike, shape: Sequence
     over the steps then partly cancel.
     """
     advance = jnp.asarray(step).astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
-    return random_bits(seed, 0, leaf, shape) + advance
+    return random_bits(seed, 0, leaf, shape, part) + advance
 
 
 def _key(start: int, *numbers: ArrayLike) -> jax.Array:

@@ -243,10 +243,17 @@ def _no_update(g: ArrayLike | None, p: ArrayLike) -> jax.Array | None:
     return jnp.zeros(jnp.shape(p), dtype)
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="write")
 def _update(
-    spec: _Spec, grads: PyTree, state: State, params: PyTree | None, learning_rate: jax.Array | None
+    spec: _Spec,
+    grads: PyTree,
+    state: State,
+    params: PyTree | None,
+    learning_rate: jax.Array | None,
+    *,
+    write: bool = False,
 ) -> tuple[PyTree, State]:
+    """The updates, or with `write` the new parameters, and the new state."""
     reference = grads if params is None else params
     leaves = _Leaves(reference)
     gradients = leaves.match(grads, "the gradients", "the parameters")
@@ -268,13 +275,13 @@ def _update(
     stored: list[dict[str, Stored] | None] = []
     for i, (path, g, p) in enumerate(zip(leaves.paths, gradients, leaves.leaves, strict=True)):
         if not trained[i]:
-            updates.append(_no_update(g, p))
+            updates.append(p if write else _no_update(g, p))
             stored.append(None)
             continue
         old = {name: slot[i] for name, slot in slots.items()}
         _check_leaf(path, g, p, old, codecs)
         now = dataclasses.replace(clock, index=jnp.int32(i)) if is_random else clock
-        u, new = run_leaf(rules[decays[i]], codecs, g, None if params is None else p, old, now)
+        u, new = run_leaf(rules[decays[i]], codecs, g, None if params is None else p, old, now, write=write)
         updates.append(u)
         stored.append(new)
     new_slots = {
@@ -312,17 +319,28 @@ class Update:
         **extra_args: object,
     ) -> tuple[PyTree, State]:
         del extra_args  # Meant for other links of a chain.
+        state = self._checked(state)
+        if isinstance(learning_rate, (int, float, np.generic)):
+            learning_rate = float(learning_rate)  # One type, one compilation.
+        elif learning_rate is not None and jnp.shape(learning_rate) != ():
+            raise ValueError(f"learning_rate must be a scalar, got an array of shape {jnp.shape(learning_rate)}")
+        return _update(self.spec, updates, state, params, learning_rate)
+
+    def write(self, grads: PyTree, state: optax.OptState, params: PyTree) -> tuple[PyTree, State]:
+        """The new parameters, those of ``optax.apply_updates(params, updates)``, and the new state.
+
+        No update is ever stored: in a program that donates `params` and `state` every leaf is changed in its place.
+        """
+        return _update(self.spec, grads, self._checked(state), params, None, write=True)
+
+    def _checked(self, state: optax.OptState) -> State:
         if not isinstance(state, State) or set(state.slots) != set(dict(self.spec.codecs)):
             found = f"State with the slots {sorted(state.slots)}" if isinstance(state, State) else type(state).__name__
             expected = sorted(dict(self.spec.codecs))
             raise TypeError(
                 f"expected an adam_fn.State with the slots {expected}, got a {found}: not a state of this one"
             )
-        if isinstance(learning_rate, (int, float, np.generic)):
-            learning_rate = float(learning_rate)  # One type, one compilation.
-        elif learning_rate is not None and jnp.shape(learning_rate) != ():
-            raise ValueError(f"learning_rate must be a scalar, got an array of shape {jnp.shape(learning_rate)}")
-        return _update(self.spec, updates, state, params, learning_rate)
+        return state
 
 
 class Transformation(optax.GradientTransformationExtraArgs):
