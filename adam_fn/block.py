@@ -42,10 +42,12 @@ class Block(Codec):
     Attributes:
       bits: 8 or 4.
       signed: set by the slot; None until then.
+      uncoded: set for the leaves that `storage_mask` leaves out: arrays of any size stay as they are.
     """
 
     bits: int = 8
     signed: bool | None = None
+    uncoded: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in (8, 4):
@@ -53,6 +55,9 @@ class Block(Codec):
 
     def of(self, *, signed: bool) -> "Block":
         return dataclasses.replace(self, signed=signed)
+
+    def plain(self) -> "Block":
+        return dataclasses.replace(self, uncoded=True)
 
     @property
     def random(self) -> bool:
@@ -64,7 +69,7 @@ class Block(Codec):
 
     def encode(self, x: jax.Array, noise: Noise | None = None) -> Stored:
         assert self.signed is not None
-        if x.size < SMALL:
+        if self.uncoded or x.size < SMALL:
             return {"codes": x, "scales": optax.MaskedNode()}
         rows = _blocks(x)
         codes, scales = self._signed_codes(rows) if self.signed else self._unsigned_codes(rows, noise)

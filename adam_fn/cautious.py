@@ -8,7 +8,7 @@ import optax
 from jax.typing import ArrayLike
 
 from adam_fn.execute import as_dtype, as_real, compute_dtype
-from adam_fn.transform import PyTree
+from adam_fn.leaves import PyTree
 from adam_fn.wrapper import Wrapper, map_trained
 
 

@@ -20,7 +20,7 @@ Noise: TypeAlias = Callable[[tuple[int, ...]], jax.Array]
 class Codec(abc.ABC):
     """Stores an array between steps. Codecs are static: hashable, compared by value, without arrays of their own.
 
-    Law: ``encode(decode(encode(x))) = encode(x)``.
+    Laws: ``encode(decode(encode(x))) = encode(x)``, and what is stored with all arrays 0 stands for 0.
     """
 
     def __init_subclass__(cls) -> None:
@@ -29,6 +29,10 @@ class Codec(abc.ABC):
     def of(self, *, signed: bool) -> "Codec":
         """The codec for a slot, which can become negative or not."""
         return self
+
+    def plain(self) -> "Codec":
+        """A codec of the same structure that stores arrays as they are, for leaves that `storage_mask` leaves out."""
+        raise TypeError(f"storage_mask needs a codec that defines plain(), got {self!r}")
 
     @property
     def random(self) -> bool:
@@ -64,6 +68,9 @@ class Cast(Codec):
             if not jnp.issubdtype(dtype, jnp.floating):
                 raise ValueError(f"moments are stored in a floating dtype, got {dtype}")
             object.__setattr__(self, "dtype", dtype)
+
+    def plain(self) -> "Cast":
+        return Cast()
 
     @property
     def group(self) -> int:

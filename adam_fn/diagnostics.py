@@ -3,7 +3,7 @@
 import jax
 import optax
 
-from adam_fn.transform import PyTree
+from adam_fn.leaves import PyTree
 
 
 def state_bytes(tx: optax.GradientTransformation, params: PyTree) -> int:

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from adam_fn.leaves import Mask, PyTree
 from adam_fn.options import MuOptions, alias, codecs, links
 from adam_fn.rule import Hyper, safe_sqrt
 from adam_fn.rules.adam import Adam
-from adam_fn.transform import Mask, PyTree, State, Transformation, transform
+from adam_fn.transform import State, Transformation, transform
 from adam_fn.wrapper import Wrapper, check_state, inner, map_trained
 
 
@@ -81,6 +82,5 @@ def lamb(
     rule = Adam(b1, b2, eps, eps_root)
     direction, step = links(rule, learning_rate, weight_decay, options.get("decay", "scaled"))
     stored = codecs(rule, options.get("mu_dtype"), options.get("nu_dtype"), options.get("storage"))
-    return Lamb(
-        transform(direction, storage=stored, mask=mask, frozen=frozen), transform(step, mask=mask, frozen=frozen)
-    ).transformation()
+    kept = transform(direction, storage=stored, mask=mask, frozen=frozen, storage_mask=options.get("storage_mask"))
+    return Lamb(kept, transform(step, mask=mask, frozen=frozen)).transformation()

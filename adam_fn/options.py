@@ -9,8 +9,9 @@ from typing import Literal, ParamSpec, TypeAlias, TypedDict, TypeVar
 from jax.typing import DTypeLike
 
 from adam_fn.codec import Cast, Codec
+from adam_fn.leaves import Mask
 from adam_fn.rule import Decay, Hyper, ProximalDecay, Rate, Rule
-from adam_fn.transform import Mask, Transformation, transform
+from adam_fn.transform import Transformation, transform
 
 Meaning: TypeAlias = Literal["scaled", "independent", "l2", "proximal"]
 P = ParamSpec("P")
@@ -26,11 +27,20 @@ class StateOptions(TypedDict, total=False):
         `Storage(mu=Block(8), nu=Cast("bfloat16"))`; a name covers the slots that begin with it (nu, nu_max).
       nu_dtype: the floating dtype in which the second moments are stored; float32 by default, whatever the parameters.
         bfloat16 loses the changes of v below 0.4%: with β₂ above 0.996 that is all of them while gradients are steady.
+      storage_mask: the leaves whose moments are stored so, as a mask; those of the others stay in float32:
+        ``storage_mask=masks.path("*embedding*", invert=True)``. All by default.
     """
 
     frozen: Mask | None
     nu_dtype: DTypeLike | None
     storage: Codec | Mapping[str, Codec] | None
+    storage_mask: Mask | None
+
+
+class MomentOptions(StateOptions, total=False):
+    """`StateOptions`, and `mu_dtype`: the dtype in which the first moments are stored; float32 by default."""
+
+    mu_dtype: DTypeLike | None
 
 
 class CommonOptions(StateOptions, total=False):
@@ -80,12 +90,14 @@ def optimizer(
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = None,
     storage: Codec | Mapping[str, Codec] | None = None,
+    storage_mask: Mask | None = None,
 ) -> Transformation:
     """The transformation of `rule` with a learning rate and the options that all optimizers share (see `Options`)."""
     if weight_decay is None and (mask is not None or decay != "scaled"):
         raise ValueError("mask and decay say how the weights decay, but weight_decay is not given")
     direction, step = links(rule, learning_rate, weight_decay, decay)
-    return transform(direction >> step, storage=codecs(rule, mu_dtype, nu_dtype, storage), mask=mask, frozen=frozen)
+    stored = codecs(rule, mu_dtype, nu_dtype, storage)
+    return transform(direction >> step, storage=stored, mask=mask, frozen=frozen, storage_mask=storage_mask)
 
 
 def links(

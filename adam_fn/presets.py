@@ -14,25 +14,18 @@ and Chainer's ``AdaBound``. Clipping (``clipvalue``, ``clip_gradients``, ...) is
 import math
 from typing import Literal, Unpack
 
-from jax.typing import DTypeLike
-
-from adam_fn.options import Options, StateOptions, alias
+from adam_fn.leaves import Mask
+from adam_fn.options import MomentOptions, Options, alias
 from adam_fn.rule import Hyper
 from adam_fn.rules.adam import adam, adamw, nadam
 from adam_fn.rules.adamax import adamax
 from adam_fn.rules.amsgrad import amsgrad
 from adam_fn.rules.variance import radam
-from adam_fn.transform import Mask, Transformation
+from adam_fn.transform import Transformation
 
 
-class Kept(StateOptions, total=False):
-    """`StateOptions`, and `mu_dtype`: the dtype in which the first moments are stored; float32 by default."""
-
-    mu_dtype: DTypeLike | None
-
-
-class Weights(Kept, total=False):
-    """`Kept`, and `weight_decay`, whose meaning is the framework's, with `mask`: the leaves that decay."""
+class Weights(MomentOptions, total=False):
+    """`MomentOptions`, and `weight_decay`, whose meaning is the framework's, with `mask`: the leaves that decay."""
 
     weight_decay: Hyper | None
     mask: Mask | None
@@ -49,7 +42,7 @@ _ADAM = {False: adam, True: amsgrad}
 
 @alias
 def tensorflow1_adam(
-    learning_rate: Hyper = 1e-3, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-8, **options: Unpack[Kept]
+    learning_rate: Hyper = 1e-3, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-8, **options: Unpack[MomentOptions]
 ) -> Transformation:
     """TensorFlow 1's ``tf.train.AdamOptimizer``: ``p ← p - α_t m/(√v + ε)``.
 
@@ -67,7 +60,7 @@ def keras2_adam(
     eps: Hyper = 1e-7,
     *,
     amsgrad: bool = False,
-    **options: Unpack[Kept],
+    **options: Unpack[MomentOptions],
 ) -> Transformation:
     """Keras 2's ``Adam``: ``p ← p - α_t m/(√v + ε)``; with `amsgrad` the maximum of all v so far for v.
 
@@ -80,7 +73,7 @@ def keras2_adam(
 
 @alias
 def keras2_adamax(
-    learning_rate: Hyper = 2e-3, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-7, **options: Unpack[Kept]
+    learning_rate: Hyper = 2e-3, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-7, **options: Unpack[MomentOptions]
 ) -> Transformation:
     """Keras 2's ``Adamax``: ``p ← p - α m̂/(u + ε)``, ``u ← max(β₂u, |g|)``. There and source: as in `keras2_adam`."""
     return adamax(learning_rate, b1, b2, eps, eps_hat=True, **options)
@@ -93,7 +86,7 @@ def keras2_nadam(
     b2: Hyper = 0.999,
     eps: Hyper = 1e-7,
     momentum_decay: Hyper = 4e-3,
-    **options: Unpack[Kept],
+    **options: Unpack[MomentOptions],
 ) -> Transformation:
     """Keras 2's ``Nadam``: `adam_fn.nadam` with the momenta ``β₁(1 - 0.96^(tψ)/2)``, ε beside ``√v̂``.
 
@@ -130,7 +123,7 @@ def keras3_adamw(
     *,
     amsgrad: bool = False,
     mask: Mask | None = None,
-    **options: Unpack[Kept],
+    **options: Unpack[MomentOptions],
 ) -> Transformation:
     """Keras 3's ``AdamW``: `keras3_adam` with λ = 0.004, argument 2. Source: ``keras/src/optimizers/adamw.py``."""
     return _ADAM[amsgrad](learning_rate, b1, b2, eps, eps_hat=True, weight_decay=weight_decay, mask=mask, **options)
@@ -161,7 +154,7 @@ def keras3_nadam(
 
 @alias
 def blocks_adam(
-    learning_rate: Hyper = 2e-3, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-8, **options: Unpack[Kept]
+    learning_rate: Hyper = 2e-3, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-8, **options: Unpack[MomentOptions]
 ) -> Transformation:
     """Blocks' ``Adam``: ``p ← p - α_t m/(√v + ε)``.
 
@@ -174,7 +167,7 @@ def blocks_adam(
 
 @alias
 def lasagne_adam(
-    learning_rate: Hyper = 1e-3, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-8, **options: Unpack[Kept]
+    learning_rate: Hyper = 1e-3, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-8, **options: Unpack[MomentOptions]
 ) -> Transformation:
     """``lasagne.updates.adam``: ``p ← p - α_t m/(√v + ε)``. There: ``epsilon``. Source: ``lasagne/updates.py``."""
     return adam(learning_rate, b1, b2, eps, eps_hat=True, **options)
@@ -182,7 +175,7 @@ def lasagne_adam(
 
 @alias
 def lasagne_adamax(
-    learning_rate: Hyper = 2e-3, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-8, **options: Unpack[Kept]
+    learning_rate: Hyper = 2e-3, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-8, **options: Unpack[MomentOptions]
 ) -> Transformation:
     """``lasagne.updates.adamax``: ``p ← p - α m̂/(u + ε)``, ``u ← max(β₂u, |g|)``. Source: ``lasagne/updates.py``."""
     return adamax(learning_rate, b1, b2, eps, eps_hat=True, **options)
@@ -190,7 +183,7 @@ def lasagne_adamax(
 
 @alias
 def lasagne_amsgrad(
-    learning_rate: Hyper = 1e-3, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-8, **options: Unpack[Kept]
+    learning_rate: Hyper = 1e-3, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-8, **options: Unpack[MomentOptions]
 ) -> Transformation:
     """``lasagne.updates.amsgrad``: ``p ← p - α_t m/(√max v + ε)``, of the raw v. Source: ``lasagne/updates.py``."""
     return amsgrad(learning_rate, b1, b2, eps, eps_hat=True, **options)
@@ -303,7 +296,7 @@ def torch_adamw(
     *,
     amsgrad: bool = False,
     mask: Mask | None = None,
-    **options: Unpack[Kept],
+    **options: Unpack[MomentOptions],
 ) -> Transformation:
     """``torch.optim.AdamW``: ``p ← p - α(m̂/(√v̂ + ε) + λp)``, λ = 0.01; `amsgrad` and names as in `torch_adam`.
 
@@ -364,7 +357,7 @@ def torch_radam(
 
 @alias
 def jax_adam(
-    learning_rate: Hyper, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-8, **options: Unpack[Kept]
+    learning_rate: Hyper, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-8, **options: Unpack[MomentOptions]
 ) -> Transformation:
     """``jax.example_libraries.optimizers.adam``: ``p ← p - α m̂/(√v̂ + ε)``.
 
@@ -376,7 +369,7 @@ def jax_adam(
 
 @alias
 def jax_adamax(
-    learning_rate: Hyper, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-8, **options: Unpack[Kept]
+    learning_rate: Hyper, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-8, **options: Unpack[MomentOptions]
 ) -> Transformation:
     """``jax.example_libraries.optimizers.adamax``: ``p ← p - α m̂/(u + ε)``, ``u ← max(β₂u, |g|)``; see `jax_adam`."""
     return adamax(learning_rate, b1, b2, eps, eps_hat=True, **options)
@@ -384,7 +377,7 @@ def jax_adamax(
 
 @alias
 def autograd_adam(
-    learning_rate: Hyper = 1e-3, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-8, **options: Unpack[Kept]
+    learning_rate: Hyper = 1e-3, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-8, **options: Unpack[MomentOptions]
 ) -> Transformation:
     """HIPS autograd's ``adam``: ``p ← p - α m̂/(√v̂ + ε)``, α ``step_size``. Source: ``autograd/misc/optimizers.py``."""
     return adam(learning_rate, b1, b2, eps, **options)

@@ -1,18 +1,19 @@
 """SWATS: Adam that switches to SGD."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from adam_fn.execute import as_dtype, compute_dtype
-from adam_fn.options import codecs
+from adam_fn.leaves import PyTree
+from adam_fn.options import MomentOptions, alias, optimizer
 from adam_fn.rule import Hyper, Rate, one_minus
 from adam_fn.rules.adam import Adam
-from adam_fn.transform import Mask, PyTree, State, Transformation, transform
+from adam_fn.transform import State, Transformation
 from adam_fn.wrapper import Wrapper, check_state, inner, is_trained, map_trained
 
 
@@ -61,7 +62,8 @@ class Swats(Wrapper):
         steps, adam = self.adam.update(updates, state.adam, params, learning_rate=learning_rate)
         count = state.adam.count
         rate = self.rate.at(count).learning_rate if learning_rate is None else learning_rate
-        return _switch(updates, steps, state, adam, one_minus(self.rule.at(count).b2), rate, self.tolerance)
+        momentum = self.adam.update.decoded("mu", adam, updates)
+        return _switch(updates, steps, state, adam, momentum, one_minus(self.rule.at(count).b2), rate, self.tolerance)
 
 
 @jax.jit
@@ -70,6 +72,7 @@ def _switch(
     steps: PyTree,
     old: SwatsState,
     adam: State,
+    momentum: PyTree,
     part: ArrayLike,
     rate: ArrayLike,
     tolerance: ArrayLike,
@@ -99,12 +102,13 @@ def _switch(
             return u
         return jnp.where(old.switched, as_dtype((sgd * mu).astype(compute_dtype(u.dtype)), u.dtype), u)
 
-    updates = map_trained(choose, steps, adam.slots["mu"])
-    momentum = jax.tree.map(lambda mu: jnp.where(now, jnp.zeros_like(mu), mu), adam.slots["mu"])
-    adam = adam._replace(slots={**adam.slots, "mu": momentum})
+    updates = map_trained(choose, steps, momentum)
+    restarted = jax.tree.map(lambda mu: jnp.where(now, jnp.zeros_like(mu), mu), adam.slots["mu"])
+    adam = adam._replace(slots={**adam.slots, "mu": restarted})
     return updates, SwatsState(adam, average, old.switched | now, sgd_rate, adam_rate)
 
 
+@alias
 def swats(
     learning_rate: Hyper = 1e-3,
     b1: Hyper = 0.9,
@@ -113,9 +117,7 @@ def swats(
     tolerance: ArrayLike = 1e-9,
     *,
     eps_hat: bool = False,
-    frozen: Mask | None = None,
-    mu_dtype: DTypeLike | None = None,
-    nu_dtype: DTypeLike | None = None,
+    **options: Unpack[MomentOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """SWATS (Keskar and Socher, arXiv 1712.07628): Adam, which switches to SGD with momentum when it has found a rate.
 
@@ -137,9 +139,7 @@ def swats(
       tolerance: of the rate, in units of a rate; 1e-9 in the paper. With noisy gradients that hardly ever holds (and
         1e-9 is float32's rounding of a rate of 0.02): 1e-5 is common, and switches earlier.
       eps_hat: ε is added to the uncorrected √v.
-      frozen: leaves that are not trained.
-      mu_dtype: the dtype in which the momentum is stored; float32 by default.
-      nu_dtype: the dtype in which the second moment is stored; float32 by default.
+      options: see `adam_fn.options.MomentOptions`; m is the momentum.
     """
     if isinstance(tolerance, (int, float)) and not tolerance > 0:
         raise ValueError(f"tolerance must be positive, got {tolerance}")
@@ -147,5 +147,5 @@ def swats(
     if "mu" not in rule.slots:
         raise ValueError(f"swats needs the momentum: b1 must be in (0, 1), got {b1}")
     rate = Rate(learning_rate)
-    adam = transform(rule >> rate, storage=codecs(rule, mu_dtype, nu_dtype), frozen=frozen)
+    adam = optimizer(rule, learning_rate, **options)
     return Swats(adam, rule, rate, tolerance).transformation()

@@ -8,7 +8,7 @@ not fit its parameter is an error, raised while tracing, that names the leaf.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
@@ -19,12 +19,10 @@ from jax.typing import ArrayLike
 
 from adam_fn.codec import Cast, Codec, Stored, stored_spec
 from adam_fn.execute import as_real, compute_dtype, run_leaf
+from adam_fn.leaves import Leaves, Mask, PyTree, fixed_mask
 from adam_fn.rule import Clock, Rule, Weight, WeightDecay
 
-PyTree: TypeAlias = Any
 PyTreeDef: TypeAlias = Any  # JAX has no public type for it.
-#: Which leaves: a tree of booleans (a prefix will do), or a function of the parameters that returns one.
-Mask: TypeAlias = PyTree | Callable[[PyTree], PyTree]
 
 
 class State(NamedTuple):
@@ -44,81 +42,6 @@ class State(NamedTuple):
     slots: dict[str, PyTree]
 
 
-class _Tree(Hashable):
-    """A tree of booleans, compared by value and hashable, so that it can be compiled in."""
-
-    def __init__(self, tree: PyTree) -> None:
-        self.tree = tree
-        self._key = jax.tree.flatten(tree, is_leaf=lambda x: x is None)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Tree) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash((tuple(self._key[0]), self._key[1]))
-
-    def __reduce__(self) -> tuple[type["_Tree"], tuple[PyTree]]:
-        return _Tree, (self.tree,)
-
-
-def _fixed_mask(name: str, mask: Mask | None) -> Hashable:
-    """The mask in a hashable form. A callable that is a pytree (an Equinox module of booleans) is a tree."""
-    if mask is None or (callable(mask) and jax.tree_util.all_leaves([mask])):
-        return mask
-
-    def as_bool(path: jax.tree_util.KeyPath, value: object) -> bool | None:
-        if value is None or isinstance(value, (bool, np.bool_)):
-            return None if value is None else bool(value)
-        raise TypeError(f"{name}{jax.tree_util.keystr(path)} must be a Python bool, got {value!r}")
-
-    return _Tree(jax.tree_util.tree_map_with_path(as_bool, mask, is_leaf=lambda x: x is None))
-
-
-class _Leaves:
-    """The leaves of a tree by path, ``None`` included."""
-
-    def __init__(self, tree: PyTree) -> None:
-        flat, self.treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
-        self.paths = [jax.tree_util.keystr(path) or "the only leaf" for path, _ in flat]
-        self.leaves = [leaf for _, leaf in flat]
-
-    def match(self, tree: PyTree, what: str, of: str) -> list[Any]:
-        """The subtrees of `tree` at this tree's leaves, or an error that names the first path that differs."""
-        try:
-            return self.treedef.flatten_up_to(tree)
-        except (ValueError, TypeError) as error:
-            theirs = _Leaves(tree).paths
-            missing = [path for path in self.paths if path not in theirs]
-            extra = [path for path in theirs if path not in self.paths]
-            difference = f"{missing[0]} is missing" if missing else f"{extra[0]} is not there" if extra else str(error)
-            raise ValueError(f"{what} must have the structure of {of}: {difference}") from error
-
-    def spread(self, name: str, mask: Mask, tree: PyTree) -> list[bool]:
-        """One boolean a leaf."""
-        if not self.leaves:  # A placeholder for the parameters, as of `optax.tree_map_params`.
-            return []
-        if callable(mask):
-            mask = _fixed_mask(name, mask(tree))
-        if not isinstance(mask, _Tree):
-            raise TypeError(f"{name} must return a tree of booleans, got {mask!r}")
-        found: list[bool] = []
-
-        def add(value: bool | None, below: PyTree) -> None:
-            leaves = _Leaves(below).leaves
-            if value is None and any(leaf is not None for leaf in leaves):
-                raise TypeError("None stands for a parameter")
-            found.extend([bool(value)] * len(leaves))
-
-        try:
-            jax.tree.map(add, mask.tree, tree, is_leaf=lambda x: x is None)
-        except (ValueError, TypeError) as error:
-            theirs = _Leaves(mask.tree).paths
-            extra = [path for path in theirs if not any(ours.startswith(path) for ours in self.paths)]
-            where = f"{extra[0]} is not a parameter" if extra else str(error)
-            raise ValueError(f"{name} must have the structure of the parameters or a prefix of it: {where}") from error
-        return found
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Spec:
@@ -131,6 +54,7 @@ class _Spec:
     codecs: tuple[tuple[str, Codec], ...] = dataclasses.field(metadata={"static": True})
     mask: Hashable = dataclasses.field(metadata={"static": True})
     frozen: Hashable = dataclasses.field(metadata={"static": True})
+    storage_mask: Hashable = dataclasses.field(metadata={"static": True})
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _Spec):
@@ -141,13 +65,21 @@ class _Spec:
     def __hash__(self) -> int:
         return hash(jax.tree.structure(self))
 
-    def trained(self, leaves: _Leaves, tree: PyTree) -> list[bool]:
+    def trained(self, leaves: Leaves, tree: PyTree) -> list[bool]:
         """Which leaves are trained: floating or complex, and not frozen."""
         frozen = leaves.spread("frozen", self.frozen, tree) if self.frozen is not None else [False] * len(leaves.leaves)
         return [
             x is not None and not fixed and jnp.issubdtype(jnp.result_type(x), jnp.inexact)
             for x, fixed in zip(leaves.leaves, frozen, strict=True)
         ]
+
+    def codecs_of(self, leaves: Leaves, tree: PyTree) -> list[dict[str, Codec]]:
+        """The codecs of each leaf."""
+        coded = dict(self.codecs)
+        if self.storage_mask is None:
+            return [coded] * len(leaves.leaves)
+        kinds = {True: coded, False: {name: codec.plain() for name, codec in self.codecs}}
+        return [kinds[kept] for kept in leaves.spread("storage_mask", self.storage_mask, tree)]
 
 
 def _zeros_like(p: jax.Array) -> jax.Array:
@@ -166,7 +98,7 @@ def _structure(codec: Codec) -> PyTreeDef:
     return jax.tree.structure(stored_spec(codec, (1 << 20,), jnp.dtype(jnp.float32)))
 
 
-def _gather(leaves: _Leaves, codec: Codec, stored: Sequence[Stored | None]) -> PyTree:
+def _gather(leaves: Leaves, codec: Codec, stored: Sequence[Stored | None]) -> PyTree:
     """What the codec made of each leaf, as its structure of trees: slots outside, the parameters' structure inside."""
     outer = _structure(codec)
     blank = [None if x is None else optax.MaskedNode() for x in leaves.leaves]
@@ -175,7 +107,7 @@ def _gather(leaves: _Leaves, codec: Codec, stored: Sequence[Stored | None]) -> P
     return outer.unflatten([leaves.treedef.unflatten(column) for column in columns])
 
 
-def _scatter(leaves: _Leaves, codec: Codec, slot: PyTree, what: str) -> list[Stored]:
+def _scatter(leaves: Leaves, codec: Codec, slot: PyTree, what: str) -> list[Stored]:
     """The inverse of `_gather`."""
     outer = _structure(codec)
     columns = [leaves.match(column, what, "the parameters") for column in outer.flatten_up_to(slot)]
@@ -184,16 +116,17 @@ def _scatter(leaves: _Leaves, codec: Codec, slot: PyTree, what: str) -> list[Sto
 
 @jax.jit
 def _init(spec: _Spec, params: PyTree) -> State:
-    leaves = _Leaves(params)
+    leaves = Leaves(params)
     trained = spec.trained(leaves, params)
     if spec.mask is not None:
         leaves.spread("mask", spec.mask, params)  # Of another structure it is an error now and not at the first step.
+    own = spec.codecs_of(leaves, params)
     slots = {}
     for name, codec in spec.codecs:
         initial = spec.rule.slots[name].initial
         stored = [
-            codec.encode(_zeros_like(jnp.asarray(p)) + initial) if train else None
-            for p, train in zip(leaves.leaves, trained, strict=True)
+            codecs[name].encode(_zeros_like(jnp.asarray(p)) + initial) if train else None
+            for p, train, codecs in zip(leaves.leaves, trained, own, strict=True)
         ]
         slots[name] = _gather(leaves, codec, stored)
     double = any(compute_dtype(jnp.result_type(p)) == jnp.float64 for p in itertools.compress(leaves.leaves, trained))
@@ -255,10 +188,10 @@ def _update(
 ) -> tuple[PyTree, State]:
     """The updates, or with `write` the new parameters, and the new state."""
     reference = grads if params is None else params
-    leaves = _Leaves(reference)
+    leaves = Leaves(reference)
     gradients = leaves.match(grads, "the gradients", "the parameters")
     trained = spec.trained(leaves, reference)
-    codecs = dict(spec.codecs)
+    own = spec.codecs_of(leaves, reference)
     slots = {name: _scatter(leaves, codec, state.slots[name], f"the state's {name}") for name, codec in spec.codecs}
 
     rule = spec.rule.at(state.count)
@@ -269,7 +202,7 @@ def _update(
         raise ValueError(f"the state has {len(old_weights)} bias weights, but {spec.rule} has {rule.weights}")
     weights = rule.weigh(old_weights, state.count)
     clock = Clock(state.count, tuple(weight.value for weight in weights), learning_rate)
-    is_random = any(codec.random for codec in codecs.values())
+    is_random = any(codec.random for _, codec in spec.codecs)
 
     updates: list[jax.Array | None] = []
     stored: list[dict[str, Stored] | None] = []
@@ -279,9 +212,9 @@ def _update(
             stored.append(None)
             continue
         old = {name: slot[i] for name, slot in slots.items()}
-        _check_leaf(path, g, p, old, codecs)
+        _check_leaf(path, g, p, old, own[i])
         now = dataclasses.replace(clock, index=jnp.int32(i)) if is_random else clock
-        u, new = run_leaf(rules[decays[i]], codecs, g, None if params is None else p, old, now, write=write)
+        u, new = run_leaf(rules[decays[i]], own[i], g, None if params is None else p, old, now, write=write)
         updates.append(u)
         stored.append(new)
     new_slots = {
@@ -291,6 +224,22 @@ def _update(
     return leaves.treedef.unflatten(updates), State(
         jnp.asarray(optax.safe_increment(state.count)), new_weights, new_slots
     )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _decoded(spec: _Spec, slot: str, state: State, params: PyTree) -> PyTree:
+    leaves = Leaves(params)
+    stored = _scatter(leaves, dict(spec.codecs)[slot], state.slots[slot], f"the state's {slot}")
+    found: list[jax.Array | optax.MaskedNode | None] = []
+    for p, x, train, codecs in zip(
+        leaves.leaves, stored, spec.trained(leaves, params), spec.codecs_of(leaves, params), strict=True
+    ):
+        if train:
+            shape = jax.eval_shape(as_real, p).shape
+            found.append(codecs[slot].decode(x, compute_dtype(jnp.result_type(p)), shape))
+        else:
+            found.append(None if p is None else optax.MaskedNode())
+    return leaves.treedef.unflatten(found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,6 +282,10 @@ class Update:
         """
         return _update(self.spec, grads, self._checked(state), params, None, write=True)
 
+    def decoded(self, slot: str, state: State, params: PyTree) -> PyTree:
+        """A slot of the state as arrays in the dtype of the arithmetic, in the structure of `params` (or gradients)."""
+        return _decoded(self.spec, slot, state, params)
+
     def _checked(self, state: optax.OptState) -> State:
         if not isinstance(state, State) or set(state.slots) != set(dict(self.spec.codecs)):
             found = f"State with the slots {sorted(state.slots)}" if isinstance(state, State) else type(state).__name__
@@ -363,6 +316,7 @@ def transform(
     storage: Mapping[str, Codec] | None = None,
     mask: Mask | None = None,
     frozen: Mask | None = None,
+    storage_mask: Mask | None = None,
 ) -> Transformation:
     """A rule as an optax transformation.
 
@@ -372,6 +326,7 @@ def transform(
       mask: the leaves to which a `WeightDecay` applies: a tree of booleans with the structure of the parameters or a
         prefix of it, or a function of the parameters that returns one (see `adam_fn.masks`); all by default.
       frozen: the leaves that are not trained: no moments and a zero update; none by default.
+      storage_mask: the leaves that are stored as `storage` says; the others as if it said nothing. All by default.
     """
     if not isinstance(rule, Rule):
         raise TypeError(f"transform takes a rule, such as Adam() >> Rate(1e-3), got {rule!r}")
@@ -384,5 +339,8 @@ def transform(
     codecs = tuple(
         (name, (storage or {}).get(name, Cast()).of(signed=slot.signed)) for name, slot in rule.slots.items()
     )
-    spec = _Spec(rule, codecs, _fixed_mask("mask", mask), _fixed_mask("frozen", frozen))
+    if storage_mask is not None and not storage:
+        raise ValueError("storage_mask says which leaves are stored in another way, but storage is not given")
+    masks = {"mask": mask, "frozen": frozen, "storage_mask": storage_mask}
+    spec = _Spec(rule, codecs, **{name: fixed_mask(name, value) for name, value in masks.items()})
     return Transformation(Init(spec), Update(spec))

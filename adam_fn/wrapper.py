@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from adam_fn.execute import as_real, compute_dtype
-from adam_fn.transform import PyTree
+from adam_fn.leaves import PyTree
 
 
 class Wrapper(abc.ABC):

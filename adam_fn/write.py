@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from adam_fn.leaves import PyTree
 from adam_fn.noise import random_bits
-from adam_fn.transform import PyTree
 from adam_fn.wrapper import Wrapper, check_state
 
 _LARGEST = 0x7F7F  # The bits of the largest finite bfloat16; one more is inf.

@@ -17,7 +17,7 @@ LAYERS = (
     ("noise",),
     ("codec",),
     ("block",),
-    ("execute",),
+    ("execute", "leaves"),
     ("transform",),
     ("options",),
     ("rules",),

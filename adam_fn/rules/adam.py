@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from adam_fn.leaves import Mask
 from adam_fn.options import CommonOptions, DecayOptions, alias, optimizer
 from adam_fn.rule import (
     Beta,
@@ -28,7 +29,7 @@ from adam_fn.rule import (
     weigh,
 )
 from adam_fn.schedules import nadam_momentum
-from adam_fn.transform import Mask, Transformation
+from adam_fn.transform import Transformation
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from adam_fn.leaves import Mask
 from adam_fn.options import CommonOptions, DecayOptions, MuOptions, Options, alias, optimizer
 from adam_fn.rule import (
     Beta,
@@ -25,7 +26,7 @@ from adam_fn.rule import (
     weigh,
 )
 from adam_fn.rules.adam import Adam, Moments
-from adam_fn.transform import Mask, Transformation
+from adam_fn.transform import Transformation
 
 
 @dataclasses.dataclass(frozen=True)
