@@ -19,6 +19,8 @@ Slots: TypeAlias = dict[str, Stored]
 
 #: Elements: of a leaf from which on it is updated tile by tile, of a tile at least, and of the rows of a vector.
 LARGE, TILE, LANES = 2**20, 2**17, 1024
+#: A tile has a multiple of so many rows, so that as many devices may share them.
+ROWS = 32
 
 
 def compute_dtype(dtype: np.dtype) -> np.dtype:
@@ -140,11 +142,13 @@ def _tiles(codecs: Mapping[str, Codec], g: jax.Array, stored: Slots) -> _Tiles |
     groups = [codec.group for codec in codecs.values()]
     if math.prod(view) != g.size or any(group is None or (g.ndim == 1 and LANES % group) for group in groups):
         return None
-    strides = range(g.size // TILE, 1, -1)
     cuts = [
-        _Tiles(view, axis, stride) for stride in strides for axis in range(len(view) - 1) if not view[axis] % stride
+        _Tiles(view, axis, stride)
+        for axis, rows in enumerate(view[:-1])
+        for stride in range(2, g.size // TILE + 1)
+        if rows % (stride * ROWS) == 0
     ]
-    return cuts[0] if cuts else None
+    return max(cuts, key=lambda cut: cut.stride, default=None)
 
 
 def _run_tiles(

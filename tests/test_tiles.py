@@ -84,14 +84,24 @@ def test_which_leaves_are_cut() -> None:
 
     assert all(loops(TX, shape) == 1 for shape in SHAPES)
     assert loops(TX, (1 << 19,)) == loops(TX, (1031, 1033)) == loops(TX, ((1 << 20) + 1,)) == 0
+    assert loops(TX, (8, 1 << 20)) == 0, "tiles of one row would be gathered where the rows are shared among devices"
     assert loops(TX, (1024, 1024), jnp.complex64) == 0
     assert loops(adam_fn.adam(1e-3), (1024, 1024)) == loops(adam_fn.adam(1e-3, mu_dtype="bfloat16"), (1024, 1024)) == 0
 
 
-@pytest.mark.parametrize("spec", [PartitionSpec("a"), PartitionSpec(None, "b"), PartitionSpec("a", "b")], ids=str)
-def test_a_cut_leaf_on_a_mesh(spec: PartitionSpec) -> None:
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [
+        ((1024, 1024), PartitionSpec("a")),
+        ((512, 8192), PartitionSpec(None, "b")),
+        ((512, 8192), PartitionSpec("a", "b")),
+        ((1 << 20,), PartitionSpec(("a", "b"))),
+    ],
+    ids=str,
+)
+def test_a_cut_leaf_on_a_mesh(shape: tuple[int, ...], spec: PartitionSpec) -> None:
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto, AxisType.Auto))
-    p = jax.random.normal(jax.random.key(0), (1024, 1024))
+    p = jax.random.normal(jax.random.key(0), shape)
     sharded = jax.device_put(p, NamedSharding(mesh, spec))
     results = []
     for start in (sharded, p):
