@@ -1,6 +1,7 @@
 """The leaves of a tree by path, and masks over them: where structures meet, and errors name the leaf."""
 
-from collections.abc import Callable, Hashable
+import contextlib
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, TypeAlias
 
 import jax
@@ -84,3 +85,13 @@ class Leaves:
             where = f"{extra[0]} is not a parameter" if extra else str(error)
             raise ValueError(f"{name} must have the structure of the parameters or a prefix of it: {where}") from error
         return found
+
+
+@contextlib.contextmanager
+def named(path: str) -> Iterator[None]:
+    """Adds to an error the leaf that it is about."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"adam_fn: this is about the leaf {path}")
+        raise

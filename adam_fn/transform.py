@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 
 from adam_fn.codec import Cast, Codec, Stored, stored_spec
 from adam_fn.execute import as_real, compute_dtype, run_leaf
-from adam_fn.leaves import Leaves, Mask, PyTree, fixed_mask
+from adam_fn.leaves import Leaves, Mask, PyTree, fixed_mask, named
 from adam_fn.rule import Clock, Rule, Weight, WeightDecay
 
 PyTreeDef: TypeAlias = Any  # JAX has no public type for it.
@@ -124,10 +124,10 @@ def _init(spec: _Spec, params: PyTree) -> State:
     slots = {}
     for name, codec in spec.codecs:
         initial = spec.rule.slots[name].initial
-        stored = [
-            codecs[name].encode(_zeros_like(jnp.asarray(p)) + initial) if train else None
-            for p, train, codecs in zip(leaves.leaves, trained, own, strict=True)
-        ]
+        stored: list[Stored | None] = []
+        for path, p, train, codecs in zip(leaves.paths, leaves.leaves, trained, own, strict=True):
+            with named(path):
+                stored.append(codecs[name].encode(_zeros_like(jnp.asarray(p)) + initial) if train else None)
         slots[name] = _gather(leaves, codec, stored)
     double = any(compute_dtype(jnp.result_type(p)) == jnp.float64 for p in itertools.compress(leaves.leaves, trained))
     shape = (spec.rule.weights, 2)
@@ -214,7 +214,8 @@ def _update(
         old = {name: slot[i] for name, slot in slots.items()}
         _check_leaf(path, g, p, old, own[i])
         now = dataclasses.replace(clock, index=jnp.int32(i)) if is_random else clock
-        u, new = run_leaf(rules[decays[i]], own[i], g, None if params is None else p, old, now, write=write)
+        with named(path):
+            u, new = run_leaf(rules[decays[i]], own[i], g, None if params is None else p, old, now, write=write)
         updates.append(u)
         stored.append(new)
     new_slots = {
