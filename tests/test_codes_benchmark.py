@@ -189,7 +189,7 @@ def test_comparison() -> None:
     gradients = rng.standard_normal((230, 64)).astype(np.float32)
     gradients[:, 5] = 0
     data = Data("synthetic", gradients, (1e-3,))
-    entry = Entry("m", m_code(4, 2), None)
+    entry = Entry("m", m_code(4, 1), None)
     (row,) = Comparison(data).rows(entry)
     m = kept = v = np.zeros(64)
     errors, norm, size, largest = 0.0, 0.0, 0.0, [0.0, 0.0]
