@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import math
 import typing
 from collections.abc import Callable
 
@@ -64,13 +65,14 @@ def made_step(tx: optax.GradientTransformation) -> JittedStep:
 
 @dataclasses.dataclass(frozen=True)
 class JaxPeer:
-    """An optax transformation and the step around it."""
+    """An optax transformation and the step around it; only in cases that have a leaf of `least` elements."""
 
     name: str
     build: Callable[[], optax.GradientTransformation]
     step: Callable[[optax.GradientTransformation], JittedStep] = plain_step
     kinds: tuple[workloads.Kind, ...] = ("tree",)
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    least: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +92,16 @@ JAX_PEERS = (
         "adam_fn bfloat16 moments",
         lambda: adam_fn.adam(RATE, mu_dtype=jnp.bfloat16, nu_dtype=jnp.bfloat16),
         dtypes=("bfloat16",),
+    ),
+    *(
+        JaxPeer(
+            f"adam_fn {bits}-bit moments",
+            functools.partial(adam_fn.adam, RATE, storage=adam_fn.Block(bits)),
+            made_step,
+            dtypes=("float32",),
+            least=1 << 16,
+        )
+        for bits in (8, 4)
     ),
 )
 TORCH_PEERS = (TorchPeer("torch fused", {"fused": True}), TorchPeer("torch foreach", {"foreach": True}))
@@ -236,7 +248,10 @@ def limits(traffic: int) -> list[Runner]:
 
 
 def jax_peers(case: workloads.Case) -> list[JaxPeer]:
-    return [peer for peer in JAX_PEERS if case.kind in peer.kinds and case.dtype in peer.dtypes]
+    largest = max(math.prod(shape) for shape in case.shapes.values())
+    return [
+        peer for peer in JAX_PEERS if case.kind in peer.kinds and case.dtype in peer.dtypes and largest >= peer.least
+    ]
 
 
 def torch_peers(case: workloads.Case) -> list[TorchPeer]:

@@ -12,6 +12,7 @@ import argparse
 import json
 import pathlib
 import re
+import statistics
 import sys
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +23,7 @@ from report import Record, cell
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 EXAMPLES = ROOT / "examples" / "results"
-OURS = ("adam_fn", "adam_fn bfloat16 moments")
+OURS = ("adam_fn", "adam_fn bfloat16 moments", "adam_fn 8-bit moments", "adam_fn 4-bit moments")
 NONE = "–"
 
 
@@ -105,7 +106,7 @@ class Device:
         for case, title in self.cases(metric).items():
             for peer in OURS:
                 if (case, peer, metric) in self.found:
-                    rows.append((case, peer, title + peer.removeprefix("adam_fn").replace(" bfloat16", ", bfloat16")))
+                    rows.append((case, peer, ", ".join([title, *peer.split(" ", 1)[1:]])))
         return rows
 
     def steps(self) -> str:
@@ -190,6 +191,83 @@ def speed() -> str:
     return "\n\n".join([*texts, note])
 
 
+def span(values: Sequence[float]) -> str:
+    """The least and the largest, or the one."""
+    ends = [f"{end:.3g}" for end in (min(values), max(values))]
+    return " to ".join(dict.fromkeys(ends))
+
+
+def codes() -> str:
+    """Whole states of ours and of other libraries, then each choice of ours beside its alternatives."""
+    found = read(RESULTS / "codes.json", "python benchmarks/codes.py --out benchmarks/results")
+    rows: dict[tuple[str, ...], dict[str, list[dict[str, float]]]] = {}
+    for row in found["rows"]:
+        rows.setdefault((row["part"], row["label"], row["m"], row["v"]), {}).setdefault(row["data"], []).append(row)
+
+    def cells(key: tuple[str, ...]) -> list[str]:
+        return [
+            span([row[column] for row in rows[key][data]])
+            for data in ("synthetic", "recorded")
+            for column in ("error", "rms", "largest")
+        ]
+
+    def first(key: tuple[str, ...]) -> dict[str, typing.Any]:
+        return next(iter(rows[key].values()))[0]
+
+    numbers = ["error", "RMS", "largest"]
+    columns = [*(f"{name}, synthetic" for name in numbers), *(f"{name}, recorded" for name in numbers)]
+    texts = []
+    for part, head in (("both", ["both moments"]), ("m", ["first moment alone"]), ("v", ["second moment alone"])):
+        body = []
+        for key in (key for key in rows if key[0] == part):
+            row = first(key)
+            name = f"m: {row['m']}; v: {row['v']}" if part == "both" else row[part]
+            if row["peer"]:
+                name = f"{row['label']}: {name}"
+            label = name.replace(", bfloat16 with its sign for 32", "").replace(", power of 2 for 32", "")
+            body.append([f"**{label}**" if row["ours"] else label, f"{row['bytes']:.4g}", *cells(key)])
+        texts.append(table([*head, "bytes", *columns], body))
+    about = (
+        f"Of the last {found['last']} of {found['steps']:,} updates, in float64: relative L2 error against exact "
+        "Adam's, RMS and largest element in its units; synthetic: least and largest over σ from 1 to 1e-15. Bold: "
+        f"`Block(8)` and `Block(4)`. {named(found['versions'])} ({found['date'][:10]}), by `benchmarks/codes.py`."
+    )
+    details = "<details><summary>Each moment alone: our codes beside others</summary>"
+    return "\n\n".join([about, texts[0], details, *texts[1:], "</details>"])
+
+
+def precision() -> str:
+    """Per configuration: bytes a parameter, and of each workload the loss and how far it is from float32's."""
+    path = next(iter(sorted(RESULTS.glob("precision-*.json"))), RESULTS / "precision-cpu.json")
+    found = read(path, "python benchmarks/precision.py --out benchmarks/results")
+    runs: dict[str, dict[str, dict[int, dict[str, typing.Any]]]] = {}
+    for run in found["runs"]:
+        runs.setdefault(run["label"], {}).setdefault(run["workload"], {})[run["seed"]] = run
+    names = list(found["settings"])
+    head = ["", "bytes", *(cell for name in names for cell in (f"{name}: loss", "above float32"))]
+    body = []
+    for label, workloads_ in runs.items():
+        first = next(iter(workloads_[names[0]].values()))
+        cells = [label, f"{sum(first['bytes'].values()):.2f}"]
+        for name in names:
+            base, own = runs["float32"][name], workloads_[name]
+            cells.append(spread([run["loss"] for run in own.values()], 4))
+            above = [own[seed]["loss"] - base[seed]["loss"] for seed in own]
+            cells.append(NONE if label == "float32" else spread(above, 4))
+        body.append(cells)
+    about = (
+        "Validation loss in nats, mean ± standard deviation over the seeds; *above float32*: the difference to float32 "
+        "of the same seed. Bytes a parameter: parameter, gradient and state (of char). "
+        f"{found['device']}, {named(found['versions'])}, by `benchmarks/precision.py`."
+    )
+    return f"{table(head, body)}\n\n{about}"
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean ± standard deviation."""
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
 def mnist() -> str:
     """The last epoch of every run of examples/mnist_mlp.py."""
     command = "python examples/mnist_mlp.py --out benchmarks/results, with --compare or without"
@@ -248,7 +326,7 @@ def claims() -> str:
 
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"exactness": exactness, "speed": speed, "mnist": mnist},
+    "README.md": {"precision": precision, "codes": codes, "exactness": exactness, "speed": speed, "mnist": mnist},
     "examples/README.md": {"claims": claims},
 }
 

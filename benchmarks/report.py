@@ -143,8 +143,17 @@ def show(console: rich.console.Console, case: Case, records: Records) -> None:
 def _bars(axis: Axes, rows: list[Record], field: typing.Literal["ratio", "value"], base: float) -> None:
     """Grouped bars, one group a case and one colour a peer, standing on `base`."""
     names = list(dict.fromkeys(record["case"] for record in rows))
-    colours = ("#0072b2", "#56b4e9", "#009e73", "#999999", "#e69f00", "#d55e00")
-    order = ("adam_fn", "adam_fn make_step", "adam_fn bfloat16 moments", "optax", "torch fused", "torch foreach")
+    colours = {
+        "adam_fn": "#0072b2",
+        "adam_fn make_step": "#56b4e9",
+        "adam_fn bfloat16 moments": "#009e73",
+        "adam_fn 8-bit moments": "#cc79a7",
+        "adam_fn 4-bit moments": "#7f3c8d",
+        "optax": "#999999",
+        "torch fused": "#e69f00",
+        "torch foreach": "#d55e00",
+    }
+    order = list(colours)
     for index, name in enumerate(names):
         group = sorted((record for record in rows if record["case"] == name), key=lambda row: order.index(row["peer"]))
         width = 0.84 / len(group)
@@ -153,8 +162,7 @@ def _bars(axis: Axes, rows: list[Record], field: typing.Literal["ratio", "value"
             x = index + (place - (len(group) - 1) / 2) * width
             label = record["peer"]
             seen = label in axis.get_legend_handles_labels()[1]
-            colour = colours[order.index(label)]
-            axis.bar(x, value - base, width * 0.94, bottom=base, color=colour, label="_" if seen else label)
+            axis.bar(x, value - base, width * 0.94, bottom=base, color=colours[label], label="_" if seen else label)
             place_above = value >= base
             axis.annotate(
                 f"{value:.2f}" if field == "ratio" else f"{value:.3g}", (x, value), (0, 3 if place_above else -3),

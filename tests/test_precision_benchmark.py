@@ -125,7 +125,7 @@ def test_runs_are_kept(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) 
 def test_mlp() -> None:
     workload = precision.images(quick=True, dataset=mnist_data.digits())
     program = precision.Program(workload, precision.CONFIGURATIONS["bfloat16, 24-bit masters"])
-    curve, accuracy, _, _ = program.run(0, lambda steps: None)
+    _, curve, accuracy, _, _ = program.run(0, lambda steps: None)
     assert len(curve) == 12 and curve[-1][1] < 0.7 * curve[0][1] and accuracy > 0.6
 
 
