@@ -19,7 +19,7 @@ Slots: TypeAlias = dict[str, Stored]
 
 #: Elements: of a leaf from which on it is updated tile by tile, of a tile at least, and of the rows of a vector.
 LARGE, TILE, LANES = 2**20, 2**17, 1024
-#: A tile has a multiple of so many rows, so that as many devices may share them.
+#: Where there are many devices, a tile has a multiple of so many rows, so that they may share them.
 ROWS = 32
 
 
@@ -142,11 +142,12 @@ def _tiles(codecs: Mapping[str, Codec], g: jax.Array, stored: Slots) -> _Tiles |
     groups = [codec.group for codec in codecs.values()]
     if math.prod(view) != g.size or any(group is None or (g.ndim == 1 and LANES % group) for group in groups):
         return None
+    unit = ROWS if jax.device_count() > 1 else 1
     cuts = [
         _Tiles(view, axis, stride)
         for axis, rows in enumerate(view[:-1])
         for stride in range(2, g.size // TILE + 1)
-        if rows % (stride * ROWS) == 0
+        if rows % (stride * unit) == 0
     ]
     return max(cuts, key=lambda cut: cut.stride, default=None)
 

@@ -263,6 +263,22 @@ def precision() -> str:
     return f"{table(head, body)}\n\n{about}"
 
 
+def temporaries() -> str:
+    """Of every leaf and storage."""
+    path = next(iter(sorted(RESULTS.glob("temporaries-*.json"))), RESULTS / "temporaries-cpu.json")
+    found = read(path, "python benchmarks/temporaries.py --out benchmarks/results")
+    columns = ("make_step", "update", "make_step, not cut")
+    body = [
+        [" x ".join(f"{axis:,}" for axis in row["shape"]), row["storage"], *(f"{row[name]:.3f}" for name in columns)]
+        for row in found["rows"]
+    ]
+    about = (
+        "Temporaries of a step of one leaf, in units of its float32 size, on "
+        f"{found['device']} with {named(found['versions'])}, by `benchmarks/temporaries.py`."
+    )
+    return f"{table(['leaf', 'moments', *columns], body)}\n\n{about}"
+
+
 def spread(values: Sequence[float], digits: int) -> str:
     """Mean ± standard deviation."""
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
@@ -326,7 +342,14 @@ def claims() -> str:
 
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"precision": precision, "codes": codes, "exactness": exactness, "speed": speed, "mnist": mnist},
+    "README.md": {
+        "precision": precision,
+        "codes": codes,
+        "temporaries": temporaries,
+        "exactness": exactness,
+        "speed": speed,
+        "mnist": mnist,
+    },
     "examples/README.md": {"claims": claims},
 }
 
