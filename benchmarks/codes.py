@@ -230,7 +230,7 @@ def second_moments() -> Iterator[Entry]:
     for bits, octave in ((8, 20), (4, 2)):
         yield Entry(f"v{bits}", None, v_octave(bits, octave, even=False))
         yield Entry(f"v{bits}", None, v_octave(bits, octave, "unbiased"))
-        yield Entry(f"v{bits}", None, v_octave(bits, octave, "nearest"))
+        yield Entry(f"v{bits}", None, v_octave(bits, octave, "nearest", even=False))
         yield Entry(f"v{bits}", None, v_code(bits, Log(2**bits - 1, octave).decades))
         for group in (16, 64):
             yield Entry(f"v{bits}", None, v_octave(bits, octave, group=group))
