@@ -229,8 +229,13 @@ def test_inside_flax_and_optax() -> None:
     for _ in range(3):
         p, state = step(p, state, grads)
     assert compilations(step) == 1
-    many = jax.vmap(plain.init)({"w": jnp.stack([params["w"]] * 2)})
-    assert many.slots["mu"]["codes"]["w"].shape == (2, 64, 2, 32)
+    updates, after = jax.jit(plain.update)(grads, pickle.loads(pickle.dumps(state)), p)
+    again, _ = jax.jit(plain.update)(grads, state, p)
+    np.testing.assert_array_equal(updates["w"], again["w"])
+    both = jax.tree.map(lambda *x: jnp.stack(x), (grads, state, p), (updates, after, params))
+    found, _ = jax.vmap(plain.update)(*both)
+    np.testing.assert_allclose(found["w"][0], again["w"], rtol=1e-6)
+    np.testing.assert_allclose(found["w"][1], plain.update(updates, after, params)[0]["w"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
