@@ -1,6 +1,7 @@
 """`body`, the only place where a rule's arithmetic meets its storage, and the ways to run it."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeAlias
@@ -17,10 +18,14 @@ from adam_fn.rule import Clock, Rule
 Inputs: TypeAlias = dict[str, jax.Array]
 Slots: TypeAlias = dict[str, Stored]
 
-#: Elements: of a leaf from which on it is updated tile by tile, of a tile at least, and of the rows of a vector.
-LARGE, TILE, LANES = 2**20, 2**17, 1024
-#: Where there are many devices, a tile has a multiple of so many rows, so that they may share them.
+#: Leaves of at least so many elements are updated tile by tile.
+LARGE = 2**20
+#: A tile has at least so many elements,
+TILE = 2**17
+#: and with several devices a multiple of so many rows, so that they may share them.
 ROWS = 32
+#: A vector is cut as a matrix of rows of this length.
+WIDTH = 1024
 
 
 def compute_dtype(dtype: np.dtype) -> np.dtype:
@@ -81,7 +86,7 @@ def body(
         raise ValueError(f"{type(rule).__name__}.leaf returned shapes {found}, expected {expected}")
     return as_dtype(u, g.dtype), {
         name: codecs[name].encode(new[name], None if clock.index is None else _noise(i, clock, part))
-        for i, name in enumerate(codecs)
+        for i, name in enumerate(sorted(codecs))  # As `jit` sorts them, so that a slot's number is the same outside.
     }
 
 
@@ -138,11 +143,14 @@ def _tiles(codecs: Mapping[str, Codec], g: jax.Array, stored: Slots) -> _Tiles |
         return None
     if jnp.iscomplexobj(g) or any(axis != AxisType.Auto for axis in jax.typeof(g).sharding.mesh.axis_types):
         return None  # Two reals in front; or what is sharded explicitly, or a shard.
-    view = g.shape if g.ndim > 1 else (g.size // LANES, LANES)
+    view = g.shape if g.ndim > 1 else (g.size // WIDTH, WIDTH)
     groups = [codec.group for codec in codecs.values()]
-    if math.prod(view) != g.size or any(group is None or (g.ndim == 1 and LANES % group) for group in groups):
+    if math.prod(view) != g.size or any(group is None or (g.ndim == 1 and WIDTH % group) for group in groups):
         return None
-    unit = ROWS if jax.device_count() > 1 else 1
+    forms = [jax.tree.leaves(stored_spec(codecs[name], view, compute_dtype(g.dtype))) for name in stored]
+    if any(x.shape[: len(view) - 1] != view[:-1] for x in itertools.chain.from_iterable(forms)):
+        return None
+    unit = math.lcm(ROWS, jax.device_count()) if jax.device_count() > 1 else 1
     cuts = [
         _Tiles(view, axis, stride)
         for axis, rows in enumerate(view[:-1])
@@ -186,9 +194,8 @@ def _run_tiles(
     def step(i: jax.Array, carry: tuple[jax.Array, Slots]) -> tuple[jax.Array, Slots]:
         result, slots = carry
         parts = jax.tree.map(lambda x: take(x, i), (whole | {target: result}, slots))
-        # The branch is always the first one. XLA does not know, and so does not fuse the arithmetic into both the
-        # reductions and the writes, over and over.
-        new = jax.lax.cond(clock.count >= 0, tile, lambda _, parts: (parts[0][target], parts[1]), i, parts)
+        # Always true. XLA does not know, and so does not fuse the arithmetic into both the reductions and the writes.
+        new = jax.lax.cond(clock.count | 1 != 0, tile, lambda _, parts: (parts[0][target], parts[1]), i, parts)
         return jax.tree.map(lambda x, part: put(x, part, i), carry, new)
 
     found, slots = jax.lax.fori_loop(0, stride, step, (whole[target], slots))
@@ -200,6 +207,5 @@ def _run_tiles(
 
 def _as_bits(x: jax.Array) -> jax.Array:
     """Short floats as integers: XLA's CPU compiler would widen a whole array of them to write a part of it."""
-    bits = jnp.dtype(x.dtype).itemsize * 8
-    short = bits < 32 and jnp.issubdtype(x.dtype, jnp.floating)
-    return jax.lax.bitcast_convert_type(x, f"uint{bits}") if short else x
+    bits = jnp.finfo(x.dtype).bits if jnp.issubdtype(x.dtype, jnp.floating) else 0
+    return jax.lax.bitcast_convert_type(x, f"uint{bits}") if bits in (8, 16) else x

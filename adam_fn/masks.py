@@ -15,6 +15,15 @@ import jax.numpy as jnp
 PyTree: TypeAlias = Any
 
 
+def _check_tree(mask: object, params: PyTree) -> None:
+    """Raises where a mask was taken for a schedule."""
+    if isinstance(params, jax.Array) and params.shape == () and jnp.issubdtype(params.dtype, jnp.integer):
+        raise TypeError(
+            f"{mask} is a mask of parameters and got a step count: optax.inject_hyperparams takes every function for a "
+            'schedule, unless static_args=("mask", "frozen", "storage_mask") names it'
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class rank:
     """The leaves with at least `at_least` axes: ``rank(2)`` leaves out biases and the scales of norms.
@@ -25,6 +34,7 @@ class rank:
     at_least: int = 2
 
     def __call__(self, params: PyTree) -> PyTree:
+        _check_tree(self, params)
         return jax.tree.map(lambda p: jnp.ndim(p) >= self.at_least, params)
 
 
@@ -48,6 +58,8 @@ class path:
         object.__setattr__(self, "invert", invert)
 
     def __call__(self, params: PyTree) -> PyTree:
+        _check_tree(self, params)
+
         def matches(keys: jax.tree_util.KeyPath, _: object) -> bool:
             if keys and keys[-1] == jax.tree_util.GetAttrKey("value"):
                 keys = keys[:-1]

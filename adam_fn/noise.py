@@ -37,7 +37,7 @@ def random_bits(
     for axis, stride in enumerate(strides):
         rows = jax.lax.broadcasted_iota(jnp.uint32, tuple(shape), axis)
         if part and axis == part.axis:
-            rows = rows * jnp.uint32(part.stride) + part.start.astype(jnp.uint32)
+            rows = rows * jnp.uint32(part.stride) + jnp.asarray(part.start).astype(jnp.uint32)
         if whole[axis] > 1:
             index += rows * jnp.uint32(stride % 2**32)
     return _mix(index ^ first, second)

@@ -21,6 +21,9 @@ T = TypeVar("T")
 class StateOptions(TypedDict, total=False):
     """What is kept between steps, and of which leaves.
 
+    A mask is a tree of booleans (or a prefix), or a function of the parameters that returns one:
+    `optax.inject_hyperparams` takes that for a schedule, unless its `static_args` name it.
+
     Attributes:
       frozen: leaves that are not trained, as a mask: no moments, a zero update.
       storage: how the moments are stored between steps: a codec for all of them, such as `Block(8)`, or codecs by name,
@@ -131,6 +134,8 @@ def codecs(
     """The codec of each slot that the options ask for."""
     if isinstance(storage, Codec):
         storage = dict.fromkeys(rule.slots, storage)
+    if storage is not None and not isinstance(storage, Mapping):
+        raise TypeError(f"storage is a codec, such as Cast({storage!r}), or codecs by name, got {storage!r}")
     asked = {name: (codec, f"storage of {name}") for name, codec in (storage or {}).items()}
     for name, dtype in (("mu", mu_dtype), ("nu", nu_dtype)):
         if dtype is not None:

@@ -212,7 +212,10 @@ class Rule(abc.ABC):
 
     @abc.abstractmethod
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
-        """The update of one array and its new slots; everything has one dtype, float32 or float64."""
+        """The update of one array and its new slots; everything has one dtype, float32 or float64.
+
+        Elementwise: the array may be a part of a leaf. What needs whole leaves is a `Wrapper`, such as `lamb`.
+        """
 
     def at(self, count: jax.Array) -> Self:
         """The rule with every schedule replaced by its value at step `count`."""

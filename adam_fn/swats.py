@@ -62,7 +62,7 @@ class Swats(Wrapper):
         steps, adam = self.adam.update(updates, state.adam, params, learning_rate=learning_rate)
         count = state.adam.count
         rate = self.rate.at(count).learning_rate if learning_rate is None else learning_rate
-        momentum = self.adam.update.decoded("mu", adam, updates)
+        momentum = self.adam.update.decoded("mu", adam, updates if params is None else params)
         return _switch(updates, steps, state, adam, momentum, one_minus(self.rule.at(count).b2), rate, self.tolerance)
 
 

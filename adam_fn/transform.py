@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,10 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from adam_fn.codec import Cast, Codec, Stored, stored_spec
+from adam_fn.codec import Cast, Codec, Stored, Uncoded, stored_spec, structure
 from adam_fn.execute import as_real, compute_dtype, run_leaf
 from adam_fn.leaves import Leaves, Mask, PyTree, fixed_mask, named
 from adam_fn.rule import Clock, Rule, Weight, WeightDecay
-
-PyTreeDef: TypeAlias = Any  # JAX has no public type for it.
 
 
 class State(NamedTuple):
@@ -78,7 +76,7 @@ class _Spec:
         coded = dict(self.codecs)
         if self.storage_mask is None:
             return [coded] * len(leaves.leaves)
-        kinds = {True: coded, False: {name: codec.plain() for name, codec in self.codecs}}
+        kinds = {True: coded, False: {name: Uncoded(codec) for name, codec in self.codecs}}
         return [kinds[kept] for kept in leaves.spread("storage_mask", self.storage_mask, tree)]
 
 
@@ -94,13 +92,9 @@ def _zeros_like(p: jax.Array) -> jax.Array:
     return (bits ^ jax.lax.optimization_barrier(bits)).astype(compute_dtype(p.dtype))
 
 
-def _structure(codec: Codec) -> PyTreeDef:
-    return jax.tree.structure(stored_spec(codec, (1 << 20,), jnp.dtype(jnp.float32)))
-
-
 def _gather(leaves: Leaves, codec: Codec, stored: Sequence[Stored | None]) -> PyTree:
     """What the codec made of each leaf, as its structure of trees: slots outside, the parameters' structure inside."""
-    outer = _structure(codec)
+    outer = structure(codec)
     blank = [None if x is None else optax.MaskedNode() for x in leaves.leaves]
     rows = [b if x is None else outer.flatten_up_to(x) for b, x in zip(blank, stored, strict=True)]
     columns = [[row[i] if isinstance(row, list) else row for row in rows] for i in range(outer.num_leaves)]
@@ -109,7 +103,7 @@ def _gather(leaves: Leaves, codec: Codec, stored: Sequence[Stored | None]) -> Py
 
 def _scatter(leaves: Leaves, codec: Codec, slot: PyTree, what: str) -> list[Stored]:
     """The inverse of `_gather`."""
-    outer = _structure(codec)
+    outer = structure(codec)
     columns = [leaves.match(column, what, "the parameters") for column in outer.flatten_up_to(slot)]
     return [outer.unflatten(row) for row in zip(*columns, strict=True)]
 
@@ -331,6 +325,8 @@ def transform(
     """
     if not isinstance(rule, Rule):
         raise TypeError(f"transform takes a rule, such as Adam() >> Rate(1e-3), got {rule!r}")
+    if storage is not None and not isinstance(storage, Mapping):
+        raise TypeError(f"storage maps the names of slots to codecs, {{'mu': Block(8)}}, got {storage!r}")
     for name, codec in (storage or {}).items():
         if not isinstance(codec, Codec):
             raise TypeError(f"storage[{name!r}] must be a codec, such as Cast({codec!r}), got {codec!r}")

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import adam_fn
 from adam_fn import Block, Cast, Storage
-from adam_fn.block import OCTAVE, SMALL
+from adam_fn.block import CODES_PER_OCTAVE, SMALL
 from adam_fn.codec import stored_spec
 from adam_fn.noise import even_bits, random_bits
 
@@ -47,7 +47,7 @@ def test_storage_law_and_bytes(codec: Block) -> None:
             np.testing.assert_array_equal(stored[key], again[key], err_msg=f"{shape} {scale}")
         assert (decoded[x == 0] == 0).all() or not codec.signed
         # A scale is rounded up to bfloat16, a logarithm to the next code.
-        step = 2.0**-7 if codec.signed else 2 ** (1 / OCTAVE[codec.bits]) - 1
+        step = 2.0**-7 if codec.signed else 2 ** (1 / CODES_PER_OCTAVE[codec.bits]) - 1
         assert jnp.abs(decoded).max() <= (1 + step) * 1.001 * jnp.abs(x).max()
         if shape[-1] % 32 == 0:
             assert sum(y.nbytes for y in stored.values()) == x.size * (codec.bits / 8 + 2 / 32)
@@ -277,21 +277,72 @@ def test_shards_that_hold_no_whole_blocks() -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn", "float8_e5m2", "bfloat16"])
 def test_casts(dtype: str) -> None:
-    """The state has the dtype and the update is Adam's, of moments rounded to it each step."""
+    """The state has the dtype and the update is Adam's, of first moments rounded to it each step."""
     g = jax.random.normal(jax.random.key(0), (40, 64, 8))
-    tx = adam_fn.adam(1.0, storage=Cast(dtype))
+    tx = adam_fn.adam(1.0, storage=Storage(mu=Cast(dtype)))
     state = tx.init(g[0])
-    mu, nu = np.zeros((64, 8), dtype), np.zeros((64, 8), dtype)
+    mu, v = np.zeros((64, 8), dtype), np.zeros((64, 8))
     found, expected = np.zeros(()), np.zeros(())
     for t, x in enumerate(np.asarray(g, np.float64), start=1):
         found, state = tx.update(jnp.asarray(x, jnp.float32), state)
-        m, v = 0.9 * np.float64(mu) + 0.1 * x, 0.999 * np.float64(nu) + 0.001 * x * x
+        m, v = 0.9 * np.float64(mu) + 0.1 * x, 0.999 * v + 0.001 * x * x
         expected = -(m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
-        mu, nu = (np.asarray(jnp.asarray(y, jnp.float32).astype(dtype)) for y in (m, v))
-    assert {str(x.dtype) for x in jax.tree.leaves(state.slots)} == {dtype}
+        mu = np.asarray(jnp.asarray(m, jnp.float32).astype(dtype))
+    assert state.slots["mu"].dtype == jnp.dtype(dtype)
     # A moment next to a tie may be rounded the other way.
     assert (np.abs(found - expected) > 1e-5 * np.abs(expected)).mean() < 0.01
-    assert adam_fn.state_bytes(tx, g[0]) == 2 * g[0].size * jnp.dtype(dtype).itemsize + 4 + 16
+    assert adam_fn.state_bytes(tx, g[0]) == g[0].size * (jnp.dtype(dtype).itemsize + 4) + 4 + 16
+
+
+def test_second_moments_in_a_dtype_of_short_range() -> None:
+    """They work where gradients are large enough, and a warning says that they may not be."""
+    for dtype in ("float16", "float8_e4m3fn", "float8_e5m2"):
+        with pytest.warns(UserWarning, match=f"{dtype} cannot hold small second moments"):
+            tx = adam_fn.adam(1.0, nu_dtype=dtype)
+        updates, state = tx.update(jnp.full(3, 100.0), tx.init(jnp.ones(3)))
+        np.testing.assert_allclose(updates, -1.0, rtol=1e-3)
+        assert state.slots["nu"].dtype == jnp.dtype(dtype)
+
+
+def test_strict_promotion_and_wrong_storage() -> None:
+    g = jax.random.normal(jax.random.key(0), (64, 64))
+    for bits in (8, 4):
+        tx = adam_fn.adamw(1e-3, storage=Block(bits))
+        with jax.numpy_dtype_promotion("strict"):
+            assert jnp.isfinite(tx.update(g, tx.init(g), g)[0]).all()
+    wrong: Any = "bfloat16"
+    with pytest.raises(TypeError, match=r"storage is a codec, such as Cast\('bfloat16'\)"):
+        adam_fn.adam(1e-3, storage=wrong)
+    whole: Any = Block(8)
+    with pytest.raises(TypeError, match="storage maps the names of slots to codecs"):
+        adam_fn.transform(adam_fn.Adam(), storage=whole)
+
+
+def test_masks_are_no_schedules() -> None:
+    """`inject_hyperparams` calls every function with the step, unless it is told not to."""
+    params = {"embedding": jnp.ones((64, 128)), "w": jnp.ones((64, 128))}
+    mask = adam_fn.masks.path("w")
+    for mask_ in (mask, adam_fn.masks.rank(2)):
+        with pytest.raises(TypeError, match="is a mask of parameters and got a step count"):
+            optax.inject_hyperparams(adam_fn.adamw)(1e-2, storage=Block(8), storage_mask=mask_).init(params)
+    tx = optax.inject_hyperparams(adam_fn.adamw, static_args="storage_mask")(1e-2, storage=Block(8), storage_mask=mask)
+    codes: Any = optax.tree.get(tx.init(params), "slots")["mu"]["codes"]
+    assert {name: str(x.dtype) for name, x in codes.items()} == {"embedding": "float32", "w": "uint8"}
+
+
+@pytest.mark.parametrize(("bits", "least"), [(8, 0.97), (4, 0.86)])
+def test_a_maximum_climbs_to_the_next_code_and_no_further(bits: int, least: float) -> None:
+    """The docstring's bound: a code's step in v, so its root in the update."""
+    scale = jnp.exp(0.7 * jax.random.normal(jax.random.key(1), (64, 64)))
+    pair = [adam_fn.amsgrad(1.0, eps=0.0, storage=Storage(nu=Block(bits))), adam_fn.amsgrad(1.0, eps=0.0)]
+
+    def step(states: Any, t: jax.Array) -> Any:
+        g = scale * (1 + 0.2 * jax.random.normal(jax.random.fold_in(jax.random.key(0), t), scale.shape))
+        out = [tx.update(g, state) for tx, state in zip(pair, states, strict=True)]
+        return tuple(state for _, state in out), jnp.stack([jnp.linalg.norm(jnp.asarray(u)) for u, _ in out])
+
+    norms = jax.lax.scan(step, tuple(tx.init(scale) for tx in pair), jnp.arange(1000))[1][-50:].mean(0)
+    assert least <= norms[0] / norms[1] <= 1.01
 
 
 def test_storage_mask() -> None:

@@ -11,7 +11,7 @@ from block_codes import Bend, Code, Scale, dynamic
 from codes import LIBRARY, Comparison, Data, Entry, m_code, peers, v_code, v_octave
 
 import adam_fn
-from adam_fn.block import OCTAVE
+from adam_fn.block import CODES_PER_OCTAVE
 from adam_fn.noise import random_bits
 
 SHAPE = (256, 64)
@@ -73,7 +73,7 @@ def test_random_codes_are_those_of_the_library_on_average(bits: int) -> None:
     x = values(signed=False)
     # The lowest code depends on the rounded largest of a block in the library, on the largest itself here.
     highest = x.reshape(*x.shape[:-1], -1, 32).max(-1).repeat(32, -1)
-    inside = (x > 2.0 ** (1.0 - (2**bits - 1) / OCTAVE[bits]) * highest) | (highest == 0)
+    inside = (x > 2.0 ** (1.0 - (2**bits - 1) / CODES_PER_OCTAVE[bits]) * highest) | (highest == 0)
     assert inside.mean() > 0.5
     assert (np.abs(ours.mean(0) - theirs.mean(0)) <= slack)[inside].all()
     likely = inside & (np.minimum(x - ours.min(0), ours.max(0) - x) > 0.1 * np.ptp(ours, 0))

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import adam_fn
 from adam_fn import Block, Cast, Storage, execute
+from adam_fn.noise import Part, random_bits
 
 SHAPES = [(1 << 20,), (1024, 1024), (3, 3, 512, 256), (1024, 1030)]
 TX = adam_fn.adamw(1e-2, storage=Storage(mu=Block(8), nu=Block(4)), weight_decay=0.1)
@@ -155,6 +156,47 @@ def test_derivatives_and_batches_of_cut_leaves(monkeypatch: pytest.MonkeyPatch) 
     assert jnp.abs(found[0][1]).max() > 0
     for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
         np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, float), rtol=1e-4, atol=1e-6)
+
+
+def test_without_jit_and_at_any_count() -> None:
+    g = jax.random.normal(jax.random.key(0), (1024, 1024))
+    tx = adam_fn.adam(1e-2, storage=Block(8))
+    state = tx.init(g)
+    expected, _ = tx.update(g, state)
+    with jax.disable_jit():
+        found, _ = tx.update(g, state)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    for count in (-1, -(2**31), 2**31 - 1):
+        found, _ = tx.update(g, state._replace(count=jnp.int32(count)))
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_the_bits_of_a_part_are_those_of_the_whole() -> None:
+    whole = random_bits(1, 2, 3, (6, 8, 5))
+    for axis, stride in ((0, 3), (1, 4)):
+        shape = [6, 8, 5]
+        shape[axis] //= stride
+        for start in range(stride):
+            found = random_bits(1, 2, 3, shape, Part(axis, stride, jnp.int32(start)))
+            np.testing.assert_array_equal(found, whole[(slice(None),) * axis + (slice(start, None, stride),)])
+
+
+class Merged(Block):
+    """Stores rows one after the other, against the law of `group`."""
+
+    def encode(self, x: jax.Array, noise: Any = None) -> Any:
+        stored: Any = super().encode(x, noise)
+        return {name: part.reshape(-1, part.shape[-1]) for name, part in stored.items()}
+
+    def decode(self, stored: Any, dtype: Any, shape: tuple[int, ...]) -> jax.Array:
+        return super().decode({"codes": stored["codes"].reshape(*shape[:-1], -1, 32),
+                               "scales": stored["scales"].reshape(*shape[:-1], -1)}, dtype, shape)  # fmt: skip
+
+
+def test_a_codec_that_merges_axes_is_not_cut() -> None:
+    g = jax.random.normal(jax.random.key(0), (1024, 1024))
+    tx = adam_fn.adam(1e-2, storage=Storage(mu=Merged(8)))
+    assert _loops(tx.update, g, tx.init(g)) == 0
 
 
 def test_what_make_step_leaves_alone() -> None:
