@@ -44,9 +44,7 @@ def programs(case: workloads.Case) -> dict[str, Callable[[], tuple[peers.JittedS
             inputs = jax.eval_shape(lambda: workloads.images(case, 1))
         return step, (params, jax.eval_shape(tx.init, params), inputs)
 
-    # make_step compiles the program of the plain step.
-    found = (peer for peer in peers.jax_peers(case) if peer.step is peers.plain_step)
-    return {peer.name: functools.partial(build, peer) for peer in found}
+    return {peer.name: functools.partial(build, peer) for peer in peers.jax_peers(case)}
 
 
 def measure_steps(case: workloads.Case, effort: timing.Effort, records: report.Records) -> None:
