@@ -64,7 +64,7 @@ def made_step(tx: optax.GradientTransformation) -> JittedStep:
 
 @dataclasses.dataclass(frozen=True)
 class JaxPeer:
-    """An optax transformation and the step around it; `alone`: only in cases of one leaf, as it takes long to compile."""
+    """An optax transformation and the step around it; `alone`: in cases of one leaf, as it takes long to compile."""
 
     name: str
     build: Callable[[], optax.GradientTransformation]
