@@ -281,7 +281,8 @@ def temporaries() -> str:
 
 def spread(values: Sequence[float], digits: int) -> str:
     """Mean ± standard deviation."""
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+    mean = round(statistics.mean(values), digits) + 0.0  # No -0.
+    return f"{mean:.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def mnist() -> str:
