@@ -86,7 +86,7 @@ def _small(steps: int = 48) -> precision.Workload:
 
 
 MASTERS = "bfloat16, 32-bit masters"
-LABELS = [precision.BASE, "bfloat16", MASTERS]
+LABELS = [precision.BASE, MASTERS]
 
 
 def test_runs_are_kept(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,10 +98,9 @@ def test_runs_are_kept(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) 
     base = runs[precision.BASE]
     assert [step for step, _ in base["curve"]] == list(range(4, 52, 4))
     assert base["curve"][-1][1] == base["loss"] < base["curve"][0][1] and base["accuracy"] is None
-    # Plain bfloat16 loses small updates; masters differ from float32 by the rounding of what the network sees.
-    near, far = (abs(runs[label]["loss"] - base["loss"]) for label in (MASTERS, "bfloat16"))
-    assert 0 < near < far
-    for label, size, state in zip(LABELS, (4, 2, 2), (8, 8, 10), strict=True):
+    # Masters differ from float32 by the rounding of what the network sees.
+    assert 0 < abs(runs[MASTERS]["loss"] - base["loss"]) < 0.02
+    for label, size, state in zip(LABELS, (4, 2), (8, 10), strict=True):
         assert runs[label]["bytes"] == {"parameter": size, "gradient": size, "state": pytest.approx(state, abs=0.01)}
     precision.plot(precision.Results(path), path.with_suffix(".png"))
     assert path.with_suffix(".png").stat().st_size > 10_000
@@ -116,7 +115,7 @@ def test_runs_are_kept(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) 
         precision.measure(_small(), LABELS, 1, results, again=True)
     with pytest.raises(InterruptedError):
         precision.measure(_small(), LABELS, 2, results)
-    assert len(results.runs) == 3
+    assert len(results.runs) == 2
     with pytest.raises(InterruptedError):
         precision.measure(_small(24), LABELS, 1, results)
     assert not results.runs
