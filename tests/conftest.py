@@ -17,7 +17,7 @@ TESTS = itertools.count(1)
 
 @pytest.fixture(autouse=True)
 def _forget_programs() -> Iterator[None]:
-    """Now and then: a process that holds thousands of programs compiles each new one ten times as slowly."""
+    """Now and then, or a worker ends with gigabytes of programs."""
     yield
     if next(TESTS) % 50 == 0:
         jax.clear_caches()

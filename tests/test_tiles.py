@@ -127,6 +127,8 @@ def test_large_leaves_with_explicit_axes_and_in_shard_map(kind: AxisType) -> Non
     if kind == AxisType.Explicit:
         state = jax.jit(TX.init)(p)
         u, _ = jax.jit(TX.update)(p, state, p)
+        alone = jnp.ones(p.shape)
+        np.testing.assert_allclose(u, TX.update(alone, TX.init(alone), alone)[0], rtol=1e-6)
     else:
 
         def step(p: jax.Array) -> Any:
