@@ -3,9 +3,13 @@
 import gc
 import itertools
 import os
+import tempfile
 from collections.abc import Iterator
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Every program counts: most tests compile small ones, the workers many of the same.
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
@@ -13,6 +17,14 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 TESTS = itertools.count(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The workers, which start with this environment, share what they compile."""
+    if not hasattr(config, "workerinput") and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        place = tempfile.TemporaryDirectory()
+        config.add_cleanup(place.cleanup)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = place.name
 
 
 @pytest.fixture(autouse=True)
