@@ -1,5 +1,6 @@
 """What several test files need: deterministic gradients, and whole trajectories in one compiled scan."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -36,6 +37,28 @@ def trajectory(
 
     after, updates = run(jnp.asarray(params, dtype), jnp.asarray(grads, dtype))
     return np.asarray(after), np.asarray(updates)
+
+
+def together(txs: Sequence[optax.GradientTransformation]) -> optax.GradientTransformation:
+    """The i-th transformation on the i-th row: one program to compile instead of one for each."""
+
+    def init(params: Any) -> Any:
+        return [tx.init(params[i]) for i, tx in enumerate(txs)]
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        pairs = [tx.update(updates[i], state[i], params[i]) for i, tx in enumerate(txs)]
+        return jnp.stack([jnp.asarray(u) for u, _ in pairs]), [s for _, s in pairs]
+
+    return optax.GradientTransformation(init, update)
+
+
+def trajectories(
+    txs: Sequence[optax.GradientTransformation], grads: Array, params: Array, dtype: Any = jnp.float32
+) -> tuple[Array, Array]:
+    """`trajectory` of each, in one program: ``(params, updates)``, each ``[len(txs), steps, size]``."""
+    shape = (len(grads), len(txs), grads.shape[-1])
+    found = trajectory(together(txs), np.broadcast_to(grads[:, None], shape), np.stack([params] * len(txs)), dtype)
+    return np.swapaxes(found[0], 0, 1), np.swapaxes(found[1], 0, 1)
 
 
 def relative_error(found: Array, expected: Array) -> float:

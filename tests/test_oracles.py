@@ -1,6 +1,7 @@
 """Each member against the float64 transcription of its paper, and against optax where it has the same maths."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import optax
 import oracles_momentum as momentum
 import pytest
 from cases import CASES, Case, name
-from helpers import random_gradients, relative_error, trajectory
+from helpers import random_gradients, relative_error, trajectories, trajectory
 
 import adam_fn
 
@@ -18,34 +19,35 @@ GRADS = random_gradients(STEPS, SIZE)
 PARAMS = np.random.default_rng(1).standard_normal(SIZE).astype(np.float32)
 
 
-@pytest.mark.parametrize("case", CASES, ids=name)
-def test_follows_its_paper_for_1000_steps(case: Case) -> None:
-    expected = case.oracle(np.float64(GRADS), np.float64(PARAMS), 1e-3, **case.options)
-    params, updates = trajectory(case.make(), GRADS, PARAMS)
-    # Float32 parameters round p + u at every step, those of equal updates the same way each time: what the exact
-    # updates would do to them is what can be expected.
-    rounded = np.add.accumulate(np.vstack([PARAMS, np.float32(expected.updates)]), axis=0, dtype=np.float32)[-1]
-    assert np.abs(params[-1] - rounded).max() <= 2e-6 * np.abs(PARAMS).max()
-    # The updates are not blurred so. The parameters that a decay sees are rounded.
-    for t in (1, 2, 3, 10, 100, 1000):
-        assert relative_error(updates[t - 1], expected.updates[t - 1]) <= case.tolerance, t
+def test_follows_its_paper_for_1000_steps() -> None:
+    found = trajectories([case.make() for case in CASES], GRADS, PARAMS)
+    for case, params, updates in zip(CASES, *found, strict=True):
+        expected = case.oracle(np.float64(GRADS), np.float64(PARAMS), 1e-3, **case.options)
+        # Float32 parameters round p + u at every step, those of equal updates the same way each time: what the exact
+        # updates would do to them is what can be expected.
+        rounded = np.add.accumulate(np.vstack([PARAMS, np.float32(expected.updates)]), axis=0, dtype=np.float32)[-1]
+        assert np.abs(params[-1] - rounded).max() <= 2e-6 * np.abs(PARAMS).max(), case.name
+        # The updates are not blurred so. The parameters that a decay sees are rounded.
+        for t in (1, 2, 3, 10, 100, 1000):
+            assert relative_error(updates[t - 1], expected.updates[t - 1]) <= case.tolerance, (case.name, t)
 
 
-@pytest.mark.parametrize("case", CASES, ids=name)
-def test_follows_its_paper_in_float64(case: Case) -> None:
-    expected = case.oracle(np.float64(GRADS), np.float64(PARAMS), 1e-3, **case.options)
+def test_follows_its_paper_in_float64() -> None:
     with jax.enable_x64(True):
-        params, updates = trajectory(case.make(), GRADS, PARAMS, jnp.float64)
+        params, updates = trajectories([case.make() for case in CASES], GRADS, PARAMS, jnp.float64)
     assert params.dtype == np.float64
-    np.testing.assert_allclose(updates, expected.updates, rtol=1e-9, atol=1e-15)
+    for case, found in zip(CASES, updates, strict=True):
+        expected = case.oracle(np.float64(GRADS), np.float64(PARAMS), 1e-3, **case.options)
+        np.testing.assert_allclose(found, expected.updates, rtol=1e-9, atol=1e-15, err_msg=case.name)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.peer], ids=name)
-def test_agrees_with_optax(case: Case) -> None:
-    for rate in (1e-3, optax.warmup_cosine_decay_schedule(1e-5, 1e-3, 20, 80)):
-        ours, _ = trajectory(case.make(rate), GRADS[:100], PARAMS)
-        theirs, _ = trajectory(case.make_peer(rate), GRADS[:100], PARAMS)
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+@pytest.mark.parametrize("rate", [1e-3, optax.warmup_cosine_decay_schedule(1e-5, 1e-3, 20, 80)])
+def test_agrees_with_optax(rate: Any) -> None:
+    cases = [case for case in CASES if case.peer]
+    ours, _ = trajectories([case.make(rate) for case in cases], GRADS[:100], PARAMS)
+    theirs, _ = trajectories([case.make_peer(rate) for case in cases], GRADS[:100], PARAMS)
+    for case, a, b in zip(cases, ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5, err_msg=case.name)
 
 
 SCHEDULED = [case for case in CASES if case.name in ("adam", "nadam-momentum_decay", "adamax", "amsgrad", "yogi")]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import framework_oracles
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import random_gradients
+from helpers import random_gradients, together
 from jax.example_libraries import optimizers as example_libraries
 from jax.typing import DTypeLike
 from record_trajectories import RECORDED, STEPS, Array, Problem, gradient, problem
@@ -219,25 +219,12 @@ def test_oracle_is_the_record(row: Row, records: Mapping[str, Array]) -> None:
     assert distance(transcribed(row), records[str(row.record)]) < 1e-12
 
 
-def _together(txs: Sequence[optax.GradientTransformation]) -> optax.GradientTransformation:
-    """The i-th transformation on the i-th row: one program to compile instead of one for each."""
-
-    def init(params: Any) -> Any:
-        return [tx.init(params[i]) for i, tx in enumerate(txs)]
-
-    def update(updates: Any, state: Any, params: Any = None) -> Any:
-        pairs = [tx.update(updates[i], state[i], params[i]) for i, tx in enumerate(txs)]
-        return jnp.stack([jnp.asarray(u) for u, _ in pairs]), [s for _, s in pairs]
-
-    return optax.GradientTransformation(init, update)
-
-
 @functools.cache
 def paths(dtype: DTypeLike) -> Array:
     """[len(ROWS), 5, 64]: every row's parameters after the steps RECORDED."""
     tiled = Problem(*(np.stack([x] * len(ROWS), axis=-2) for x in problem()))
     with jax.enable_x64(dtype == np.float64):
-        tx = _together([getattr(presets, row.preset)(**row.ours) for row in ROWS])
+        tx = together([getattr(presets, row.preset)(**row.ours) for row in ROWS])
         return np.swapaxes(follow(tx, tiled, dtype), 0, 1)
 
 
