@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from cases import CASES, MEMBERS, Case, name
-from helpers import relative_error
+from helpers import relative_error, together
 
 import adam_fn
 
@@ -16,13 +16,12 @@ MAGNITUDES = (0.0, 1e-8, 1e-4, 1.0, 300.0, 6e4)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
-@pytest.mark.parametrize("case", CASES, ids=name)
-def test_low_precision_gradients(case: Case, dtype: Any) -> None:
+def test_low_precision_gradients(dtype: Any) -> None:
     """Finite at every magnitude, and the float32 result to the dtype's rounding."""
-    tx = case.make()
+    tx = together([case.make() for case in CASES])
 
     @jax.jit
-    def run(params: jax.Array, grads: jax.Array) -> jax.Array:
+    def run(params: jax.Array, grads: jax.Array) -> Any:
         def step(state: Any, g: jax.Array) -> Any:
             u, state = tx.update(g, state, params)
             return state, u
@@ -30,13 +29,15 @@ def test_low_precision_gradients(case: Case, dtype: Any) -> None:
         return jax.lax.scan(step, tx.init(params), grads)[1]
 
     grads = jnp.tile(jnp.asarray(MAGNITUDES, dtype), (3, 1)) * jnp.asarray([[1], [-1], [1]], dtype)
-    params = jnp.linspace(-1, 1, len(MAGNITUDES))
-    low = run(params.astype(dtype), grads)
+    grads = jnp.stack([grads] * len(CASES), 1)
+    params = jnp.stack([jnp.linspace(-1, 1, len(MAGNITUDES), dtype=dtype)] * len(CASES))
+    low = run(params, grads)
     assert low.dtype == dtype
-    assert jnp.isfinite(low).all()
-    exact = run(params.astype(dtype).astype(jnp.float32), grads.astype(jnp.float32))
-    expected = exact.astype(dtype)
-    np.testing.assert_array_equal(np.asarray(low, np.float32), np.asarray(expected, np.float32))
+    expected = run(params.astype(jnp.float32), grads.astype(jnp.float32)).astype(dtype)
+    for i, case in enumerate(CASES):
+        found = np.asarray(low[:, i], np.float32)
+        assert np.isfinite(found).all(), case.name
+        np.testing.assert_array_equal(found, np.asarray(expected[:, i], np.float32), err_msg=case.name)
 
 
 @pytest.mark.parametrize("case", MEMBERS, ids=name)
@@ -93,16 +94,22 @@ def test_state_is_float32_for_bfloat16_parameters(case: Case) -> None:
 def test_state_types_are_stable(case: Case, params: Any, grads: Any) -> None:
     """Dtype and weak type of the state out equal those in, through `scan` and `cond`."""
     tx = case.make(optax.cosine_decay_schedule(1e-3, 10), mu_dtype=jnp.bfloat16, weight_decay=0.1)
-    p, g = {"w": jnp.ones((2, 3), params)}, {"w": jnp.ones((2, 3), grads)}
-    state = tx.init(p)
-    updates, after = tx.update(g, state, p)
+    finite = optax.apply_if_finite(tx, 2)
+
+    def run(p: Any, g: Any) -> Any:
+        state = tx.init(p)
+        updates, after = tx.update(g, state, p)
+        jax.lax.scan(lambda s, _: (tx.update(g, s, p)[1], None), state, None, 2)
+        jax.lax.cond(True, lambda s: tx.update(g, s, p)[1], lambda s: s, state)
+        finite.update(g, finite.init(p), p)
+        return updates, state, after
+
+    p, g = ({"w": jax.ShapeDtypeStruct((2, 3), dtype)} for dtype in (params, grads))
+    updates, state, after = jax.eval_shape(run, p, g)
     assert updates["w"].dtype == grads
     describe = [(x.dtype, x.shape, x.weak_type) for x in jax.tree.leaves(state)]
     assert [(x.dtype, x.shape, x.weak_type) for x in jax.tree.leaves(after)] == describe
     assert not any(weak for *_, weak in describe)
-    jax.lax.scan(lambda s, _: (tx.update(g, s, p)[1], None), state, None, 2)
-    jax.lax.cond(True, lambda s: tx.update(g, s, p)[1], lambda s: s, state)
-    optax.apply_if_finite(tx, 2).update(g, optax.apply_if_finite(tx, 2).init(p), p)
 
 
 @pytest.mark.parametrize("case", MEMBERS, ids=name)

@@ -1,5 +1,7 @@
 """At home in optax: wrappers, state utilities, no recompilation, vmap, donation."""
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import chex
@@ -20,55 +22,64 @@ GRADS = [
 ]
 
 
-def run(tx: optax.GradientTransformation, params: Any = None, **extra: Any) -> Any:
-    """The parameters after the six steps."""
-    params = PARAMS if params is None else params
-    tx = optax.with_extra_args_support(tx)
-    state = tx.init(params)
-    update = jax.jit(tx.update)
-    for g in GRADS:
-        updates, state = update(g, state, params, **extra)
-        params = optax.apply_updates(params, updates)
-    return params
+def run(*txs: optax.GradientTransformation) -> list[Any]:
+    """The parameters after the six steps of each transformation, in one program."""
+
+    def step(carry: Any, g: Any) -> tuple[Any, None]:
+        def one(tx: optax.GradientTransformation, params: Any, state: Any) -> Any:
+            updates, state = tx.update(g, state, params)
+            return optax.apply_updates(params, updates), state
+
+        return [one(tx, *pair) for tx, pair in zip(txs, carry, strict=True)], None
+
+    grads = jax.tree.map(lambda *g: jnp.stack(g), *GRADS)
+    found = jax.jit(lambda: jax.lax.scan(step, [(PARAMS, tx.init(PARAMS)) for tx in txs], grads)[0])()
+    return [params for params, _ in found]
 
 
 @pytest.mark.parametrize("case", MEMBERS, ids=name)
 def test_wrappers(case: Case) -> None:
     """Each wrapper around ours does what the wrapper says, compared with ours alone."""
     tx = case.make(0.1)
-    plain = run(tx)
-    close = chex.assert_trees_all_close
-
-    close(run(optax.chain(optax.identity(), tx, optax.scale(1.0))), plain, rtol=1e-6)
-    close(run(optax.named_chain(("clip", optax.clip(1e9)), ("opt", tx))), plain, rtol=1e-6)
-    close(run(optax.apply_if_finite(tx, 3)), plain, rtol=1e-6)
-    close(run(optax.masked(tx, {"kernel": True, "bias": True})), plain, rtol=1e-6)
     half = optax.chain(
         optax.masked(tx, {"kernel": True, "bias": False}),
         optax.masked(optax.set_to_zero(), {"kernel": False, "bias": True}),
     )
-    close(run(half), {"kernel": plain["kernel"], "bias": PARAMS["bias"]}, rtol=1e-6)
-    labels = {"kernel": "a", "bias": "b"}
-    split = optax.partition({"a": tx, "b": case.make(0.0)}, labels)
-    close(run(split), {"kernel": plain["kernel"], "bias": PARAMS["bias"]}, rtol=1e-6)
-    close(run(optax.MultiSteps(tx, 1).gradient_transformation()), plain, rtol=1e-5)
-    close(run(optax.inject_hyperparams(case.alias)(0.1, **case.options)), plain, rtol=2e-5)
+    plain, *same, injected, masked, split = run(
+        tx,
+        optax.chain(optax.identity(), tx, optax.scale(1.0)),
+        optax.named_chain(("clip", optax.clip(1e9)), ("opt", tx)),
+        optax.apply_if_finite(tx, 3),
+        optax.masked(tx, {"kernel": True, "bias": True}),
+        optax.MultiSteps(tx, 1).gradient_transformation(),
+        optax.inject_hyperparams(case.alias)(0.1, **case.options),
+        half,
+        optax.partition({"a": tx, "b": case.make(0.0)}, {"kernel": "a", "bias": "b"}),
+    )
+    for found in same:
+        chex.assert_trees_all_close(found, plain, rtol=1e-5)
+    chex.assert_trees_all_close(injected, plain, rtol=2e-5)
+    for found in (masked, split):
+        chex.assert_trees_all_close(found, {"kernel": plain["kernel"], "bias": PARAMS["bias"]}, rtol=1e-6)
 
 
-@pytest.mark.parametrize("case", MEMBERS, ids=name)
-def test_multi_steps_averages(case: Case) -> None:
+def test_multi_steps_averages() -> None:
     mean = jax.tree.map(lambda *g: sum(g) / len(g), *GRADS[:3])
-    tx = case.make(0.1)
-    state = tx.init(PARAMS)
-    expected, _ = tx.update(mean, state, PARAMS)
-    multi = optax.MultiSteps(tx, 3)
-    multi_state = multi.init(PARAMS)
-    updates: Any = None
-    for i, g in enumerate(GRADS[:3]):
-        updates, multi_state = multi.update(g, multi_state, PARAMS)
-        if i < 2:
-            chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, PARAMS))
-    chex.assert_trees_all_close(updates, expected, rtol=1e-4, atol=1e-7)
+
+    def three(case: Case) -> tuple[Any, list[Any]]:
+        tx = case.make(0.1)
+        multi = optax.MultiSteps(tx, 3)
+        state, found = multi.init(PARAMS), []
+        for g in GRADS[:3]:
+            updates, state = multi.update(g, state, PARAMS)
+            found.append(updates)
+        return tx.update(mean, tx.init(PARAMS), PARAMS)[0], found
+
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+    for expected, found in jax.jit(lambda: [three(case) for case in MEMBERS])():
+        chex.assert_trees_all_equal(found[0], zeros)
+        chex.assert_trees_all_equal(found[1], zeros)
+        chex.assert_trees_all_close(found[2], expected, rtol=1e-4, atol=1e-7)
 
 
 def test_apply_if_finite_skips() -> None:
@@ -81,21 +92,31 @@ def test_apply_if_finite_skips() -> None:
     chex.assert_trees_all_equal(after.inner_state, state.inner_state)
 
 
-@pytest.mark.parametrize("case", CASES, ids=name)
-def test_inject_hyperparams(case: Case) -> None:
+def test_inject_hyperparams() -> None:
     """Numbers given as arrays are the same optimizer; a new value is no new compilation; rates can be schedules."""
     rate = optax.linear_schedule(0.1, 0.01, 6)
-    injected = optax.inject_hyperparams(case.alias)(rate, **case.options)
-    chex.assert_trees_all_close(run(injected), run(case.make(rate)), rtol=1e-4, atol=2e-5)  # float32(0.999)
+    found = run(*(optax.inject_hyperparams(case.alias)(rate, **case.options) for case in CASES))
+    for case, a, b in zip(CASES, found, run(*(case.make(rate) for case in CASES)), strict=True):
+        chex.assert_trees_all_close(a, b, rtol=1e-4, atol=2e-5, custom_message=case.name)  # float32(0.999)
 
-    tx = optax.inject_hyperparams(case.alias)(0.1, **case.options)
-    state = tx.init(PARAMS)
-    update = jax.jit(tx.update)
-    _, state = update(GRADS[0], state, PARAMS)
-    state.hyperparams["learning_rate"] = jnp.asarray(0.2, jnp.float32)
-    state.hyperparams["b2"] = jnp.asarray(0.99, jnp.float32)
-    update(GRADS[0], state, PARAMS)
+    txs = [optax.inject_hyperparams(case.alias)(0.1, **case.options) for case in CASES]
+    init, update = _all(txs)
+    _, states = update(GRADS[0], init(), PARAMS)
+    for state in states:
+        state.hyperparams["learning_rate"] = jnp.asarray(0.2, jnp.float32)
+        state.hyperparams["b2"] = jnp.asarray(0.99, jnp.float32)
+    update(GRADS[0], states, PARAMS)
     assert compilations(update) == 1
+
+
+def _all(txs: Sequence[optax.GradientTransformation]) -> tuple[Any, Any]:
+    """The `init` and `update` of all in one jitted function each."""
+
+    @jax.jit
+    def update(g: Any, states: Any, params: Any) -> Any:
+        return tuple(zip(*(tx.update(g, state, params) for tx, state in zip(txs, states, strict=True)), strict=True))
+
+    return jax.jit(lambda: tuple(tx.init(PARAMS) for tx in txs)), update
 
 
 @pytest.mark.parametrize("case", MEMBERS, ids=name)
@@ -163,13 +184,11 @@ def test_schedule_free() -> None:
     chex.assert_trees_all_close(found[0], found[1], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", CASES, ids=name)
-def test_second_call_does_not_recompile(case: Case) -> None:
-    tx = case.make(optax.cosine_decay_schedule(0.1, 10))
-    update = jax.jit(tx.update)
-    state = jax.jit(tx.init)(PARAMS)
+def test_second_call_does_not_recompile() -> None:
+    init, update = _all([case.make(optax.cosine_decay_schedule(0.1, 10)) for case in CASES])
+    states = init()
     for g in GRADS:
-        _, state = update(g, state, PARAMS)
+        _, states = update(g, states, PARAMS)
     assert compilations(update) == 1
 
 
@@ -181,19 +200,21 @@ def test_leaf_is_traced_once_for_equal_leaves() -> None:
     assert text.count("func.func private @run_leaf") == 2
 
 
-@pytest.mark.parametrize("case", CASES, ids=name)
-def test_vmap_over_learning_rates(case: Case) -> None:
-    rates = jnp.asarray([1e-3, 1e-2, 0.1])
+def test_vmap_over_learning_rates() -> None:
+    rates = (1e-3, 1e-2, 0.1)
 
-    def first(rate: jax.Array) -> Any:
+    def first(case: Case, rate: Any) -> Any:
         tx = case.make(rate)
         return tx.update(GRADS[0], tx.init(PARAMS), PARAMS)[0]
 
-    batched = jax.jit(jax.vmap(first))(rates)
-    for i, rate in enumerate((1e-3, 1e-2, 0.1)):
-        tx = case.make(rate)
-        expected, _ = tx.update(GRADS[0], tx.init(PARAMS), PARAMS)
-        chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], batched), expected, rtol=1e-5, atol=1e-9)
+    @jax.jit
+    def run() -> list[Any]:
+        batches = [jax.vmap(functools.partial(first, case))(jnp.asarray(rates)) for case in CASES]
+        return [(batch, [first(case, rate) for rate in rates]) for case, batch in zip(CASES, batches, strict=True)]
+
+    for case, (batch, apart) in zip(CASES, run(), strict=True):
+        expected = jax.tree.map(lambda *x: jnp.stack(x), *apart)
+        chex.assert_trees_all_close(batch, expected, rtol=1e-5, atol=1e-9, custom_message=case.name)
 
 
 def test_vmap_over_parameters_and_state() -> None:
@@ -209,7 +230,7 @@ def test_vmap_over_parameters_and_state() -> None:
 @pytest.mark.parametrize("case", MEMBERS, ids=name)
 def test_make_step_donates_and_works_in_place(case: Case) -> None:
     tx = case.make(0.1)
-    expected = run(tx)
+    (expected,) = run(tx)
     step = adam_fn.make_step(tx)
     params = jax.tree.map(jnp.copy, PARAMS)
     state = tx.init(params)
