@@ -15,8 +15,7 @@ from adam_fn.codec import Codec, Noise, Stored, stored_spec
 from adam_fn.noise import Part, even_bits
 from adam_fn.rule import Clock, Rule
 
-Inputs: TypeAlias = dict[str, jax.Array]
-Slots: TypeAlias = dict[str, Stored]
+Slots: TypeAlias = Mapping[str, Stored]
 
 #: Leaves of at least so many elements are updated tile by tile.
 LARGE = 2**20
@@ -26,6 +25,13 @@ TILE = 2**17
 ROWS = 32
 #: A vector is cut as a matrix of rows of this length.
 WIDTH = 1024
+
+
+class Inputs(NamedTuple):
+    """What a step of a leaf starts from beside its state: the gradient and the parameter, of one shape."""
+
+    g: jax.Array
+    p: jax.Array | None
 
 
 def compute_dtype(dtype: np.dtype) -> np.dtype:
@@ -63,15 +69,10 @@ def _noise(slot: int, clock: Clock, part: Part | None) -> Noise:
 
 
 def body(
-    rule: Rule,
-    codecs: Mapping[str, Codec],
-    g: jax.Array,
-    p: jax.Array | None,
-    stored: Mapping[str, Stored],
-    clock: Clock,
-    part: Part | None = None,
+    rule: Rule, codecs: Mapping[str, Codec], inputs: Inputs, stored: Slots, clock: Clock, part: Part | None = None
 ) -> tuple[jax.Array, Slots]:
     """One step of one leaf, or of a part of it: decode, the rule, encode. The update has the gradient's dtype."""
+    g, p = inputs
     dtype = compute_dtype((g if p is None else p).dtype)
     rule = rule.cast(dtype)
     clock = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, clock)
@@ -92,14 +93,7 @@ def body(
 
 @functools.partial(jax.jit, static_argnames="write")
 def run_leaf(
-    rule: Rule,
-    codecs: Mapping[str, Codec],
-    g: jax.Array,
-    p: jax.Array | None,
-    stored: Mapping[str, Stored],
-    clock: Clock,
-    *,
-    write: bool = False,
+    rule: Rule, codecs: Mapping[str, Codec], inputs: Inputs, stored: Slots, clock: Clock, *, write: bool = False
 ) -> tuple[jax.Array, Slots]:
     """`body` over a leaf: the update, or with `write` the new parameter, as `optax.apply_updates` has it.
 
@@ -109,12 +103,10 @@ def run_leaf(
     def run(
         rule: Rule, inputs: Inputs, stored: Slots, clock: Clock, part: Part | None = None
     ) -> tuple[jax.Array, Slots]:
-        g, p = inputs["g"], inputs.get("p")
-        u, new = body(rule, codecs, g, p, stored, clock, part)
-        return u if p is None or not write else (p + u).astype(p.dtype), new
+        u, new = body(rule, codecs, inputs, stored, clock, part)
+        return u if inputs.p is None or not write else (inputs.p + u).astype(inputs.p.dtype), new
 
-    inputs, stored = {"g": g} if p is None else {"g": g, "p": p}, dict(stored)
-    tiles = _tiles(codecs, g, stored)
+    tiles = _tiles(codecs, inputs.g, stored)
     if tiles is None:
         return run(rule, inputs, stored, clock)
     cut = jax.custom_jvp(functools.partial(_run_tiles, run, tiles, codecs, "p" if write else "g"))
@@ -172,7 +164,7 @@ def _run_tiles(
 ) -> tuple[jax.Array, Slots]:
     """`run` tile by tile, in the place of the input `target` and of the slots."""
     view, axis, stride = tiles
-    dtype = compute_dtype(inputs["g"].dtype)
+    dtype = compute_dtype(inputs.g.dtype)
 
     def split(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         return _as_bits(x.reshape(*shape[:axis], -1, stride, *shape[axis + 1 :]))
@@ -184,7 +176,7 @@ def _run_tiles(
         return jax.lax.dynamic_update_index_in_dim(x, part, i, axis + 1)
 
     forms = {name: stored_spec(codecs[name], view, dtype) for name in stored}
-    whole = {name: split(x, view) for name, x in inputs.items()}
+    whole = jax.tree.map(lambda x: split(x, view), inputs)
     slots = jax.tree.map(lambda x, form: split(x, form.shape), stored, forms)
 
     def tile(i: jax.Array, parts: tuple[Inputs, Slots]) -> tuple[jax.Array, Slots]:
@@ -193,15 +185,15 @@ def _run_tiles(
 
     def step(i: jax.Array, carry: tuple[jax.Array, Slots]) -> tuple[jax.Array, Slots]:
         result, slots = carry
-        parts = jax.tree.map(lambda x: take(x, i), (whole | {target: result}, slots))
+        parts = jax.tree.map(lambda x: take(x, i), (whole._replace(**{target: result}), slots))
         # Always true. XLA does not know, and so does not fuse the arithmetic into both the reductions and the writes.
-        new = jax.lax.cond(clock.count | 1 != 0, tile, lambda _, parts: (parts[0][target], parts[1]), i, parts)
+        new = jax.lax.cond(clock.count | 1 != 0, tile, lambda _, parts: (getattr(parts[0], target), parts[1]), i, parts)
         return jax.tree.map(lambda x, part: put(x, part, i), carry, new)
 
-    found, slots = jax.lax.fori_loop(0, stride, step, (whole[target], slots))
+    found, slots = jax.lax.fori_loop(0, stride, step, (getattr(whole, target), slots))
     return jax.tree.map(
         lambda x, like: jax.lax.bitcast_convert_type(x, like.dtype).reshape(like.shape),
-        (found, slots), (inputs[target], stored),
+        (found, slots), (getattr(inputs, target), stored),
     )  # fmt: skip
 
 

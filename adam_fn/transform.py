@@ -18,7 +18,7 @@ import optax
 from jax.typing import ArrayLike
 
 from adam_fn.codec import Cast, Codec, Stored, Uncoded, stored_spec, structure
-from adam_fn.execute import as_real, compute_dtype, run_leaf
+from adam_fn.execute import Inputs, as_real, compute_dtype, run_leaf
 from adam_fn.leaves import Leaves, Mask, PyTree, fixed_mask, named
 from adam_fn.rule import Clock, Rule, Weight, WeightDecay
 
@@ -209,7 +209,8 @@ def _update(
         _check_leaf(path, g, p, old, own[i])
         now = dataclasses.replace(clock, index=jnp.int32(i)) if is_random else clock
         with named(path):
-            u, new = run_leaf(rules[decays[i]], own[i], g, None if params is None else p, old, now, write=write)
+            inputs = Inputs(g, None if params is None else p)
+            u, new = run_leaf(rules[decays[i]], own[i], inputs, old, now, write=write)
         updates.append(u)
         stored.append(new)
     new_slots = {

@@ -13,7 +13,7 @@ from cases import CASES, MEMBERS, Case
 from helpers import random_gradients, trajectories, trajectory
 
 import adam_fn
-from adam_fn.execute import body, run_leaf
+from adam_fn.execute import Inputs, body, run_leaf
 from adam_fn.rule import Clock, Weight
 
 SIZE = 64
@@ -90,7 +90,7 @@ def test_executors_agree() -> None:
 
     def step(run: Any, case: Case, g: jax.Array, stored: Any, clock: Clock) -> Any:
         codecs = dict.fromkeys(case.rule.slots, adam_fn.Cast())
-        return run(case.rule.at(clock.count), codecs, g, jnp.asarray(PARAMS), stored, clock)
+        return run(case.rule.at(clock.count), codecs, Inputs(g, jnp.asarray(PARAMS)), stored, clock)
 
     @jax.jit
     def compiled(g: jax.Array, stored: list[Any], clocks: list[Clock]) -> list[Any]:
