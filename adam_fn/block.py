@@ -69,10 +69,8 @@ class Block(Codec):
         assert self.signed is not None
         if x.size < SMALL or x.shape[-1] == 1:
             return {"codes": x, "scales": optax.MaskedNode()}
-        rows = _blocks(x)
+        rows = _blocks(x.astype(jnp.float32))
         codes, scales = self._signed_codes(rows) if self.signed else self._unsigned_codes(rows, noise)
-        # A maximum may pass over nan on a CPU.
-        scales = jnp.where(jnp.isnan(rows).any(-1, keepdims=True), jnp.nan, scales.astype(jnp.float32))
         codes = codes.astype(jnp.int32) & (2**self.bits - 1)
         if self.bits == 4:
             half = codes.shape[-1] // 2
@@ -92,8 +90,7 @@ class Block(Codec):
         return x.reshape(*shape[:-1], -1)[..., : shape[-1]]
 
     def _signed_codes(self, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-        highest, lowest = rows.max(-1, keepdims=True), rows.min(-1, keepdims=True)
-        scales = -_away(jnp.where(highest >= -lowest, highest, lowest))
+        scales = -_away(_largest(rows))
         # XLA on a CPU multiplies by the reciprocal, which is 0 for the largest scales.
         part = jnp.where(jnp.abs(scales) > 1, 0.125, 1).astype(rows.dtype)
         z = (rows * part) / (jnp.where(scales == 0, 1, scales).astype(rows.dtype) * part)
@@ -113,7 +110,7 @@ class Block(Codec):
 
     def _unsigned_codes(self, rows: jax.Array, noise: Noise | None) -> tuple[jax.Array, jax.Array]:
         levels, octave = 2**self.bits - 1, CODES_PER_OCTAVE[self.bits]
-        largest = rows.max(-1, keepdims=True)
+        largest = _largest(rows)
         exponent = jnp.maximum(jnp.frexp(largest)[1] - 1, -125)
         unit, inverse = (jnp.ldexp(jnp.ones_like(largest), e) for e in (exponent, 2 - exponent))
         chance = jnp.full_like(rows, 0.5) if noise is None else (noise(rows.shape) >> 8).astype(rows.dtype) * 2.0**-24
@@ -148,11 +145,21 @@ def _blocks(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:-1], -1, length)
 
 
+def _largest(rows: jax.Array) -> jax.Array:
+    """Of each block the element of the largest magnitude, nan where there is one; of two that differ in sign +.
+
+    One maximum of integers that are ordered like that: the exponent and fraction, and then the sign.
+    """
+    bits = jax.lax.bitcast_convert_type(rows, jnp.uint32)
+    most = (bits << 1 | ~bits >> 31).max(-1, keepdims=True)
+    return jax.lax.bitcast_convert_type(most >> 1 | ~most << 31, jnp.float32)
+
+
 def _away(x: jax.Array) -> jax.Array:
     """The bfloat16 number next to x that is not nearer to 0, or the largest there is."""
     largest = float(jnp.finfo(jnp.bfloat16).max)
-    x = jnp.where(jnp.isfinite(x), jnp.clip(x.astype(jnp.float32), -largest, largest), x.astype(jnp.float32))
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    x = jnp.where(jnp.isinf(x), x, jnp.clip(x, -largest, largest))
+    bits = jax.lax.bitcast_convert_type(jnp.where(jnp.isnan(x), jnp.nan, x), jnp.uint32)  # As any payload could carry.
     return jax.lax.bitcast_convert_type(((bits + 0xFFFF) >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import adam_fn
 from adam_fn import Block, Cast, Storage
-from adam_fn.block import CODES_PER_OCTAVE, SMALL
+from adam_fn.block import CODES_PER_OCTAVE, SMALL, _largest
 from adam_fn.codec import stored_spec
 from adam_fn.noise import even_bits, random_bits
 
@@ -110,6 +110,13 @@ def test_what_is_not_finite_is_not_hidden(bits: int) -> None:
             found = codec.decode(codec.encode(x.at[3, 5].set(bad), NOISE), jnp.float32, x.shape)
             assert not jnp.isfinite(found[3, 5])
             assert jnp.isfinite(found[3, 32:]).all() and jnp.isfinite(found[:3]).all()
+
+
+def test_the_element_of_the_largest_magnitude() -> None:
+    rows = np.array([[1, -3, 2], [3, -3, 0], [-3, 3, 0], [-0.0, 0, -0.0], [1e-40, -2e-40, 0], [np.inf, -np.inf, 1],
+                     [-np.inf, 1, 2], [np.nan, np.inf, 1], [1, 2, -np.nan]], np.float32)  # fmt: skip
+    expected = np.array([-3, 3, 3, 0, -2e-40, np.inf, -np.inf, np.nan, np.nan], np.float32)
+    np.testing.assert_array_equal(_largest(jnp.asarray(rows))[:, 0], expected)
 
 
 def test_small_arrays_stay_as_they_are() -> None:
