@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adam_fn.execute import as_dtype
+from adam_fn.execute.body import as_dtype
 from adam_fn.rule import Beta, Clock, Hyper, Rule, Slot, Slots, Weight, one_minus, weigh
 from adam_fn.transform import State, Transformation, transform
 

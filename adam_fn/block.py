@@ -1,46 +1,59 @@
-"""Block codecs: a byte or half a byte for each element, and a scale for each 32."""
+"""The block codec: a byte or half a byte for each element, and a scale for each 32. Codes are the float's own bits."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.typing import DTypeLike
 
-from adam_fn.codec import Codec, Noise, Stored
+from adam_fn.codec import Codec
 
-BLOCK = 32
-SMALL = 4096
-COMPANDING = 2
-#: Codes an octave of the non-negative slots, by bits. Both from `benchmarks/codes.py`.
+#: Codes an octave of the slots that are never negative, by bits; from `benchmarks/codes.py`.
 CODES_PER_OCTAVE = {8: 20, 4: 2}
+#: Their random numbers u become u + u(1-u)/2^SKEW.
+SKEW = {8: 6, 4: 3}
+
+_ONE = 0x3F800000  # The bits of 1.0
+_INFINITY = 0x7F800000
+_MAGNITUDE = 0x7FFFFFFF
+_FRACTION = 16  # Bits of a code's fraction.
+_LEAST = 2.0**-124  # The reciprocal of a smaller scale would overflow.
 
 
 @dataclasses.dataclass(frozen=True)
 class Block(Codec):
-    """8- or 4-bit codes in blocks of 32 along the last axis, with a bfloat16 scale s each.
+    """8- or 4-bit codes in blocks of 32 that share an int16 scale. A code is a part of a float32's bit pattern.
 
     ::
 
-        signed:    x̂ = s c / ((1+k)L - k|c|),    c = -L … L-1,  L = 128 or 8,   k = 2
-        unsigned:  x̂ = s 2^(1 - (L - c)/n),      c = 0 … L,     L = 255 or 15,  n = 20 or 2
+        signed:    y = 1 + 15|x|/s,   step = the nearest of q an octave of y, at most L+1 on the side of the block's
+                   largest and L on the other;   code = -step or step,   q = 32 or 2,  L = 127 or 7
+        unsigned:  place = ⌊n bits(x)/2²³ + c⌋,   code = place - base, at least 0 and at most L
+                   n = 20 or 2,  L = 255 or 15
 
-    Signed slots: s is minus the element of the largest magnitude, rounded up, whose code is then -L; the others get the
-    code of the nearest value. Unsigned slots: s is a power of two, so that all blocks share one grid of values and a
-    scale that changes moves no other element; a code is rounded up or down at random so that its mean is the logarithm
-    of x. To the nearest, a second moment would stay where it is, as it moves by a thousandth a step. Values below the
-    lowest code, which is 2^-11.7 or 2^-6.5 of the block's largest or less, count as that: no second moment becomes 0
-    beside others that are not. The random numbers start at a hash of leaf, slot and element and move on evenly with the
-    step (`adam_fn.noise.even_bits`); they are the same under any sharding. A block with a nan is nan.
+    Signed slots: y runs over the four octaves from 1 to 16, where the bit pattern of a float, taken as an integer, is
+    the piecewise linear logarithm of its value: the codes are those of the μ-law. s is the block's largest magnitude,
+    truncated to 7 bits; the scale is the upper 14 bits of that, and one that tells the sign of the largest. Where s is
+    below 2⁻¹²⁴ the block is stored as 0.
 
-    Two 4-bit codes share a byte. Last axes that are no multiple of 32 make blocks of equal, shorter length. Arrays of
-    fewer than 4,096 elements or with a last axis of 1 stay as they are: there is nothing to gain.
+    Unsigned slots: all blocks share one grid of values, the floats with the bits 2²³k/n, n in each octave and evenly
+    spaced there; the scale is the base, the place of the block's largest less L. A base that changes moves no other
+    element. A place is rounded up or down at random. To the nearest, a second moment would stay where it is, as it
+    moves by a thousandth a step. A block has one random number u (so all of its elements keep their order), which
+    starts at a hash of leaf, slot and block and moves on evenly with the step (`adam_fn.noise.even_bits`); the same
+    under any sharding. c = u + u(1-u)/64 or u + u(1-u)/8 rounds up a little more often than down, since 1/√x is too
+    large on average where x is right. Elements below the base, 2⁻¹²·⁷ or 2⁻⁷·⁵ of the block's largest or less, count as
+    that: no second moment becomes 0 beside others that are not.
+
+    A block with a nan is nan; in signed slots one with an infinity holds no finite number.
+
+    Blocks are 32 successive rows of a column (see `adam_fn.layout`). Two 4-bit codes share a byte. Arrays of fewer than
+    4,096 elements stay as they are: there is nothing to gain.
 
     The range is that of float32, for float64 as well. A running maximum (AMSGrad, AdaMax) that is rounded at random
     climbs to the code above: AMSGrad's updates are smaller by up to 2% (8 bits) or 16% (4 bits), AdaMax's by 4% or 30%.
 
-    ``{"codes": uint8[..., blocks, bytes], "scales": bfloat16[..., blocks]}``: 1.0625 bytes an element (8 bits) and
-    0.5625 (4 bits) for last axes that are multiples of 32.
+    ``{"codes": uint8, "scales": int16}``: 1.0625 bytes an element (8 bits) and 0.5625 (4 bits).
 
     Attributes:
       bits: 8 or 4.
@@ -58,118 +71,96 @@ class Block(Codec):
         return dataclasses.replace(self, signed=signed)
 
     @property
+    def scaled(self) -> bool:
+        return True
+
+    @property
     def random(self) -> bool:
         return not self.signed
 
     @property
-    def group(self) -> int:
-        return BLOCK
+    def packed(self) -> int:
+        return 8 // self.bits
 
-    def encode(self, x: jax.Array, noise: Noise | None = None) -> Stored:
-        assert self.signed is not None
-        if x.size < SMALL or x.shape[-1] == 1:
-            return {"codes": x, "scales": optax.MaskedNode()}
-        rows = _blocks(x.astype(jnp.float32))
-        codes, scales = self._signed_codes(rows) if self.signed else self._unsigned_codes(rows, noise)
-        codes = codes.astype(jnp.int32) & (2**self.bits - 1)
-        if self.bits == 4:
-            half = codes.shape[-1] // 2
-            codes = codes[..., :half] | codes[..., half:] << 4
-        return {"codes": codes.astype(jnp.uint8), "scales": scales[..., 0].astype(jnp.bfloat16)}
+    def chance(self, random: jax.Array) -> jax.Array:
+        u = (random >> 16).astype(jnp.int32)
+        skewed = u + (u * ((1 << _FRACTION) - u) >> (_FRACTION + SKEW[self.bits]))
+        # What is on the grid stays there: its fraction is below `odd`.
+        return jnp.minimum(skewed, (1 << _FRACTION) - self._odd[0]).astype(jnp.uint16)
 
-    def decode(self, stored: Stored, dtype: DTypeLike, shape: tuple[int, ...]) -> jax.Array:
-        assert isinstance(stored, dict)
-        codes, scales = stored["codes"], stored["scales"]
-        if isinstance(scales, optax.MaskedNode):
-            return codes.astype(dtype)
-        codes = codes.astype(jnp.int32)
-        if self.bits == 4:
-            codes = jnp.concatenate([codes & 15, codes >> 4], -1)
-        values = self._signed_values(codes, dtype) if self.signed else self._unsigned_values(codes, dtype)
-        x = values * scales.astype(dtype)[..., None]
-        return x.reshape(*shape[:-1], -1)[..., : shape[-1]]
+    def scale(self, x: jax.Array, chance: jax.Array | None) -> jax.Array:
+        bits = _bits(x)
+        if self.signed:
+            return ((bits & _MAGNITUDE) >> 17 << 1 | (bits >= 0).astype(jnp.int32)).astype(jnp.int16)
+        return jnp.maximum(self._place(bits & _MAGNITUDE, chance) - self._levels, 0).astype(jnp.int16)
 
-    def _signed_codes(self, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-        scales = -_away(_largest(rows))
-        # XLA on a CPU multiplies by the reciprocal, which is 0 for the largest scales.
-        part = jnp.where(jnp.abs(scales) > 1, 0.125, 1).astype(rows.dtype)
-        z = (rows * part) / (jnp.where(scales == 0, 1, scales).astype(rows.dtype) * part)
-        levels, magnitude = 2 ** (self.bits - 1), jnp.abs(z)
-        below = jnp.floor(levels * (1 + COMPANDING) * magnitude / (1 + COMPANDING * magnitude))
-        codes = below + (2 * magnitude > self._expanded(below) + self._expanded(below + 1)).astype(rows.dtype)
-        return jnp.clip(jnp.where(z < 0, -codes, codes), -levels, levels - 1), scales
+    def encode(self, x: jax.Array, scale: jax.Array | None = None, chance: jax.Array | None = None) -> jax.Array:
+        assert scale is not None
+        bits, held = _bits(x), scale.astype(jnp.int32)
+        if self.signed:
+            s = _float(held >> 1 << 17)
+            y = 1 + _float(bits & _MAGNITUDE) * jnp.where(s >= _LEAST, 15 / s, 0)
+            step = (_bits(y) - _ONE + (1 << self._shift >> 1)) >> self._shift
+            same = (bits >> 31 ^ held) & 1  # Whether it has the sign of the largest.
+            code = (jnp.minimum(step, self._levels + same) ^ -same) + same & 2**self.bits - 1
+        else:
+            code = jnp.clip(self._place(bits & _MAGNITUDE, chance) - held, 0, self._levels)
+        return code.astype(jnp.uint8)
 
-    def _signed_values(self, codes: jax.Array, dtype: DTypeLike) -> jax.Array:
-        shift = 32 - self.bits  # Sign-extends a code of few bits.
-        codes = ((codes << shift) >> shift).astype(dtype)
-        return jnp.sign(codes) * self._expanded(jnp.abs(codes))
+    def decode(self, codes: jax.Array, scale: jax.Array | None, dtype: DTypeLike) -> jax.Array:
+        assert scale is not None
+        code, held = codes.astype(jnp.int32), scale.astype(jnp.int32)
+        if self.signed:
+            code = code << (32 - self.bits) >> (32 - self.bits)  # With its sign.
+            y = _float((jnp.abs(code) << self._shift) + _ONE)
+            # A little more, or the largest might come out below s and the next scale be another one.
+            x = (y - 1) * (_float(held >> 1 << 17) * ((1 + 2.0**-20) / 15))
+            x = _float(_bits(x) | (code >> 31 ^ held) << 31)
+        else:
+            octave, places = CODES_PER_OCTAVE[self.bits], 255 * CODES_PER_OCTAVE[self.bits]  # Below infinity.
+            place = jnp.where(held > places - self._levels, 256 * octave - 1, code + held)
+            x = _float(self._grid(place))
+        return x.astype(dtype)
 
-    def _expanded(self, code: jax.Array) -> jax.Array:
-        """What a code that is not negative stands for, in units of the scale."""
-        return code / ((1 + COMPANDING) * 2 ** (self.bits - 1) - COMPANDING * code)
+    @property
+    def _levels(self) -> int:
+        """The largest code; of a signed slot the largest magnitude of one."""
+        return 2 ** (self.bits - 1 if self.signed else self.bits) - 1
 
-    def _unsigned_codes(self, rows: jax.Array, noise: Noise | None) -> tuple[jax.Array, jax.Array]:
-        levels, octave = 2**self.bits - 1, CODES_PER_OCTAVE[self.bits]
-        largest = _largest(rows)
-        exponent = jnp.maximum(jnp.frexp(largest)[1] - 1, -125)
-        unit, inverse = (jnp.ldexp(jnp.ones_like(largest), e) for e in (exponent, 2 - exponent))
-        chance = jnp.full_like(rows, 0.5) if noise is None else (noise(rows.shape) >> 8).astype(rows.dtype) * 2.0**-24
-        shared = chance[..., :1]
-        most = octave - (exponent >= 127).astype(rows.dtype)  # The next code would be beyond the range.
-        # 1/unit itself may be subnormal.
-        highest, places = (jnp.minimum(octave * _log2(0.25 * x * inverse), most) for x in (largest, rows))
-        top = _rounded(highest, shared)
-        above = (top > 0).astype(rows.dtype)  # Whether it is in the octave above the unit.
-        # Where the largest can be rounded to, one number decides for all: none gets above it.
-        codes = _rounded(places, jnp.where(places >= jnp.floor(highest), shared, chance))
-        codes = jnp.where(rows == largest, top, codes) - octave * above + levels
-        scales = jnp.where((largest > 0) & jnp.isfinite(largest), unit * jnp.exp2(above - 1), largest)
-        return jnp.clip(codes, 0, levels), scales
+    @property
+    def _shift(self) -> int:
+        """The bits of a fraction below a step, of which there are q = 2^(bits - 3) an octave."""
+        return 23 - (self.bits - 3)
 
-    def _unsigned_values(self, codes: jax.Array, dtype: DTypeLike) -> jax.Array:
-        levels, octave = 2**self.bits - 1, CODES_PER_OCTAVE[self.bits]
-        return jnp.exp2((codes.astype(dtype) - (levels - octave)) * (1 / octave))
+    @property
+    def _odd(self) -> tuple[int, int]:
+        """n/2²³ as an odd number and a shift: ``n bits/2²³ = odd (bits >> shift)/2¹⁶``."""
+        octave = CODES_PER_OCTAVE[self.bits]
+        twos = (octave & -octave).bit_length() - 1
+        return octave >> twos, 23 - _FRACTION - twos
 
+    def _place(self, bits: jax.Array, chance: jax.Array | None) -> jax.Array:
+        """The place on the grid of a number that is not negative; only infinity gets to infinity's."""
+        odd, shift = self._odd
+        last = -((1 - 255 * CODES_PER_OCTAVE[self.bits]) * 2**_FRACTION // odd) << shift
+        bits = jnp.where(bits < _INFINITY, jnp.minimum(bits, last), bits)
+        chance = jnp.asarray(1 << _FRACTION >> 1) if chance is None else chance.astype(jnp.int32)
+        return ((bits >> shift) * odd + chance.astype(jnp.int32)) >> _FRACTION
 
-def _length(last: int) -> int:
-    """The length of the blocks of an axis: at most 32, equal and even."""
-    length = -(-last // -(-last // BLOCK))
-    return length + length % 2
-
-
-def _blocks(x: jax.Array) -> jax.Array:
-    """``[..., n]`` as ``[..., blocks, length]``, padded with zeros."""
-    length = _length(x.shape[-1])
-    missing = -x.shape[-1] % length
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
-    return x.reshape(*x.shape[:-1], -1, length)
+    def _grid(self, place: jax.Array) -> jax.Array:
+        """``⌈2²³ place/n⌉``, the bits of a place's value."""
+        odd, shift = self._odd
+        whole, rest = divmod(1 << _FRACTION, odd)
+        units = place * whole
+        if rest:
+            assert rest == 1
+            units += ((place + odd - 1) * ((1 << 18) // odd + 1)) >> 18  # ⌈place/odd⌉ for places below 2¹³.
+        return units << shift
 
 
-def _largest(rows: jax.Array) -> jax.Array:
-    """Of each block the element of the largest magnitude, nan where there is one; of two that differ in sign +.
-
-    One maximum of integers that are ordered like that: the exponent and fraction, and then the sign.
-    """
-    bits = jax.lax.bitcast_convert_type(rows, jnp.uint32)
-    most = (bits << 1 | ~bits >> 31).max(-1, keepdims=True)
-    return jax.lax.bitcast_convert_type(most >> 1 | ~most << 31, jnp.float32)
+def _bits(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
 
 
-def _away(x: jax.Array) -> jax.Array:
-    """The bfloat16 number next to x that is not nearer to 0, or the largest there is."""
-    largest = float(jnp.finfo(jnp.bfloat16).max)
-    x = jnp.where(jnp.isinf(x), x, jnp.clip(x, -largest, largest))
-    bits = jax.lax.bitcast_convert_type(jnp.where(jnp.isnan(x), jnp.nan, x), jnp.uint32)  # As any payload could carry.
-    return jax.lax.bitcast_convert_type(((bits + 0xFFFF) >> 16).astype(jnp.uint16), jnp.bfloat16)
-
-
-def _log2(x: jax.Array) -> jax.Array:
-    return jnp.log2(jnp.maximum(x, 2.0**-100))
-
-
-def _rounded(y: jax.Array, chance: jax.Array) -> jax.Array:
-    """Down to a whole number, or up where the chance is below the fraction."""
-    # What is a code already stays one, whatever the logarithm's last digit is.
-    y = jnp.where(jnp.abs(y - jnp.round(y)) < 1e-4, jnp.round(y), y)
-    below = jnp.floor(y)
-    return below + (chance < y - below).astype(y.dtype)
+def _float(bits: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)

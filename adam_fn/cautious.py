@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from adam_fn.execute import as_dtype, as_real, compute_dtype
+from adam_fn.execute.body import as_dtype, as_real, compute_dtype
 from adam_fn.leaves import PyTree
 from adam_fn.wrapper import Wrapper, map_trained
 

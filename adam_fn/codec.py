@@ -1,26 +1,23 @@
-"""Codecs: how a slot is stored between steps. A codec knows nothing of rules."""
+"""Codecs: how a slot is stored between steps. A codec knows nothing of rules, leaves or devices."""
 
 import abc
 import dataclasses
-import functools
 import warnings
-from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 from jax.typing import DTypeLike
 
-#: What a codec makes of one array: an array, or a pytree of arrays.
-Stored: TypeAlias = jax.Array | tuple[Any, ...] | dict[str, Any]
-#: Uniform 32-bit numbers of a shape, for codes that are rounded at random.
-Noise: TypeAlias = Callable[[tuple[int, ...]], jax.Array]
+#: What is stored of one array: an array, or a dictionary of arrays.
+Stored: TypeAlias = jax.Array | dict[str, Any]
 
 
 class Codec(abc.ABC):
-    """Stores an array between steps. Codecs are static: hashable, compared by value, without arrays of their own.
+    """Stores an array element by element. Codecs are static: hashable, compared by value, without arrays of their own.
+
+    Everything here is elementwise, so that it runs on a whole leaf, on a part of it and inside a kernel alike. Where 32
+    successive elements share a `scale`, `encode` and `decode` get it in a shape that broadcasts to the elements.
 
     Laws: ``encode(decode(encode(x))) = encode(x)``, and what is stored with all arrays 0 stands for 0.
     """
@@ -33,28 +30,38 @@ class Codec(abc.ABC):
         return self
 
     @property
-    def random(self) -> bool:
-        """Whether `encode` uses its noise."""
+    def scaled(self) -> bool:
+        """Whether blocks of elements share a scale; small leaves are stored as they are then."""
         return False
 
     @property
-    def group(self) -> int | None:
-        """How many successive elements of the last axis are encoded together; None: the array as a whole.
+    def random(self) -> bool:
+        """Whether codes are rounded at random: `scale` and `encode` then get a `chance`."""
+        return False
 
-        With a number, all stored arrays keep the axes but the last in front: rows are encoded each for itself.
+    @property
+    def packed(self) -> int:
+        """How many codes share a byte; with more than one, `encode` returns numbers that fit into that part of it."""
+        return 1
+
+    def chance(self, random: jax.Array) -> jax.Array:
+        """What `scale` and `encode` get of 32 random bits, one for each block."""
+        return random
+
+    def scale(self, x: jax.Array, chance: jax.Array | None) -> jax.Array:
+        """The least scale that holds an element, int16; a block's is the largest of its elements', and none negative.
+
+        `chance`: random numbers, one for each block.
         """
-        return None
+        raise TypeError(f"{self} has no scales")
 
     @abc.abstractmethod
-    def encode(self, x: jax.Array, noise: Noise | None = None) -> Stored:
-        """What is stored of `x` (float32 or float64): a pytree whose structure is the same for every `x`.
-
-        Where a leaf does not need a part of the structure, `optax.MaskedNode` stands there.
-        """
+    def encode(self, x: jax.Array, scale: jax.Array | None = None, chance: jax.Array | None = None) -> jax.Array:
+        """What is stored of each element of `x` (float32 or float64)."""
 
     @abc.abstractmethod
-    def decode(self, stored: Stored, dtype: DTypeLike, shape: tuple[int, ...]) -> jax.Array:
-        """The array of floating `dtype` and `shape` that `stored` stands for."""
+    def decode(self, codes: jax.Array, scale: jax.Array | None, dtype: DTypeLike) -> jax.Array:
+        """The numbers, of floating `dtype`, that `codes` stand for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,37 +86,15 @@ class Cast(Codec):
             )
         return self
 
-    @property
-    def group(self) -> int:
-        return 1
-
-    def encode(self, x: jax.Array, noise: Noise | None = None) -> Stored:
+    def encode(self, x: jax.Array, scale: jax.Array | None = None, chance: jax.Array | None = None) -> jax.Array:
         return x if self.dtype is None else x.astype(self.dtype)
 
-    def decode(self, stored: Stored, dtype: DTypeLike, shape: tuple[int, ...]) -> jax.Array:
-        return jnp.asarray(stored, dtype)
-
-
-@functools.cache
-def stored_spec(codec: Codec, shape: tuple[int, ...], dtype: np.dtype) -> Stored:
-    """Shapes and dtypes of what `codec` makes of an array, without making it."""
-    return jax.eval_shape(codec.encode, jax.ShapeDtypeStruct(shape, dtype))
+    def decode(self, codes: jax.Array, scale: jax.Array | None, dtype: DTypeLike) -> jax.Array:
+        return jnp.asarray(codes, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
-class Uncoded(Codec):
-    """Stores arrays as they are, in the structure of another codec; for the leaves that `storage_mask` leaves out."""
+class Uncoded(Cast):
+    """Stores arrays as they are in the place of `codec`: small leaves, and those that `storage_mask` leaves out."""
 
-    codec: Codec
-
-    def encode(self, x: jax.Array, noise: Noise | None = None) -> Stored:
-        outer = structure(self.codec)
-        return outer.unflatten([x, *[optax.MaskedNode()] * (outer.num_leaves - 1)])
-
-    def decode(self, stored: Stored, dtype: DTypeLike, shape: tuple[int, ...]) -> jax.Array:
-        return jax.tree.leaves(stored)[0].astype(dtype)
-
-
-def structure(codec: Codec) -> Any:  # noqa: ANN401 (JAX has no public type for it)
-    """The tree structure of what `codec` makes of an array, the same for all arrays."""
-    return jax.tree.structure(stored_spec(codec, (1 << 20,), jnp.dtype(jnp.float32)))
+    codec: Codec | None = None

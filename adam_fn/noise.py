@@ -11,11 +11,11 @@ from jax.typing import ArrayLike
 
 
 class Part(NamedTuple):
-    """Of a larger array every `stride`-th row along `axis`, from row `start` on."""
+    """Of an array with `rows` along `axis` the successive ones from `start` on."""
 
     axis: int
-    stride: int
-    start: jax.Array
+    rows: int
+    start: ArrayLike
 
 
 def random_bits(
@@ -31,13 +31,13 @@ def random_bits(
     """
     # Two keys: of one alone the streams would be permutations of each other, element i of one element j of another.
     first, second = _key(0x9E3779B9, seed, step, leaf), _key(0x85EBCA6B, seed, step, leaf)
-    whole = [length * (part.stride if part and axis == part.axis else 1) for axis, length in enumerate(shape)]
+    whole = [part.rows if part and axis == part.axis else length for axis, length in enumerate(shape)]
     strides = list(itertools.accumulate(reversed(whole[1:]), operator.mul, initial=1))[::-1] if shape else []
     index = jnp.zeros(tuple(shape), jnp.uint32)
     for axis, stride in enumerate(strides):
         rows = jax.lax.broadcasted_iota(jnp.uint32, tuple(shape), axis)
         if part and axis == part.axis:
-            rows = rows * jnp.uint32(part.stride) + jnp.asarray(part.start).astype(jnp.uint32)
+            rows = rows + jnp.asarray(part.start).astype(jnp.uint32)
         if whole[axis] > 1:
             index += rows * jnp.uint32(stride % 2**32)
     return _mix(index ^ first, second)

@@ -5,8 +5,6 @@ from typing import Protocol, TypeVar, cast
 import jax
 import optax
 
-from adam_fn.transform import Update
-
 Params = TypeVar("Params")
 OptState = TypeVar("OptState")
 
@@ -27,8 +25,8 @@ def make_step(tx: optax.GradientTransformation) -> Step:
     """
 
     def step(params: optax.Params, state: optax.OptState, grads: optax.Updates) -> tuple[optax.Params, optax.OptState]:
-        if isinstance(tx.update, Update):
-            return tx.update.write(grads, state, params)
+        if (write := getattr(tx.update, "write", None)) is not None:  # Of this package: no update is ever stored.
+            return write(grads, state, params)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 

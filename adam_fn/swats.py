@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from adam_fn.execute import as_dtype, compute_dtype
+from adam_fn.execute.body import as_dtype, compute_dtype
 from adam_fn.leaves import PyTree
 from adam_fn.options import MomentOptions, alias, optimizer
 from adam_fn.rule import Hyper, Rate, one_minus

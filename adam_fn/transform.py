@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,10 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from adam_fn.codec import Cast, Codec, Stored, Uncoded, stored_spec, structure
-from adam_fn.execute import Inputs, as_real, compute_dtype, run_leaf
+from adam_fn.codec import Cast, Codec, Stored, Uncoded
+from adam_fn.execute.body import PARAMETERS, UPDATES, Inputs, Write, as_real, compute_dtype
+from adam_fn.execute.run import run_leaf
+from adam_fn.execute.store import load, store, stored_spec, structure
 from adam_fn.leaves import Leaves, Mask, PyTree, fixed_mask, named
 from adam_fn.rule import Clock, Rule, Weight, WeightDecay
 
@@ -76,7 +78,7 @@ class _Spec:
         coded = dict(self.codecs)
         if self.storage_mask is None:
             return [coded] * len(leaves.leaves)
-        kinds = {True: coded, False: {name: Uncoded(codec) for name, codec in self.codecs}}
+        kinds = {True: coded, False: {name: Uncoded(codec=codec) for name, codec in self.codecs}}
         return [kinds[kept] for kept in leaves.spread("storage_mask", self.storage_mask, tree)]
 
 
@@ -121,7 +123,7 @@ def _init(spec: _Spec, params: PyTree) -> State:
         stored: list[Stored | None] = []
         for path, p, train, codecs in zip(leaves.paths, leaves.leaves, trained, own, strict=True):
             with named(path):
-                stored.append(codecs[name].encode(_zeros_like(jnp.asarray(p)) + initial) if train else None)
+                stored.append(store(codecs[name], _zeros_like(jnp.asarray(p)) + initial) if train else None)
         slots[name] = _gather(leaves, codec, stored)
     double = any(compute_dtype(jnp.result_type(p)) == jnp.float64 for p in itertools.compress(leaves.leaves, trained))
     shape = (spec.rule.weights, 2)
@@ -177,10 +179,11 @@ def _update(
     state: State,
     params: PyTree | None,
     learning_rate: jax.Array | None,
+    low: PyTree | None = None,
     *,
-    write: bool = False,
-) -> tuple[PyTree, State]:
-    """The updates, or with `write` the new parameters, and the new state."""
+    write: Write = UPDATES,
+) -> tuple[PyTree, PyTree | None, State]:
+    """What `write` makes of the updates and of `low`, and the new state."""
     reference = grads if params is None else params
     leaves = Leaves(reference)
     gradients = leaves.match(grads, "the gradients", "the parameters")
@@ -198,28 +201,31 @@ def _update(
     clock = Clock(state.count, tuple(weight.value for weight in weights), learning_rate)
     is_random = any(codec.random for _, codec in spec.codecs)
 
+    lows = [None] * len(trained) if low is None else leaves.match(low, "the state's remainder", "the parameters")
     updates: list[jax.Array | None] = []
     stored: list[dict[str, Stored] | None] = []
     for i, (path, g, p) in enumerate(zip(leaves.paths, gradients, leaves.leaves, strict=True)):
         if not trained[i]:
-            updates.append(p if write else _no_update(g, p))
+            updates.append(p if write.parameters else _no_update(g, p))
             stored.append(None)
             continue
         old = {name: slot[i] for name, slot in slots.items()}
         _check_leaf(path, g, p, old, own[i])
         now = dataclasses.replace(clock, index=jnp.int32(i)) if is_random else clock
         with named(path):
-            inputs = Inputs(g, None if params is None else p)
-            u, new = run_leaf(rules[decays[i]], own[i], inputs, old, now, write=write)
-        updates.append(u)
-        stored.append(new)
+            how = write if params is None else write.of(jnp.result_type(p))
+            inputs = Inputs(g, None if params is None else p, lows[i] if isinstance(lows[i], jax.Array) else None)
+            done = run_leaf(rules[decays[i]], own[i], inputs, old, now, write=how)
+        updates.append(done.result)
+        stored.append(done.stored)
+        lows[i] = lows[i] if done.low is None else done.low
     new_slots = {
         name: _gather(leaves, codec, [None if x is None else x[name] for x in stored]) for name, codec in spec.codecs
     }
     new_weights = jnp.stack([jnp.stack(weight) for weight in weights]) if weights else state.weights
-    return leaves.treedef.unflatten(updates), State(
-        jnp.asarray(optax.safe_increment(state.count)), new_weights, new_slots
-    )
+    new_low = None if low is None else leaves.treedef.unflatten(lows)
+    new_state = State(jnp.asarray(optax.safe_increment(state.count)), new_weights, new_slots)
+    return leaves.treedef.unflatten(updates), new_low, new_state
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -232,10 +238,19 @@ def _decoded(spec: _Spec, slot: str, state: State, params: PyTree) -> PyTree:
     ):
         if train:
             shape = jax.eval_shape(as_real, p).shape
-            found.append(codecs[slot].decode(x, compute_dtype(jnp.result_type(p)), shape))
+            found.append(load(codecs[slot], x, compute_dtype(jnp.result_type(p)), shape))
         else:
             found.append(None if p is None else optax.MaskedNode())
     return leaves.treedef.unflatten(found)
+
+
+def _rate(learning_rate: ArrayLike | None) -> jax.Array | None:
+    """The rate of one step, as it was given to `update`; an array once `jit` has taken it."""
+    if isinstance(learning_rate, (int, float, np.generic)):
+        return cast(jax.Array, float(learning_rate))  # One type, one compilation.
+    if learning_rate is not None and jnp.shape(learning_rate) != ():
+        raise ValueError(f"learning_rate must be a scalar, got an array of shape {jnp.shape(learning_rate)}")
+    return cast("jax.Array | None", learning_rate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,18 +280,28 @@ class Update:
     ) -> tuple[PyTree, State]:
         del extra_args  # Meant for other links of a chain.
         state = self._checked(state)
-        if isinstance(learning_rate, (int, float, np.generic)):
-            learning_rate = float(learning_rate)  # One type, one compilation.
-        elif learning_rate is not None and jnp.shape(learning_rate) != ():
-            raise ValueError(f"learning_rate must be a scalar, got an array of shape {jnp.shape(learning_rate)}")
-        return _update(self.spec, updates, state, params, learning_rate)
+        new, _, after = _update(self.spec, updates, state, params, _rate(learning_rate))
+        return new, after
 
     def write(self, grads: PyTree, state: optax.OptState, params: PyTree) -> tuple[PyTree, State]:
         """The new parameters, those of ``optax.apply_updates(params, updates)``, and the new state.
 
         No update is ever stored: in a program that donates `params` and `state` every leaf is changed in its place.
         """
-        return _update(self.spec, grads, self._checked(state), params, None, write=True)
+        new, _, after = _update(self.spec, grads, self._checked(state), params, None, write=PARAMETERS)
+        return new, after
+
+    def with_low(
+        self,
+        grads: PyTree,
+        state: optax.OptState,
+        params: PyTree,
+        low: PyTree,
+        write: Write,
+        learning_rate: ArrayLike | None = None,
+    ) -> tuple[PyTree, PyTree, State]:
+        """What `write` makes of the updates and of `low`, a tree of what is stored beside the parameters."""
+        return _update(self.spec, grads, self._checked(state), params, _rate(learning_rate), low, write=write)
 
     def decoded(self, slot: str, state: State, params: PyTree) -> PyTree:
         """A slot of the state as arrays in the dtype of the arithmetic, in the structure of `params` (or gradients)."""

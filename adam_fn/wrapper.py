@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adam_fn.execute import as_real, compute_dtype
+from adam_fn.execute.body import as_real, compute_dtype
 from adam_fn.leaves import PyTree
 
 
@@ -29,6 +29,11 @@ class Wrapper(abc.ABC):
     ) -> tuple[PyTree, PyTree]:
         """The new updates and the new state."""
 
+    def write(self, grads: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
+        """The new parameters and the new state."""
+        updates, state = self.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
     def transformation(self) -> optax.GradientTransformationExtraArgs:
         return optax.GradientTransformationExtraArgs(_Method(self, "init"), _Method(self, "update"))
 
@@ -42,6 +47,10 @@ class _Method:
 
     def __call__(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
         return getattr(self.wrapper, self.name)(*args, **kwargs)
+
+    def write(self, grads: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
+        """Of an update: see `Wrapper.write`."""
+        return self.wrapper.write(grads, state, params)
 
 
 def is_trained(update: jax.Array | None) -> bool:

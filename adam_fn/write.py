@@ -8,15 +8,18 @@ that an ordinary `optax.apply_updates`, which adds in float32 and rounds, lands 
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
+from adam_fn.execute.body import PARAMETERS, UPDATES, Inputs, Write
 from adam_fn.leaves import PyTree
 from adam_fn.noise import random_bits
+from adam_fn.transform import Update
 from adam_fn.wrapper import Wrapper, check_state
 
 _LARGEST = 0x7F7F  # The bits of the largest finite bfloat16; one more is inf.
@@ -134,8 +137,34 @@ def _landing(p: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Masters(Write):
+    """A step of the master of a bfloat16 parameter: `Inputs.low` is its remainder."""
+
+    bits: int
+    parameters: bool = False
+
+    def of(self, dtype: np.dtype) -> Write:
+        return self if dtype == jnp.bfloat16 else PARAMETERS if self.parameters else UPDATES
+
+    def enter(self, inputs: Inputs) -> Inputs:
+        return Inputs(inputs.g.astype(jnp.float32), self._master(inputs))
+
+    def leave(self, inputs: Inputs, u: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        assert inputs.p is not None
+        new = self._master(inputs) + u
+        q = visible(new, self.bits)
+        result, landed = (q, q) if self.parameters else _landing(inputs.p, q)
+        return result, remainder(new, landed, self.bits)
+
+    def _master(self, inputs: Inputs) -> jax.Array:
+        assert inputs.p is not None
+        assert inputs.low is not None
+        return join(inputs.p, inputs.low, self.bits)
+
+
+@dataclasses.dataclass(frozen=True)
 class MasterWeights(Wrapper):
-    """See `master_weights`."""
+    """See `master_weights`. Around a transformation of this package the masters are never stored."""
 
     tx: optax.GradientTransformation
     bits: int
@@ -148,9 +177,36 @@ class MasterWeights(Wrapper):
         self, updates: PyTree, state: MasterState, params: PyTree = None, **extra_args: PyTree
     ) -> tuple[PyTree, MasterState]:
         check_state(state, MasterState, "master_weights")
+        if isinstance(self.tx.update, Update):
+            return self._inside(updates, state, params, Masters(self.bits), **extra_args)
         wide, masters = _joined(updates, state.remainder, params, self.bits)
         wide, inner = optax.with_extra_args_support(self.tx).update(wide, state.inner, masters, **extra_args)
         new, low = _written(wide, masters, state.remainder, params, self.bits)
+        return new, MasterState(low, inner)
+
+    def write(self, grads: PyTree, state: MasterState, params: PyTree) -> tuple[PyTree, MasterState]:
+        if not isinstance(self.tx.update, Update):
+            return super().write(grads, state, params)
+        check_state(state, MasterState, "master_weights")
+        return self._inside(grads, state, params, Masters(self.bits, parameters=True))
+
+    def _inside(
+        self,
+        grads: PyTree,
+        state: MasterState,
+        params: PyTree,
+        write: Masters,
+        *,
+        learning_rate: ArrayLike | None = None,
+        **extra_args: PyTree,
+    ) -> tuple[PyTree, MasterState]:
+        """A step of the masters, each where its parameter is stepped."""
+        del extra_args  # Meant for other links of a chain.
+        update = cast(Update, self.tx.update)
+        tree = _Params("master_weights", params)
+        tree.match(grads, "gradient")
+        _check_remainders(tree, tree.match(state.remainder, "state's remainder"), self.bits)
+        new, low, inner = update.with_low(grads, state.inner, params, state.remainder, write, learning_rate)
         return new, MasterState(low, inner)
 
 
@@ -175,17 +231,20 @@ def _joined(grads: PyTree, low: PyTree, params: PyTree, bits: int) -> tuple[PyTr
     """The gradients and the masters, in float32."""
     tree = _Params("master_weights", params)
     gradients, lows = tree.match(grads, "gradient"), tree.match(low, "state's remainder")
-    masters = list(tree.leaves)
-    for i, (path, short, p, r) in enumerate(zip(tree.paths, tree.short, tree.leaves, lows, strict=True)):
+    _check_remainders(tree, lows, bits)
+    masters = [join(p, r, bits) if short else p for p, r, short in zip(tree.leaves, lows, tree.short, strict=True)]
+    return tree.widened(gradients), tree.treedef.unflatten(masters)
+
+
+def _check_remainders(tree: _Params, lows: Sequence[Any], bits: int) -> None:
+    """Raises where what is stored beside a parameter is not of its kind."""
+    for path, short, p, r in zip(tree.paths, tree.short, tree.leaves, lows, strict=True):
         found = str(getattr(r, "dtype", "none"))
         if found != (f"int{bits}" if short else "none"):
             raise ValueError(
                 f"the remainder of {path} ({jnp.result_type(p)}) in the state of master_weights(bits={bits}) is "
                 f"{found}: was the state made by this transformation from these parameters?"
             )
-        if short:
-            masters[i] = join(p, r, bits)
-    return tree.widened(gradients), tree.treedef.unflatten(masters)
 
 
 @functools.partial(jax.jit, static_argnums=4)

@@ -9,7 +9,9 @@ import dataclasses
 import functools
 import os
 import pathlib
+import re
 import typing
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,7 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 BATCH = 8
 RATE = 4e-3  # The best of 1e-3, 2e-3, 4e-3 and 8e-3 for float32 and the seed 0.
 GROUP = 256
+TILE = 32
 
 Params: typing.TypeAlias = dict[str, jax.Array]
 
@@ -47,9 +50,30 @@ def split(text: str) -> Text:
     return Text(codes[:end], codes[end:], len(alphabet))
 
 
+def words(text: str, vocabulary: int) -> Text:
+    """The two parts of a text in words and punctuation marks, by their rank, the most frequent first.
+
+    Words that are not among the `vocabulary` most frequent are left out.
+    """
+    found, codes, counts = np.unique(
+        re.findall(r"[a-z']+|[^\sa-z']", text.lower()), return_inverse=True, return_counts=True
+    )
+    ranks = np.empty(len(found), np.int32)
+    ranks[np.argsort(-counts, kind="stable")] = np.arange(len(found))
+    codes = ranks[codes]
+    codes = codes[codes < vocabulary]
+    end = len(codes) * 9 // 10
+    return Text(codes[:end], codes[end:], vocabulary)
+
+
 def load() -> Text:
-    """tinyshakespeare, 1,115,394 characters of 65 kinds: from `$ADAM_FN_DATA/tinyshakespeare/input.txt`, which then
-    must be there, or else from the user's cache, which is filled by a download. The checksum is compared either way.
+    """tinyshakespeare, 1,115,394 characters of 65 kinds (see `read`)."""
+    return split(read())
+
+
+def read() -> str:
+    """tinyshakespeare: from `$ADAM_FN_DATA/tinyshakespeare/input.txt`, which then must be there, or else from the
+    user's cache, which is filled by a download. The checksum is compared either way.
     """
     data = os.environ.get("ADAM_FN_DATA")
     folder = pathlib.Path(data or pooch.os_cache("adam_fn")) / "tinyshakespeare"
@@ -62,7 +86,7 @@ def load() -> Text:
     found = pooch.file_hash(str(path))
     if found != SHA256:
         raise ValueError(f"{path}: truncated or altered: expected sha256 {SHA256}, found {found}")
-    return split(path.read_text("utf-8"))
+    return path.read_text("utf-8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +164,7 @@ class Model:
 
 
 TINY = Model(width=32, blocks=2, heads=2, context=32)
+WORDS = Model(vocabulary=4096, width=64, blocks=1, heads=2, context=32)
 
 
 def _norm(x: jax.Array, scale: jax.Array) -> jax.Array:
@@ -191,15 +216,32 @@ def groups(model: Model, rows: int) -> dict[str, npt.NDArray[np.intp]]:
     return found
 
 
+def tiles(model: Model, names: Iterable[str], count: int) -> dict[str, npt.NDArray[np.intp]]:
+    """By leaf, indices [count, 32 · 32] into the flat leaf of squares of 32 rows and columns, spread over it."""
+    found = {}
+    for name in names:
+        rows, columns = model.shapes()[name]
+        squares = np.arange(rows * columns).reshape(rows // TILE, TILE, columns // TILE, TILE).swapaxes(1, 2)
+        squares = squares.reshape(-1, TILE * TILE)
+        found[name] = squares[np.linspace(0, len(squares) - 1, count).astype(int)]
+    return found
+
+
 def recorded(
-    steps: int, seed: int = 0, rows: int = 128, *, model: Model | None = None, text: Text | None = None
+    steps: int,
+    seed: int = 0,
+    rows: int = 128,
+    *,
+    model: Model | None = None,
+    text: Text | None = None,
+    chosen: Mapping[str, npt.NDArray[np.intp]] | None = None,
 ) -> npt.NDArray[np.float32]:
     """float32[steps, rows, 256]: gradients of the elements of `groups` while `adam_fn.adamw` trains in float32.
 
-    The transformer on tinyshakespeare, unless another `model` and `text` are given.
+    The transformer on tinyshakespeare, unless another `model` and `text` are given, or other `chosen` elements.
     """
-    model, text = model or Model(), text or load()
-    chosen, train = groups(model, rows), jnp.array(text.train)
+    model, text, chosen = model or Model(), text or load(), chosen or groups(model or Model(), rows)
+    train = jnp.array(text.train)
     tx = adam_fn.adamw(schedule(RATE, steps), b2=0.999, weight_decay=0.1)
 
     def step(
@@ -216,9 +258,27 @@ def recorded(
         return jax.lax.scan(step, carry, numbers)
 
     carry = (params := model.init(seed), tx.init(params))
-    found = np.empty((steps, rows, GROUP), np.float32)
+    found = np.empty((steps, *np.concatenate([*chosen.values()]).shape), np.float32)
     with tqdm.tqdm(total=steps, desc="gradients", unit="step", disable=None) as bar:
         for numbers in np.array_split(np.arange(steps), -(-steps // 50)):
             carry, found[numbers] = chunk(carry, numbers)
             bar.update(len(numbers))
     return found
+
+
+def matrices(steps: int, squares: int) -> npt.NDArray[np.float32]:
+    """float32[steps, squares, 32, 32]: gradients of squares of the first and the last block's eight matrices."""
+    model = Model()
+    names = [f"block{block}.{leaf}" for block in (0, model.blocks - 1) for leaf in ("qkv", "out", "up", "down")]
+    found = recorded(steps, chosen=tiles(model, names, squares // len(names)))
+    return found.reshape(steps, squares, TILE, TILE)
+
+
+def tables(steps: int, squares: int) -> npt.NDArray[np.float32]:
+    """float32[steps, 2, squares, 32, 32]: gradients of squares of a model of words' embedding and head.
+
+    The rows are tokens, the most frequent first.
+    """
+    text = words(read(), WORDS.vocabulary)
+    found = recorded(steps, model=WORDS, text=text, chosen=tiles(WORDS, ["embedding", "head"], squares))
+    return found.reshape(steps, 2, squares, TILE, TILE)

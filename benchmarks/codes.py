@@ -1,16 +1,19 @@
 """Codes for Adam's two moments, compared: how far the updates are from exact Adam's.
 
-    python benchmarks/codes.py [--quick] [--data NAME] [--only TEXT] [--gradients FILE.npy] [--out DIR]
+    python benchmarks/codes.py [--quick] [--data NAME] [--only TEXT] [--gradients DIR] [--out DIR]
 
 Every candidate is emulated in float64: decode the moments, update them, take the update m̂/√v̂ of the new moments, encode
 them. Of the last 200 updates: the relative L2 error against exact Adam's, and their RMS and largest magnitude in units
 of exact Adam's. β₁ = 0.9, β₂ = 0.999, ε = 0. The data:
 
 - synthetic: normal gradients, each element with a scale of lognormal(0.7) times σ; σ from 1 to 1e-15;
-- recorded: the gradients of some blocks of a character transformer's weights while it trains (`char_model.py`).
+- recorded: the gradients of some blocks of a character transformer's weights while it trains (`char_model.py`);
+- directions: those of squares of 32 rows and columns, in blocks along the rows and in blocks along the columns: of the
+  transformer's matrices, and of the embedding and the head of a small model of words, whose rows are tokens of very
+  different frequency.
 
 0/0 counts as 0 in both; √v̂ = 0 where m̂ is not 0 counts as 1e-30, so that an element that runs away shows. Recording
-takes minutes; with `--gradients FILE.npy` it is done once.
+takes minutes; with `--gradients DIR` it is done once.
 """
 
 import argparse
@@ -19,7 +22,7 @@ import functools
 import itertools
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import char_model
@@ -28,7 +31,7 @@ import jax.numpy as jnp
 import machine
 import numpy as np
 import numpy.typing as npt
-from block_codes import Bend, Code, Log, Root, Rounding, Scale, Table, dynamic
+from block_codes import Bend, Code, Kind, Log, MuLaw, Places, Root, Rounding, Scale, Table, dynamic
 
 B1, B2 = 0.9, 0.999
 SIGMAS = (1.0, 1e-3, 1e-6, 1e-9, 1e-15)
@@ -36,15 +39,21 @@ LAST = 200
 GOLDEN = (5**0.5 - 1) / 2  # Its multiples, modulo 1, fill an interval most evenly.
 
 Moment = Literal["m", "v"]
+Array = npt.NDArray[np.float32]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Data:
-    """Gradients [steps, elements]; each row of the results belongs to one sigma, which multiplies them."""
+    """Gradients [steps, elements]; each row of the results belongs to one sigma, which multiplies them.
 
-    name: Literal["synthetic", "recorded"]
-    gradients: npt.NDArray[np.float32]
+    `blocks`: how the elements of a weight are blocks, and `rare`, bool[elements]: which are of the rarer tokens.
+    """
+
+    name: str
+    gradients: Array
     sigmas: tuple[float, ...] | tuple[None] = (None,)
+    blocks: str | None = None
+    rare: npt.NDArray[np.bool_] | None = None
 
 
 def synthetic(steps: int, elements: int) -> Data:
@@ -54,17 +63,46 @@ def synthetic(steps: int, elements: int) -> Data:
     return Data("synthetic", (random.standard_normal((steps, elements)) * scales).astype(np.float32), SIGMAS)
 
 
-def recorded(steps: int, elements: int, file: pathlib.Path | None = None) -> Data:
-    """Gradients of groups of 256 neighbours from eight weight matrices of the character transformer, as it trains."""
+def kept(folder: pathlib.Path | None, name: str, shape: tuple[int, ...], record: Callable[[], Array]) -> Array:
+    """What was recorded, from its file in the folder if it is there."""
+    file = folder and folder / f"{name}.npy"
     if file and file.exists():
         gradients = np.load(file)
     else:
-        gradients = char_model.recorded(steps, rows=elements // 256)
+        gradients = record()
         if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
             np.save(file, gradients)
-    if gradients.shape != (steps, elements // 256, 256):
+    if gradients.shape != shape:
         raise ValueError(f"{file} holds gradients of other sizes, {gradients.shape}")
+    return gradients
+
+
+def recorded(steps: int, elements: int, folder: pathlib.Path | None = None) -> Data:
+    """Gradients of groups of 256 neighbours from eight weight matrices of the character transformer, as it trains."""
+    rows = elements // 256
+    shape = (steps, rows, 256)
+    gradients = kept(folder, "recorded", shape, lambda: char_model.recorded(steps, rows=rows))
     return Data("recorded", gradients.reshape(steps, -1))
+
+
+def directions(steps: int, squares: int, folder: pathlib.Path | None = None) -> Iterator[Data]:
+    """Gradients of so many squares of each weight, its elements in the order that makes each row or column a block."""
+    found = kept(folder, "matrices", (steps, squares, 32, 32), lambda: char_model.matrices(steps, squares))
+    # Of a Flax kernel [inputs, outputs] a column is 32 inputs; of torch's weights it is 32 outputs.
+    yield Data("matrices", found.reshape(steps, -1), blocks="32 outputs of an input")
+    yield Data("matrices", found.swapaxes(2, 3).reshape(steps, -1), blocks="32 inputs of an output")
+    found = kept(folder, "words", (steps, 2, squares, 32, 32), lambda: char_model.tables(steps, squares))
+    tokens = np.arange(squares * 32)
+    shuffled = np.random.default_rng(0).permutation(tokens)
+    for name, own in (("embedding", found[:, 0]), ("head", found[:, 1])):
+        for blocks, order in (("32 columns of a token", tokens), ("32 tokens of like frequency", tokens),
+                              ("32 tokens in random order", shuffled)):  # fmt: skip
+            ordered = own.reshape(steps, -1, 32)[:, order].reshape(own.shape)
+            rare = np.broadcast_to((order >= len(order) // 2).reshape(squares, 32, 1), own.shape[1:])
+            if "tokens" in blocks:
+                ordered, rare = ordered.swapaxes(2, 3), rare.swapaxes(1, 2)
+            yield Data(name, ordered.reshape(steps, -1), blocks=blocks, rare=rare.reshape(-1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,17 +190,23 @@ class Comparison:
         return jnp.where(m == 0, 0.0, m.astype(jnp.float64) / jnp.maximum(v.astype(jnp.float64), 1e-30))
 
     def rows(self, entry: Entry) -> Iterator[dict[str, object]]:
-        """One row of results for each sigma."""
-        updates, exact = self._updates(entry), self.exact
+        """One row of results for each sigma, or for all elements and for those of the rarer tokens."""
+        updates, rare = self._updates(entry), self.data.rare
+        yield from self._rows(entry, updates, self.exact, "all")
+        if rare is not None:
+            yield from self._rows(entry, updates[..., rare], self.exact[..., rare], "rarer half")
 
+    def _rows(self, entry: Entry, updates: jax.Array, exact: jax.Array, elements: str) -> Iterator[dict[str, object]]:
         def norm(x: jax.Array) -> npt.NDArray[np.float64]:
             return np.asarray(jnp.sqrt((x * x).sum((0, 2))))
 
         errors, sizes = norm(updates - exact) / norm(exact), norm(updates) / norm(exact)
         largest = np.asarray(jnp.abs(updates).max((0, 2)) / jnp.abs(exact).max((0, 2)))
+        blocks = {} if self.data.blocks is None else {"blocks": self.data.blocks, "elements": elements}
         for i, sigma in enumerate(self.data.sigmas):
             yield {
                 "data": self.data.name,
+                **blocks,
                 "sigma": sigma,
                 "label": entry.label,
                 "m": "exact" if entry.m is None else ("m/√v: " if entry.relative else "") + str(entry.m),
@@ -173,18 +217,26 @@ class Comparison:
                 "largest": float(largest[i]),
                 "ours": entry.ours,
                 "peer": entry.peer,
-                "part": entry.part,
+                "part": "direction" if blocks else entry.part,
             }
 
 
-def m_code(bits: int, k: float, rounding: Rounding = "closest", *, sign: bool = True) -> Code:
+def mu_law(bits: int, *, sign: bool = True, scale: Kind = "14 bits") -> Code:
     """Ours for the first moment."""
+    return Code((MuLaw.full if sign else MuLaw.symmetric)(bits), "nearest", Scale(scale, sign=sign))
+
+
+def places(
+    bits: int, octave: float, group: int = 32, *, skew: float = 0.0, even: bool = True, shared: bool = True
+) -> Code:
+    """Ours for the second moment."""
+    grid = Places(2**bits - 1, octave)
+    return Code(grid, "dithered", Scale("place", group), even=even, shared=shared, skew=skew)
+
+
+def m_code(bits: int, k: float, rounding: Rounding = "closest", *, sign: bool = True) -> Code:
+    """Companded."""
     return Code((Bend.full if sign else Bend.symmetric)(bits, k), rounding, Scale(sign=sign))
-
-
-def v_code(bits: int, decades: float, rounding: Rounding = "dithered", *, top: bool = False) -> Code:
-    """Logarithms below a bfloat16 scale."""
-    return Code(Log.over(2**bits - 1, decades), rounding, top=top, even=True)
 
 
 def v_octave(bits: int, octave: float, rounding: Rounding = "dithered", group: int = 32, *, even: bool = True) -> Code:
@@ -196,46 +248,43 @@ def v_octave(bits: int, octave: float, rounding: Rounding = "dithered", group: i
 
 #: What `adam_fn.Block` does; a test compares them.
 LIBRARY: dict[int, tuple[Code, Code]] = {
-    8: (m_code(8, 2), v_octave(8, 20)),
-    4: (m_code(4, 2), v_octave(4, 2)),
+    8: (mu_law(8), places(8, 20, skew=2**-6)),
+    4: (mu_law(4), places(4, 2, skew=2**-3)),
 }
 
-# Codes an octave that are tried for each width.
-OCTAVES = {
-    3: (0.75, 1),
-    4: (1.5, 2, 2.5),
-    5: (2, 3, 4),
-    6: (4, 6),
-    7: (8, 10, 12),
-    8: (16, 20, 24, 30),
-    9: (32, 40, 50),
-}
+# Of each width: codes an octave that are tried, those of the library, and its skew.
+OCTAVES = {8: ((16, 20, 22, 24), 20, 2**-6), 4: ((2, 2.25, 2.5, 3), 2, 2**-3)}
 
 
 def first_moments() -> Iterator[Entry]:
-    """Codes of m, v exact: the bend, then what else can be chosen."""
-    for bits, k in itertools.product((8, 7, 6, 5, 4, 3), (0, 1, 2, 3)):
-        yield Entry(f"m{bits}", m_code(bits, k), None)
+    """Codes of m, v exact: what else can be chosen, then companded ones."""
     for bits in LIBRARY:
-        yield Entry(f"m{bits}", m_code(bits, 2, sign=False), None)
-        yield Entry(f"m{bits}", m_code(bits, 2, "nearest"), None)
-        yield Entry(f"m{bits}", m_code(bits, 2, "unbiased"), None)
+        ours, label = mu_law(bits), f"m{bits}"
+        yield Entry(label, ours, None)
+        yield Entry(label, mu_law(bits, sign=False), None)
+        yield Entry(label, mu_law(bits, scale="bfloat16"), None)
+        yield Entry(label, mu_law(bits, scale="nearest bfloat16"), None)
+        yield Entry(label, dataclasses.replace(ours, rounding="unbiased"), None)
+        for k in (0, 1, 2, 3):
+            yield Entry(label, m_code(bits, k), None)
 
 
 def second_moments() -> Iterator[Entry]:
-    """Codes of v, m exact: codes an octave, then what else can be chosen."""
-    for bits, octaves in OCTAVES.items():
-        for octave in octaves:
-            yield Entry(f"v{bits}", None, v_octave(bits, octave))
-    for bits, octave in ((8, 20), (4, 2)):
-        yield Entry(f"v{bits}", None, v_octave(bits, octave, even=False))
-        yield Entry(f"v{bits}", None, v_octave(bits, octave, "unbiased"))
-        yield Entry(f"v{bits}", None, v_octave(bits, octave, "nearest", even=False))
-        yield Entry(f"v{bits}", None, v_code(bits, Log(2**bits - 1, octave).decades))
+    """Codes of v, m exact: what else can be chosen, then logarithms and roots."""
+    for bits, (octaves, octave, skew) in OCTAVES.items():
+        ours, label = places(bits, octave, skew=skew), f"v{bits}"
+        yield Entry(label, None, ours)
+        for n in octaves:
+            yield Entry(label, None, places(bits, n))
+        yield Entry(label, None, dataclasses.replace(ours, shared=False))
+        yield Entry(label, None, dataclasses.replace(ours, even=False))
         for group in (16, 64):
-            yield Entry(f"v{bits}", None, v_octave(bits, octave, group=group))
+            yield Entry(label, None, dataclasses.replace(ours, scale=Scale("place", group)))
+        for rounding in ("dithered", "unbiased"):
+            yield Entry(label, None, v_octave(bits, octave, rounding))
+        yield Entry(label, None, v_octave(bits, octave, "nearest", even=False))
         for p in (2, 4):
-            yield Entry(f"v{bits}", None, Code(Root(2**bits - 1, p), "unbiased"))
+            yield Entry(label, None, Code(Root(2**bits - 1, p), "unbiased"))
 
 
 def peers() -> Iterator[Entry]:
@@ -259,65 +308,88 @@ def peers() -> Iterator[Entry]:
 
 
 def pairs() -> Iterator[Entry]:
-    """Both moments: the library's, bits divided in another way, m in units of √v, and roots instead of logarithms."""
+    """Both moments: the library's and others, companded m and logarithms, m in units of √v, and roots."""
     for bits, (m, v) in LIBRARY.items():
-        yield Entry(f"{bits}|{bits}", m, v)
-    yield Entry("7|9", m_code(7, 3), v_octave(9, 40))
-    yield Entry("5|3", m_code(5, 2), v_octave(3, 1))
-    yield Entry("3|5", m_code(3, 1), v_octave(5, 3))
-    yield Entry("8|8 relative", m_code(8, 1), v_octave(8, 20), relative=True)
-    yield Entry("4|4 relative", m_code(4, 0.5), v_octave(4, 2), relative=True)
+        label, (octaves, octave, _) = f"{bits}|{bits}", OCTAVES[bits]
+        yield Entry(label, m, v)
+        yield Entry(label, mu_law(bits, sign=False), v)
+        for n in octaves:
+            yield Entry(label, m, places(bits, n))
+        yield Entry(label, m, dataclasses.replace(v, shared=False))
+        yield Entry(label, m_code(bits, 2), v_octave(bits, octave))
+        yield Entry(f"{label} relative", m, v, relative=True)
     nearest = m_code(8, 1, "nearest", sign=False)
     roots: tuple[tuple[int, Rounding], ...] = ((2, "nearest"), (2, "unbiased"), (4, "unbiased"))
     for p, rounding in roots:
         yield Entry("8|8", nearest, Code(Root(255, p), rounding))
 
 
+def ranges() -> Iterator[Entry]:
+    """Both moments, in two ways that divide the same codes of v: more octaves, or finer ones."""
+    for bits, finer in ((8, 24), (4, 2.25)):
+        yield Entry(f"{bits}|{bits}", *LIBRARY[bits])
+        yield Entry(f"{bits}|{bits}", mu_law(bits), places(bits, finer))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How much is computed: steps, elements, squares of a direction's weight."""
+
+    steps: int = 3000
+    synthetic: int = 4096
+    recorded: int = 8192
+    direction_steps: int = 2000
+    squares: int = 32
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few steps and elements, to try the script")
     parser.add_argument("--only", default="", help="candidates whose label contains this text")
-    parser.add_argument("--data", choices=("synthetic", "recorded"), help="only these gradients")
-    parser.add_argument("--gradients", type=pathlib.Path, help="where the recorded gradients are kept, or to be kept")
+    parser.add_argument("--data", choices=("synthetic", "recorded", "directions"), help="only these gradients")
+    parser.add_argument("--gradients", type=pathlib.Path, help="folder that keeps recorded gradients")
     parser.add_argument("--out", type=pathlib.Path, help="folder for codes.json")
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
 
-    steps = 250 if options.quick else 3000
-    sizes = {"synthetic": 512 if options.quick else 4096, "recorded": 2048 if options.quick else 8192}
+    sizes = Sizes(250, 512, 2048, 250, 8) if options.quick else Sizes()
     rows: list[dict[str, object]] = []
-    for name, elements in sizes.items():
-        if options.data in (None, name):
-            data = synthetic(steps, elements) if name == "synthetic" else recorded(steps, elements, options.gradients)
-            for entries, part in plan(data):
-                rows += table(part, [entry for entry in entries if options.only in entry.label])
+    for entries, data in plan(options.data, sizes, options.gradients):
+        rows += table(data, [entry for entry in entries if options.only in entry.label])
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         about = {"device": machine.device(), "versions": machine.versions(), "date": machine.now()}
-        settings = {"steps": steps, "elements": sizes, "last": LAST, "b1": B1, "b2": B2}
+        settings = {**dataclasses.asdict(sizes), "last": LAST, "b1": B1, "b2": B2}
         (options.out / "codes.json").write_text(json.dumps({**about, **settings, "rows": rows}, indent=1) + "\n")
 
 
-def plan(data: Data) -> Iterator[tuple[Iterator[Entry], Data]]:
+def plan(only: str | None, sizes: Sizes, folder: pathlib.Path | None) -> Iterator[tuple[Iterator[Entry], Data]]:
     """Whole states on all sigmas; one moment alone on one sigma, as only the rounding of the scales differs there."""
-    yield itertools.chain(pairs(), peers()), data
-    yield (
-        itertools.chain(first_moments(), second_moments()),
-        dataclasses.replace(data, sigmas=data.sigmas[1:2] or (None,)),
-    )
+    makers: dict[str, Callable[[], Data]] = {
+        "synthetic": lambda: synthetic(sizes.steps, sizes.synthetic),
+        "recorded": lambda: recorded(sizes.steps, sizes.recorded, folder),
+    }
+    for data in (make() for name, make in makers.items() if only in (None, name)):
+        yield itertools.chain(pairs(), peers()), data
+        alone = dataclasses.replace(data, sigmas=data.sigmas[1:2] or (None,))
+        yield itertools.chain(first_moments(), second_moments()), alone
+    if only in (None, "directions"):
+        for data in directions(sizes.direction_steps, sizes.squares, folder):
+            yield ranges(), data
 
 
 def table(data: Data, entries: list[Entry]) -> list[dict[str, object]]:
     """The rows of the candidates on one set of gradients, printed."""
-    title = f"{data.name} gradients, the last {LAST} updates of {len(data.gradients):,}"
-    print(f"\n{title}\n{'':<14}{'bytes':>7}{'sigma':>8}{'error':>9}{'rms':>9}{'largest':>9}  codes")
+    blocks = f", blocks of {data.blocks}" if data.blocks else ""
+    title = f"{data.name} gradients{blocks}, the last {LAST} updates of {len(data.gradients):,}"
+    print(f"\n{title}\n{'':<14}{'bytes':>7}{'sigma':>11}{'error':>9}{'rms':>9}{'largest':>9}  codes")
     comparison, rows = Comparison(data), []
     for entry in entries:
         for row in comparison.rows(entry):
-            sigma = "" if row["sigma"] is None else f"{row['sigma']:g}"
+            sigma = str(row.get("elements", "")) if row["sigma"] is None else f"{row['sigma']:g}"
             numbers = "".join(f"{row[key]:>9.3g}" for key in ("error", "rms", "largest"))
             codes = f"m: {row['m']}; v: {row['v']}" if entry.part == "both" else row[entry.part]
-            print(f"{entry.label:<14}{entry.bytes:>7.4g}{sigma:>8}{numbers}  {codes}", flush=True)
+            print(f"{entry.label:<14}{entry.bytes:>7.4g}{sigma:>11}{numbers}  {codes}", flush=True)
             rows.append(row)
     return rows
 

@@ -90,6 +90,7 @@ JAX_PEERS = (
     JaxPeer(
         "adam_fn bfloat16 moments",
         lambda: adam_fn.adam(RATE, mu_dtype=jnp.bfloat16, nu_dtype=jnp.bfloat16),
+        made_step,
         dtypes=("bfloat16",),
     ),
     *(

@@ -18,6 +18,7 @@ import typing
 from collections.abc import Callable, Iterable, Sequence
 
 import workloads
+from compiled import summary
 from report import Record, cell
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -224,7 +225,7 @@ def codes() -> str:
             name = f"m: {row['m']}; v: {row['v']}" if part == "both" else row[part]
             if row["peer"]:
                 name = f"{row['label']}: {name}"
-            label = name.replace(", bfloat16 with its sign for 32", "").replace(", power of 2 for 32", "")
+            label = name.replace(", 14 bits with its sign for 32", "").replace(", place for 32", "")
             body.append([f"**{label}**" if row["ours"] else label, f"{row['bytes']:.4g}", *cells(key)])
         texts.append(table([*head, "bytes", *columns], body))
     about = (
@@ -267,7 +268,7 @@ def temporaries() -> str:
     """Of every leaf and storage."""
     path = next(iter(sorted(RESULTS.glob("temporaries-*.json"))), RESULTS / "temporaries-cpu.json")
     found = read(path, "python benchmarks/temporaries.py --out benchmarks/results")
-    columns = ("make_step", "update", "make_step, not cut")
+    columns = ("make_step", "update")
     body = [
         [" x ".join(f"{axis:,}" for axis in row["shape"]), row["storage"], *(f"{row[name]:.3f}" for name in columns)]
         for row in found["rows"]
@@ -277,6 +278,12 @@ def temporaries() -> str:
         f"{found['device']} with {named(found['versions'])}, by `benchmarks/temporaries.py`."
     )
     return f"{table(['leaf', 'moments', *columns], body)}\n\n{about}"
+
+
+def compiled() -> str:
+    """What the compilers for TPU and GPU make of a step: a table each."""
+    found = read(RESULTS / "compiled.json", "python benchmarks/compiled.py --family --out benchmarks/results")
+    return "\n\n".join(f"{table(head, body)}\n\n{about}" for head, body, about in summary(found))
 
 
 def spread(values: Sequence[float], digits: int) -> str:
@@ -347,6 +354,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "precision": precision,
         "codes": codes,
         "temporaries": temporaries,
+        "compiled": compiled,
         "exactness": exactness,
         "speed": speed,
         "mnist": mnist,

@@ -78,7 +78,11 @@ def cases(quick: bool) -> list[Case]:
     exponents = (16, 20) if quick else (20, 23, 26)
     found = [
         Case(
-            f"leaf-2^{exponent}-{dtype}", f"one leaf of 2^{exponent}, {dtype}", "tree", {"leaf": (2**exponent,)}, dtype
+            f"leaf-2^{exponent}-{dtype}",
+            f"one leaf of 2^{exponent - 10} x 1,024, {dtype}",
+            "tree",
+            {"leaf": (2 ** (exponent - 10), 1024)},
+            dtype,
         )
         for dtype in ("float32", "bfloat16")
         for exponent in exponents

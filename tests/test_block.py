@@ -18,13 +18,14 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import adam_fn
 from adam_fn import Block, Cast, Storage
-from adam_fn.block import CODES_PER_OCTAVE, SMALL, _largest
-from adam_fn.codec import stored_spec
+from adam_fn.block import CODES_PER_OCTAVE, SKEW
+from adam_fn.execute.store import load, store, stored_spec
+from adam_fn.layout import SMALL, layout
 from adam_fn.noise import even_bits, random_bits
 
 CODECS = [Block(bits).of(signed=signed) for bits in (8, 4) for signed in (True, False)]
-SHAPES = [(128, 64), (5000,), (130, 50), (700, 7), (16, 3, 3, 33)]
-NOISE = functools.partial(random_bits, 0, 1, 2)
+SHAPES = [(128, 64), (5000,), (130, 50), (700, 7), (16, 3, 3, 33), (64, 12, 8)]
+Q = {8: 32, 4: 2}
 
 
 def values(shape: tuple[int, ...], *, signed: bool, scale: float = 1.0) -> jax.Array:
@@ -37,91 +38,131 @@ def values(shape: tuple[int, ...], *, signed: bool, scale: float = 1.0) -> jax.A
 @pytest.mark.parametrize("codec", CODECS, ids=str)
 def test_storage_law_and_bytes(codec: Block) -> None:
     """``encode(decode(encode(x))) = encode(x)`` for every shape, at any scale of x."""
-    encode: Any = jax.jit(functools.partial(codec.encode, noise=NOISE))
-    decode: Any = jax.jit(codec.decode, static_argnums=(1, 2))
+    encode: Any = jax.jit(functools.partial(store, codec))
+    decode: Any = jax.jit(functools.partial(load, codec), static_argnums=(1, 2))
     for shape, scale in itertools.product(SHAPES, (1e-30, 1.0, 1e30)):
         x = values(shape, signed=bool(codec.signed), scale=scale)
         stored = encode(x)
-        decoded = decode(stored, jnp.float32, shape)
+        decoded = decode(stored, jnp.dtype(jnp.float32), shape)
         assert decoded.shape == shape
         again = encode(decoded)
         for key in ("codes", "scales"):
             np.testing.assert_array_equal(stored[key], again[key], err_msg=f"{shape} {scale}")
         assert (decoded[x == 0] == 0).all() or not codec.signed
-        # A scale is rounded up to bfloat16, a logarithm to the next code.
-        step = 2.0**-7 if codec.signed else 2 ** (1 / CODES_PER_OCTAVE[codec.bits]) - 1
-        assert jnp.abs(decoded).max() <= (1 + step) * 1.001 * jnp.abs(x).max()
-        if shape[-1] % 32 == 0:
+        assert jnp.abs(decoded).max() <= 2 ** (1 / CODES_PER_OCTAVE[codec.bits]) * 1.001 * jnp.abs(x).max()
+        if shape[0] % 32 == 0:
             assert sum(y.nbytes for y in stored.values()) == x.size * (codec.bits / 8 + 2 / 32)
 
 
-@pytest.mark.parametrize(("levels", "bits"), [(128, 8), (8, 4)])
-def test_signed_codes_are_the_nearest_of_the_docstring(levels: int, bits: int) -> None:
-    """By a search, in float64, over all values that the docstring gives."""
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_any_chance_leaves_what_is_on_the_grid(codec: Block) -> None:
+    """Of every code there is, at several scales: coded again with the largest and the smallest random number."""
+    codes = jnp.broadcast_to(jnp.arange(2**codec.bits, dtype=jnp.uint8)[:, None], (2**codec.bits, 5))
+    last = 255 * CODES_PER_OCTAVE[codec.bits] - 2**codec.bits
+    scales = jnp.asarray(
+        [0x3F80, 0x0400, 0x7F01, 0x4049, 0x4D11] if codec.signed else [0, 17, last // 2, last - 5, last]
+    )
+    scales = scales.astype(jnp.int16)[None]
+    x = codec.decode(codes, scales, jnp.float32)
+    for random in (0, 2**32 - 1):
+        noise = codec.chance(jnp.full((1, 5), random, jnp.uint32))
+        found = codec.decode(codec.encode(x, scales, noise), scales, jnp.float32)
+        # What is subnormal is 0 to XLA.
+        np.testing.assert_array_equal(np.where(np.abs(x) < 1e-37, 0, found), np.where(np.abs(x) < 1e-37, 0, x))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_signed_codes_are_the_nearest_of_the_docstring(bits: int) -> None:
+    """By a search, in float64, over all values that the docstring gives; blocks are 32 rows of a column."""
     codec = Block(bits).of(signed=True)
-    x = np.asarray(values((1024, 32), signed=True))
-    found = np.asarray(codec.decode(codec.encode(jnp.asarray(x)), jnp.float32, x.shape), np.float64)
-    largest = np.take_along_axis(x, np.abs(x).argmax(-1, keepdims=True), -1)
-    scale = np.asarray(jax.lax.reduce_precision(jnp.asarray(largest), 8, 7), np.float64)
-    spacing = 2.0 ** (np.frexp(scale)[1] - 8)
-    scale = -np.where(np.abs(scale) < np.abs(largest), scale + np.sign(scale) * spacing, scale)
-    codes = np.arange(-levels, levels)
-    nearest = (scale * codes / (3 * levels - 2 * np.abs(codes)))[:, None, :]
-    distances = np.abs(x[..., None] - nearest)
-    np.testing.assert_allclose(np.abs(found - x), distances.min(-1), rtol=1e-5, atol=1e-6 * np.abs(scale).max())
-    assert (np.abs(found - x) <= distances.min(-1) + 1e-6 * np.abs(scale)).all()
-    assert np.abs(np.take_along_axis(found, np.abs(x).argmax(-1, keepdims=True), -1) + scale).max() == 0
+    x = np.asarray(values((32, 1024), signed=True))
+    found = np.asarray(load(codec, store(codec, jnp.asarray(x)), jnp.dtype(jnp.float32), x.shape), np.float64)
+    # Of those that are as large in 14 bits, a positive one.
+    held = (np.abs(x).view(np.int32) >> 17 << 1 | (x >= 0)).max(0)
+    scale, side = (held >> 1 << 17).view(np.float32).astype(np.float64), np.where(held & 1, 1, -1)
+    octaves, steps = np.divmod(np.arange(2 ** (bits - 1) + 1), Q[bits])
+    positive = scale[:, None] * (2.0**octaves * (1 + steps / Q[bits]) - 1) / 15
+    np.testing.assert_allclose(positive[:, -1], scale)
+    nearest = side[:, None] * np.concatenate([positive, -positive[:, :-1]], -1)
+    distances = np.abs(x[..., None] - nearest).min(-1)
+    assert (np.abs(found - x) <= distances + 4e-6 * scale).all()
+    assert (np.abs(found).max(0) <= scale * (1 + 1e-5)).all()
 
 
-@pytest.mark.parametrize(("bits", "octave"), [(8, 20), (4, 2)])
-def test_unsigned_codes_are_those_of_the_docstring_and_unbiased(bits: int, octave: int) -> None:
-    """The two neighbours on the grid of 2^(i/n), whose logarithms have the right mean; low values are raised."""
-    codec = Block(bits).of(signed=False)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_unsigned_codes_are_those_of_the_docstring_and_unbiased(bits: int) -> None:
+    """The two neighbours on the grid of the bits 2²³k/n, whose places have the right mean; low values are raised."""
+    codec, n = Block(bits).of(signed=False), CODES_PER_OCTAVE[bits]
     rng = np.random.default_rng(0)
-    z = 10 ** rng.uniform(-1.9, 0.0, (128, 32))
+    z = (10 ** rng.uniform(-1.9, 0.0, (32, 128))).astype(np.float32)
     steps = 2000
+    exact = n * z.view(np.int32).astype(np.float64) / 2**23
 
     @functools.partial(jax.jit, static_argnums=0)
     def decoded(bits: Any, step: jax.Array) -> jax.Array:
-        return codec.decode(
-            codec.encode(jnp.asarray(z, jnp.float32), functools.partial(bits, 1, step, 3)), float, z.shape
-        )
+        noise = codec.chance(bits(1, step, 3, (1, 128)))
+        scale = codec.scale(jnp.asarray(z), noise).max(0, keepdims=True)
+        return codec.decode(codec.encode(jnp.asarray(z), scale, noise), scale, jnp.float32)
 
-    exact = octave * np.log2(np.float32(z).astype(np.float64))
     for bits_of in (random_bits, even_bits):
-        found = octave * np.log2(
-            np.asarray(jax.lax.map(functools.partial(decoded, bits_of), jnp.arange(steps)), np.float64)
-        )
+        values_ = np.asarray(jax.lax.map(functools.partial(decoded, bits_of), jnp.arange(steps)))
+        found = n * values_.view(np.int32).astype(np.float64) / 2**23
         np.testing.assert_allclose(found, np.round(found), atol=1e-4)
         assert (np.abs(found - exact) < 1 + 1e-3).all()
+        # Up where u + k u(1-u) is at least what is missing.
+        missing, k = 1 - exact % 1, 2.0 ** -SKEW[bits]
+        up = 1 - ((1 + k) - np.sqrt((1 + k) ** 2 - 4 * k * missing)) / (2 * k)
         # What happens once in 2,000 steps may not have happened yet; even numbers leave nothing but that.
         spread = 6 * found.std(0) / np.sqrt(steps) if bits_of is random_bits else 0
-        assert (np.abs(found.mean(0) - exact) <= spread + 10 / steps).all()
-    low = codec.decode(codec.encode(jnp.asarray(z).at[:, 1:].mul(1e-9), NOISE), jnp.float32, z.shape)
-    floor = np.asarray(low)[:, :1] * 2.0 ** (-(2**bits - 1) / octave)
-    assert (low[:, 1:] >= 0.99 * floor).all(), "a second moment must not become 0 beside others"
+        assert (np.abs(found.mean(0) - np.floor(exact) - up) <= spread + 10 / steps).all()
+    low = jnp.asarray(z).at[1:].mul(1e-9)
+    found = load(codec, store(codec, jnp.tile(low, (2, 1))), jnp.dtype(jnp.float32), (64, 128))
+    floor = np.asarray(found)[:1] * 2.0 ** (-(2**bits - 1) / n)
+    assert (found[1:32] >= 0.9 * floor).all(), "a second moment must not become 0 beside others"
+
+
+def test_an_element_moves_no_other() -> None:
+    """The grid is one for all blocks: a largest that grows by an octave leaves the codes' values where they are."""
+    codec = Block(8).of(signed=False)
+    x = values((64, 128), signed=False) + 1e-3
+    before, after = (
+        load(codec, store(codec, y), jnp.dtype(jnp.float32), x.shape) for y in (x, x.at[0].set(8 * x.max()))
+    )
+    kept = np.asarray(x) > 2.0**-8 * np.asarray(x).max()
+    assert kept[1:].sum() > 1000
+    np.testing.assert_array_equal(np.asarray(before)[1:][kept[1:]], np.asarray(after)[1:][kept[1:]])
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_what_is_not_finite_is_not_hidden(bits: int) -> None:
     for signed in (True, False):
-        codec, x = Block(bits).of(signed=signed), jnp.ones((128, 64))
-        for bad in (jnp.nan, jnp.inf):
-            found = codec.decode(codec.encode(x.at[3, 5].set(bad), NOISE), jnp.float32, x.shape)
-            assert not jnp.isfinite(found[3, 5])
-            assert jnp.isfinite(found[3, 32:]).all() and jnp.isfinite(found[:3]).all()
+        codec, x = Block(bits).of(signed=signed), jnp.ones((64, 128))
+        for bad in (jnp.nan, -jnp.nan, jnp.inf):
+            found = load(codec, store(codec, x.at[5, 3].set(bad)), jnp.dtype(jnp.float32), x.shape)
+            assert not jnp.isfinite(found[5, 3])
+            if jnp.isnan(bad):
+                assert jnp.isnan(found[:32, 3]).all()
+            if signed:
+                assert not jnp.isfinite(found[:32, 3]).any()
+            assert jnp.isfinite(found[32:]).all() and jnp.isfinite(found[:, 4:]).all()
 
 
-def test_the_element_of_the_largest_magnitude() -> None:
-    rows = np.array([[1, -3, 2], [3, -3, 0], [-3, 3, 0], [-0.0, 0, -0.0], [1e-40, -2e-40, 0], [np.inf, -np.inf, 1],
-                     [-np.inf, 1, 2], [np.nan, np.inf, 1], [1, 2, -np.nan]], np.float32)  # fmt: skip
-    expected = np.array([-3, 3, 3, 0, -2e-40, np.inf, -np.inf, np.nan, np.nan], np.float32)
-    np.testing.assert_array_equal(_largest(jnp.asarray(rows))[:, 0], expected)
+def test_blocks_are_rows_of_a_column() -> None:
+    """The second-to-last axis, or the nearest before it that holds whole blocks, or the longest; vectors in 128s."""
+    matrices = {(128, 64): (0, 4), (16, 128, 64): (1, 4), (64, 12, 64): (0, 2), (9, 7, 128): (0, 1)}
+    expected = {**matrices, (1, 8192): (1, 256), (8192,): (0, 2), (5000, 1): (0, 157)}
+    for shape, (axis, blocks) in expected.items():
+        found = layout(shape)
+        assert found is not None
+        assert (found.axis, found.blocks) == (axis, blocks)
+    x = jnp.zeros((64, 128)).at[3, 7].set(5.0)
+    scales: Any = store(Block(8).of(signed=True), x)
+    assert np.flatnonzero(scales["scales"] > 1).tolist() == [7]
 
 
 def test_small_arrays_stay_as_they_are() -> None:
     x = values((SMALL // 8 - 1, 8), signed=True)
-    stored: Any = Block(8).of(signed=True).encode(x)
+    stored: Any = store(Block(8).of(signed=True), x)
     assert stored["codes"] is x
     assert stored["scales"] == optax.MaskedNode()
     assert jax.tree.leaves(stored_spec(Block(4).of(signed=True), (SMALL,), jnp.dtype("float32")))[0].dtype == jnp.uint8
@@ -130,7 +171,7 @@ def test_small_arrays_stay_as_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "error", "low", "high", "largest"), [(8, 0.065, 0.98, 1.02, 1.2), (4, 0.4, 0.9, 1.05, 2.0)]
+    ("bits", "error", "low", "high", "largest"), [(8, 0.06, 0.98, 1.02, 1.2), (4, 0.37, 0.95, 1.05, 1.8)]
 )
 def test_adam_with_codes_follows_exact_adam_at_any_scale(
     bits: int, error: float, low: float, high: float, largest: float
@@ -138,8 +179,7 @@ def test_adam_with_codes_follows_exact_adam_at_any_scale(
     """Random gradients of lognormal(0.7) scales times sigma, 1,200 steps: the last 100 updates against float32."""
     sigmas = (1.0, 1e-3, 1e-6, 1e-9, 1e-15)
     size, steps, last = 64 * 64, 1200, 100
-    rows = jnp.asarray(sigmas)[:, None]
-    scales = rows * jnp.exp(0.7 * jax.random.normal(jax.random.key(1), (1, size)))
+    scales = jnp.asarray(sigmas)[None] * jnp.exp(0.7 * jax.random.normal(jax.random.key(1), (size, 1)))
     pair = (adam_fn.adam(1.0, eps=0.0, storage=Block(bits)), adam_fn.adam(1.0, eps=0.0))
 
     @jax.jit
@@ -148,7 +188,7 @@ def test_adam_with_codes_follows_exact_adam_at_any_scale(
             g = scales * jax.random.normal(jax.random.fold_in(jax.random.key(0), t), scales.shape)
             (a, one), (b, two) = (tx.update(g, state) for tx, state in zip(pair, states, strict=True))
             a, b = jnp.asarray(a), jnp.asarray(b)
-            sums = [(x * x).sum(-1) for x in (a - b, a, b)] + [jnp.abs(x).max(-1) for x in (a, b)]
+            sums = [(x * x).sum(0) for x in (a - b, a, b)] + [jnp.abs(x).max(0) for x in (a, b)]
             return (one, two), jnp.stack(sums)
 
         params = jnp.zeros_like(scales)
@@ -250,7 +290,7 @@ def test_inside_flax_and_optax() -> None:
 @pytest.mark.parametrize("spec", [PartitionSpec("a"), PartitionSpec(None, "b"), PartitionSpec("a", "b")], ids=str)
 def test_on_a_mesh_the_state_follows_and_nothing_is_communicated(spec: PartitionSpec, kind: AxisType) -> None:
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind, kind))
-    p = jax.random.normal(jax.random.key(0), (64, 128))
+    p = jax.random.normal(jax.random.key(0), (128, 64))
     sharded = jax.device_put(p, NamedSharding(mesh, spec))
     results = []
     for x in (sharded, p):
@@ -271,10 +311,10 @@ def test_on_a_mesh_the_state_follows_and_nothing_is_communicated(spec: Partition
 
 def test_shards_that_hold_no_whole_blocks() -> None:
     """Blocks that lie on two devices: right with automatic axes, though communicated; an error with explicit ones."""
-    p: Any = {"w": jax.random.normal(jax.random.key(0), (64, 80))}
+    p: Any = {"w": jax.random.normal(jax.random.key(0), (80, 64))}
     for kind in (AxisType.Auto, AxisType.Explicit):
         mesh = jax.make_mesh((8,), ("a",), axis_types=(kind,))
-        sharded = jax.device_put(p, NamedSharding(mesh, PartitionSpec(None, "a")))
+        sharded = jax.device_put(p, NamedSharding(mesh, PartitionSpec("a")))
         if kind == AxisType.Explicit:
             with pytest.raises(Exception, match=r"this is about the leaf \['w'\]"):
                 TX.init(sharded)
@@ -358,11 +398,10 @@ def test_a_maximum_climbs_to_the_next_code_and_no_further(alias: Any, power: flo
 def test_the_largest_numbers_there_are(bits: int) -> None:
     """Nothing becomes 0, changes its sign or becomes infinite; each is at most a code away."""
     x = jnp.full((3, 64, 64), jnp.asarray([1e37, 1e38, 3.4e38])[:, None, None])
-    levels, step = 2 ** (bits - 1), 2 ** (1 / CODES_PER_OCTAVE[bits])
-    cases = (x.at[:, 0, 0].mul(-1), (levels - 1) / (levels + 2), 1.0), (x, 1 / step, step)
-    for signed, (values, lowest, highest) in zip((True, False), cases, strict=True):
-        codec = Block(bits).of(signed=signed)
-        found = jax.jit(lambda x, c=codec: c.decode(c.encode(x, NOISE), jnp.float32, x.shape))(values)
+    step = 2 ** (1 / CODES_PER_OCTAVE[bits])
+    for signed, lowest, highest in ((True, {8: 0.97, 4: 0.72}[bits], 1.0), (False, 1 / step, step)):
+        codec, values = Block(bits).of(signed=signed), x.at[:, 0, 0].mul(-1) if signed else x
+        found = jax.jit(lambda x, c=codec: load(c, store(c, x), jnp.dtype(jnp.float32), x.shape))(values)
         ratio = np.asarray(found) / np.asarray(values)
         assert (lowest * 0.99 <= ratio).all() and (ratio <= highest * 1.01).all()
 
@@ -393,7 +432,7 @@ def test_storage_mask() -> None:
         assert {str(x.dtype) for x in jax.tree.leaves(found) if x.size >= SMALL // 32} == {
             "float32",
             "uint8",
-            "bfloat16",
+            "int16",
         }
     with pytest.raises(ValueError, match="storage is not given"):
         adam_fn.adamw(1e-2, storage_mask=mask)
@@ -404,7 +443,7 @@ def test_storage_mask() -> None:
 def test_zeros_are_stored_for_zeros() -> None:
     for codec in (*CODECS, Cast("bfloat16"), Cast()):
         blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stored_spec(codec, (64, 65), jnp.dtype("float32")))
-        assert (codec.decode(blank, jnp.float32, (64, 65)) == 0).all()
+        assert (load(codec, blank, jnp.dtype("float32"), (64, 65)) == 0).all()
 
 
 def test_swats_with_codes() -> None:

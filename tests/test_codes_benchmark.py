@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from block_codes import Bend, Code, Scale, dynamic
-from codes import LIBRARY, Comparison, Data, Entry, m_code, peers, v_code, v_octave
+from block_codes import Bend, Code, Log, MuLaw, Scale, dynamic
+from codes import LIBRARY, Comparison, Data, Entry, m_code, mu_law, peers, places, v_octave
 
 import adam_fn
 from adam_fn.block import CODES_PER_OCTAVE
+from adam_fn.execute.store import store
 from adam_fn.noise import random_bits
 
 SHAPE = (256, 64)
@@ -31,14 +32,15 @@ def values(*, signed: bool, shape: tuple[int, ...] = SHAPE) -> np.ndarray[Any, n
     return (x if signed else x * x).astype(np.float32)
 
 
-def library(bits: int, *, signed: bool, steps: int = 1, noise: bool = True) -> jax.Array:
+def library(bits: int, *, signed: bool, steps: int = 1) -> jax.Array:
     """What `adam_fn.Block` decodes of the values, in float32, for each of the steps."""
-    codec, x = adam_fn.Block(bits).of(signed=signed), jnp.asarray(values(signed=signed))
+    codec, x = adam_fn.Block(bits).of(signed=signed), jnp.asarray(values(signed=signed)).reshape(-1, 32)
 
     @jax.jit
     def decoded(step: jax.Array) -> jax.Array:
-        codes = codec.encode(x, functools.partial(random_bits, 0, step, 0) if noise else None)
-        return codec.decode(codes, jnp.float32, x.shape)
+        chance = None if signed else codec.chance(random_bits(0, step, 0, (len(x), 1)))
+        scale = codec.scale(x, chance).max(-1, keepdims=True)
+        return codec.decode(codec.encode(x, scale, chance), scale, jnp.float32).reshape(SHAPE)
 
     return jax.lax.map(decoded, jnp.arange(steps))
 
@@ -54,7 +56,9 @@ def emulated(code: Code, *, signed: bool, steps: int = 1) -> jax.Array:
 def test_nearest_codes_are_those_of_the_library(bits: int) -> None:
     code, x = LIBRARY[bits][0], values(signed=True)
     np.testing.assert_array_equal(code.bytes, stored_bytes(bits, signed=True))
-    np.testing.assert_allclose(library(bits, signed=True)[0], emulated(code, signed=True)[0], rtol=2e-5)
+    found, expected = (np.asarray(y[0], np.float64) for y in (library(bits, signed=True), emulated(code, signed=True)))
+    # Of two as large in 14 bits the library takes a positive one for the largest, the emulation the largest itself.
+    assert (np.abs(found - expected) > 2e-5 * np.abs(expected)).mean() < 0.01
     other = Code(Bend.symmetric(bits, 1.0))
     assert not np.allclose(library(bits, signed=True)[0], emulated(other, signed=True)[0], rtol=1e-3)
     assert (emulated(code, signed=True)[0][x == 0] == 0).all()
@@ -91,7 +95,13 @@ def stored(code: Code, x: jax.Array, noise: jax.Array | float = 0.0) -> jax.Arra
 def stored_bytes(bits: int, *, signed: bool) -> float:
     """Bytes an element that `adam_fn.Block` stores."""
     codec, x = adam_fn.Block(bits).of(signed=signed), jnp.asarray(values(signed=signed))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(codec.encode, x))) / x.size
+    return (
+        sum(
+            leaf.size * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(jax.eval_shape(functools.partial(store, codec), x))
+        )
+        / x.size
+    )
 
 
 def test_dynamic_maps() -> None:
@@ -151,12 +161,13 @@ def test_peers() -> None:
 
 
 CODES = [*(code for codes in LIBRARY.values() for code in codes), m_code(4, 3, sign=True), m_code(7, 3),
-         v_octave(8, 20), v_octave(4, 2, "unbiased", group=16), v_code(9, 4, top=True)]  # fmt: skip
+         mu_law(8, sign=False), mu_law(4, scale="bfloat16"), places(8, 24), places(4, 2.25, group=16, shared=False),
+         v_octave(8, 20), v_octave(4, 2, "unbiased", group=16)]  # fmt: skip
 
 
 @pytest.mark.parametrize("code", CODES, ids=str)
 def test_what_is_decoded_is_coded_as_it_was(code: Code) -> None:
-    x = jnp.asarray(values(signed=isinstance(code.grid, Bend)), jnp.float64)
+    x = jnp.asarray(values(signed=isinstance(code.grid, Bend | MuLaw)), jnp.float64)
     noise = jax.random.uniform(jax.random.key(0), x.shape)
     once = stored(code, x, noise)
     assert (once != x).mean() > 0.5
@@ -185,7 +196,7 @@ def test_values_below_a_power_of_two_do_not_depend_on_it() -> None:
     for rounding in ("nearest", "unbiased", "dithered"):
         found = stored(v_octave(8, 20, rounding), doubled, 0.5)
         np.testing.assert_allclose(found[0, 1:], x[0, 1:], rtol=1e-12)
-    assert (stored(v_code(8, 4), doubled, 0.5)[0, 1:] != x[0, 1:]).any()
+    assert (stored(Code(Log(255, 21.2), "dithered"), doubled, 0.5)[0, 1:] != x[0, 1:]).any()
 
 
 def test_comparison() -> None:

@@ -1,0 +1,45 @@
+"""Which way a leaf is run: chosen here, by the device and by what its compiler was seen to do."""
+
+import functools
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from adam_fn.codec import Codec
+from adam_fn.execute.body import Inputs, Write, as_dtype, as_real
+from adam_fn.execute.cpu import alone, in_order, suits
+from adam_fn.execute.step import Done, Step, in_blocks, in_rows, whole
+from adam_fn.execute.store import Form, Slots, used
+from adam_fn.execute.tiles import TILE, in_tiles
+from adam_fn.layout import LANES
+from adam_fn.rule import Clock, Rule
+
+
+@functools.partial(jax.jit, static_argnames="write")
+def run_leaf(
+    rule: Rule, codecs: Mapping[str, Codec], inputs: Inputs, stored: Slots, clock: Clock, *, write: Write
+) -> Done:
+    """A step of one leaf. Jitted, so that it is traced and lowered once per distinct leaf and not once per leaf."""
+    dtype = (inputs.p if write.parameters and inputs.p is not None else inputs.g).dtype
+    inputs = jax.tree.map(as_real, inputs)
+    own = {name: used(codec, inputs.g.shape) for name, codec in codecs.items()}
+    form = Form.of(own, inputs.g.shape)
+    step = Step(own, write, form)
+    ways = {"default": whole if form.layout is None else in_rows}
+    if form.layout is not None:
+        lanes = math.prod(form.layout.shape[-1:]) % LANES == 0
+        small = inputs.g.size < TILE
+        if form.layout.even and (lanes or small or not alone()):
+            ways["tpu"] = in_blocks
+        elif not small:
+            ways["tpu"] = in_tiles
+    if suits(step, inputs):
+        ways["cpu"] = in_order
+    bound = {name: functools.partial(way, step) for name, way in ways.items()}
+    if len(bound) == 1:
+        done = bound["default"](rule, inputs, stored, clock)
+    else:
+        done = jax.lax.platform_dependent(rule, inputs, stored, clock, **bound)
+    return done._replace(result=as_dtype(done.result, dtype)) if jnp.issubdtype(dtype, jnp.complexfloating) else done
