@@ -277,8 +277,8 @@ def span(values: Sequence[float | None], form: str) -> str:
 def summary(found: Row) -> Iterator[tuple[list[str], list[list[str]], str]]:
     """For each compiler the head and the rows of a table, figures of all its targets in one cell, and a paragraph."""
     for name, versions in found["versions"].items():
-        targets = COMPILERS[name].targets
-        rows = [row for row in found["rows"] if row["target"] in targets]
+        rows = [row for row in found["rows"] if row["target"] in COMPILERS[name].targets]
+        targets = dict.fromkeys(row["target"] for row in rows)
         groups: dict[tuple[str, str], list[dict[str, float | None]]] = {}
         for row in rows:
             if row["part"] in (LEAF, TREE) and (row["way"] == "make_step" or row["step"].startswith("optax")):

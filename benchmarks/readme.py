@@ -282,7 +282,7 @@ def temporaries() -> str:
 
 def compiled() -> str:
     """What the compilers for TPU and GPU make of a step: a table each."""
-    found = read(RESULTS / "compiled.json", "python benchmarks/compiled.py --family --out benchmarks/results")
+    found = read(RESULTS / "compiled.json", "python benchmarks/compiled.py --out benchmarks/results")
     return "\n\n".join(f"{table(head, body)}\n\n{about}" for head, body, about in summary(found))
 
 
