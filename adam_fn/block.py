@@ -51,7 +51,8 @@ class Block(Codec):
     4,096 elements stay as they are: there is nothing to gain.
 
     The range is that of float32, for float64 as well. A running maximum (AMSGrad, AdaMax) that is rounded at random
-    climbs to the code above: AMSGrad's updates are smaller by up to 2% (8 bits) or 16% (4 bits), AdaMax's by 4% or 30%.
+    climbs to the code above, at most 1 + 1/n times as large: AMSGrad's updates are smaller by up to 2.4% (8 bits) or
+    18% (4 bits), AdaMax's by 5% or 33%.
 
     ``{"codes": uint8, "scales": int16}``: 1.0625 bytes an element (8 bits) and 0.5625 (4 bits).
 

@@ -391,7 +391,7 @@ def test_a_maximum_climbs_to_the_next_code_and_no_further(alias: Any, power: flo
         return tuple(state for _, state in out), jnp.stack([jnp.linalg.norm(jnp.asarray(u)) for u, _ in out])
 
     norms = jax.lax.scan(step, tuple(tx.init(scale) for tx in pair), jnp.arange(1000))[1][-50:].mean(0)
-    assert 2 ** (-power / CODES_PER_OCTAVE[bits]) - 1e-3 <= norms[0] / norms[1] <= 1.01
+    assert (1 + 1 / CODES_PER_OCTAVE[bits]) ** -power - 1e-3 <= norms[0] / norms[1] <= 1.01
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -1,7 +1,6 @@
 """Which way a leaf is run: chosen here, by the device and by what its compiler was seen to do."""
 
 import functools
-import math
 from collections.abc import Mapping
 
 import jax
@@ -29,7 +28,7 @@ def run_leaf(
     step = Step(own, write, form)
     ways = {"default": whole if form.layout is None else in_rows}
     if form.layout is not None:
-        lanes = math.prod(form.layout.shape[-1:]) % LANES == 0
+        lanes = form.layout.shape[-1] % LANES == 0
         small = inputs.g.size < TILE
         if form.layout.even and (lanes or small or not alone()):
             ways["tpu"] = in_blocks

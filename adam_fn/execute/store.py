@@ -30,6 +30,11 @@ def _structured(codec: Codec) -> bool:
     return codec.scaled or (isinstance(codec, Uncoded) and codec.codec is not None and codec.codec.scaled)
 
 
+def _parts(stored: Stored) -> tuple[jax.Array, jax.Array | None]:
+    """Codes and scales."""
+    return (stored["codes"], stored["scales"]) if isinstance(stored, dict) else (stored, None)
+
+
 def used(codec: Codec, shape: tuple[int, ...]) -> Codec:
     """The codec that a leaf of a (real) shape is stored with: leaves without blocks are stored as they are."""
     return Uncoded(codec=codec) if codec.scaled and layout(shape) is None else codec
@@ -114,7 +119,7 @@ class Form:
         """What is stored, in the shape of the elements; `pin` is applied to what is split, before anything else."""
         found = {}
         for name, x in stored.items():
-            codes, scales = (x["codes"], x["scales"]) if isinstance(x, dict) else (x, None)
+            codes, scales = _parts(x)
             if not codecs[name].scaled:
                 found[name] = Coded(self.enter(codes))
                 continue
@@ -132,7 +137,7 @@ class Form:
         """Row `i` of all blocks of what is stored."""
         found = {}
         for name, x in stored.items():
-            codes, scales = (x["codes"], x["scales"]) if isinstance(x, dict) else (x, None)
+            codes, scales = _parts(x)
             if not codecs[name].scaled:
                 found[name] = Coded(self.blocks.row(self.enter(codes), i))
                 continue
@@ -150,7 +155,7 @@ class Form:
         """What is stored of the elements whose codes are the `i`-th in bytes of `packed` (`Layout.share`)."""
         found = {}
         for name, x in stored.items():
-            codes, scales = (x["codes"], x["scales"]) if isinstance(x, dict) else (x, None)
+            codes, scales = _parts(x)
             own = codecs[name].packed == packed
             codes = nibble(codes, i, packed) if own else self.blocks.share(codes, i, packed)
             spread = [
