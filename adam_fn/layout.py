@@ -134,9 +134,12 @@ class Layout:
         return jax.lax.slice_in_dim(values, 0, self.block, axis=axis)
 
     def share(self, x: jax.Array, i: int, packed: int) -> jax.Array:
-        """The elements, of an array of the leaf's shape, that are in the `i`-th bits of the packed codes' bytes."""
+        """The elements, of an array of the leaf's shape, that are in the `i`-th bits of the packed codes' bytes.
+
+        Zeros where the last block is not full; `packed` divides the rows of a block.
+        """
         part = self.block // packed
-        return self.merge(jax.lax.slice_in_dim(self.split(x), i * part, (i + 1) * part, axis=self.axis + 1))
+        return self.merge(jax.lax.slice_in_dim(self.padded(x), i * part, (i + 1) * part, axis=self.axis + 1))
 
     def row(self, x: jax.Array, i: jax.Array, packed: int = 1) -> jax.Array:
         """Row `i` of all blocks, ``[…, blocks, 1, …]``, of what is split or of what `split_codes` gives."""

@@ -16,6 +16,7 @@ import adam_fn
 from adam_fn import Block, Cast, Storage
 from adam_fn.execute import cpu, run, tiles
 from adam_fn.execute.body import PARAMETERS, UPDATES, Inputs, Write
+from adam_fn.execute.sources import PARAMETER, sources
 from adam_fn.execute.step import Step, in_blocks, in_rows
 from adam_fn.execute.store import Form, store
 from adam_fn.layout import layout
@@ -129,6 +130,18 @@ def test_which_way_each_device_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found(TX, (100, 96)) == set(), "one way only"
     assert found(adam_fn.adam(1e-3), (1024, 1024)) == set()
     assert found(adam_fn.adam(1e-3, mu_dtype="bfloat16"), (1024, 1024)) == {"default: whole", "cpu: in_order"}
+
+
+def test_what_new_slots_are_computed_from() -> None:
+    def found(tx: adam_fn.Transformation) -> dict[str, set[str]]:
+        rule = rule_of(tx)
+        clock = Clock(jnp.int32(1), (jnp.ones(()),) * rule.weights)
+        return sources(rule, Inputs(jnp.ones(3), jnp.ones(3)), rule.slots, clock)
+
+    assert found(adam_fn.adamw(1e-2)) == {"mu": {"mu"}, "nu": {"nu"}}
+    l2 = adam_fn.adam(1e-2, weight_decay=0.1, decay="l2")
+    assert found(l2) == {"mu": {"mu", PARAMETER}, "nu": {"nu", PARAMETER}}
+    assert found(adam_fn.adan(1e-2))["grad"] == set()
 
 
 @pytest.mark.parametrize("shape", [(4096, 4096), (50304, 384), (1 << 22,)], ids=str)

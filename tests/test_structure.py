@@ -19,7 +19,7 @@ LAYERS = (
     ("block", "leaves"),
     ("execute",),
     ("execute.body",),
-    ("execute.store",),
+    ("execute.sources", "execute.store"),
     ("execute.step",),
     ("execute.cpu", "execute.tiles"),
     ("execute.run",),

@@ -1,21 +1,17 @@
 """What suits XLA on a CPU: one output a fusion, in an order that lets each be written in its place."""
 
-import functools
 import math
 from collections.abc import Mapping
-from typing import cast
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
-import numpy as np
 
-from adam_fn.codec import Cast, Stored
-from adam_fn.execute.body import Coded, Inputs, body, compute_dtype, encode, scales
+from adam_fn.codec import Stored
+from adam_fn.execute.body import Coded, Inputs, compute_dtype, scales
+from adam_fn.execute.sources import sources
 from adam_fn.execute.step import Done, Step
 from adam_fn.execute.store import Form, Slots, shaped
 from adam_fn.rule import Clock, Rule
-from adam_fn.rule import Slots as Arrays
 
 #: Smaller leaves stay in the caches, whatever is done with them.
 LARGE = 2**16
@@ -63,9 +59,8 @@ def in_order(step: Step, rule: Rule, inputs: Inputs, stored: Slots, clock: Clock
         one = _one_after(last, clock)
         own = inputs._replace(g=_times(inputs.g, one))
         scale = {name: _times(held[name], one)} if name in held else {}
-        packed = codecs[name].packed
-        if packed > 1 and form.blocks.even and form.blocks.block % packed == 0:
-            last = _packed(step, name, rule, own, stored, chances, clock, scale[name])
+        if step.shares(name) and form.blocks.even:
+            last = step.shared(name, rule, own, stored, chances, clock, scale[name])
             found[name] = {"codes": last}
         else:
             found |= step.encode({name: step.body(rule, own, coded, clock)[1][name]}, coded, scale)
@@ -77,28 +72,6 @@ def in_order(step: Step, rule: Rule, inputs: Inputs, stored: Slots, clock: Clock
 
 def _times(x: jax.Array, one: jax.Array) -> jax.Array:
     return x * shaped(one.astype(x.dtype), x)
-
-
-def _packed(
-    step: Step,
-    name: str,
-    rule: Rule,
-    inputs: Inputs,
-    stored: Slots,
-    chances: Mapping[str, jax.Array],
-    clock: Clock,
-    scale: jax.Array,
-) -> jax.Array:
-    """The codes of a slot that are several in a byte, byte by byte: so that they can be written in their place."""
-    packed, layout = step.codecs[name].packed, step.form.blocks
-    bytes_ = []
-    for i in range(packed):
-        part = jax.tree.map(lambda x, i=i: layout.share(x, i, packed), inputs)
-        coded = step.form.share(step.codecs, stored, chances, i, packed)
-        new = {name: step.body(rule, part, coded, clock)[1][name]}
-        spread = {name: layout.spread(scale, packed)}
-        bytes_.append(encode(step.codecs, new, coded, spread)[name].codes << (8 // packed * i))
-    return functools.reduce(jnp.bitwise_or, bytes_)
 
 
 def _by_rows(
@@ -142,33 +115,10 @@ def _one_after(x: jax.Array, clock: Clock) -> jax.Array:
 def _order(rule: Rule, inputs: Inputs, coded: Mapping[str, Coded], clock: Clock) -> list[str]:
     """The slots, each after all others whose new value depends on its old one, where that can be."""
     left = sorted(coded, reverse=True)  # Those with random numbers first: these need not be kept any longer then.
-    reads = _reads(rule, inputs, coded, clock)
+    reads = sources(rule, inputs, coded, clock)
     found: list[str] = []
     while left:
         free = [name for name in left if not any(name in reads[other] for other in left if other != name)]
         found.append((free or left)[0])
         left.remove(found[-1])
-    return found
-
-
-def _reads(rule: Rule, inputs: Inputs, coded: Mapping[str, Coded], clock: Clock) -> dict[str, set[str]]:
-    """For each slot those whose old values its new value depends on."""
-    dtype = np.dtype(compute_dtype((inputs.g if inputs.p is None else inputs.p).dtype))
-    names = sorted(coded)
-    plain = dict.fromkeys(names, Cast())
-    number = jax.ShapeDtypeStruct((), dtype)
-
-    def leaf(g: jax.Array, p: jax.Array, slots: Arrays) -> Arrays:
-        coded = {name: Coded(x) for name, x in slots.items()}
-        return body(rule, plain, Inputs(g, None if inputs.p is None else p), coded, clock)[1]
-
-    jaxpr = jax.make_jaxpr(leaf)(number, number, dict.fromkeys(names, number)).jaxpr
-    slots = jaxpr.invars[2:]
-    found: dict[str, set[str]] = {}
-    for name, out in zip(names, jaxpr.outvars, strict=True):
-        needed = {cast(object, out)}
-        for equation in reversed(jaxpr.eqns):
-            if needed.intersection(equation.outvars):
-                needed.update(x for x in equation.invars if not isinstance(x, jax.extend.core.Literal))
-        found[name] = {other for other, x in zip(names, slots, strict=True) if x in needed}
     return found

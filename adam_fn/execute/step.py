@@ -1,13 +1,16 @@
 """A step of one leaf in two passes, the scales of the new slots and then everything: what XLA runs on TPU and GPU."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from adam_fn.codec import Stored
 from adam_fn.execute.body import Codecs, Coded, Inputs, Write, body, encode, scales
+from adam_fn.execute.sources import PARAMETER, sources
 from adam_fn.execute.store import Form, Slots
 from adam_fn.noise import Part
 from adam_fn.rule import Clock, Rule
@@ -55,6 +58,35 @@ class Step:
         spread = {name: self.form.scale(x) for name, x in held.items() if name in new}
         return self.form.stored(self.codecs, encode(self.codecs, new, coded, spread), held)
 
+    def shares(self, name: str) -> bool:
+        """Whether a slot has several codes in every byte, so that `shared` can make them."""
+        packed = self.codecs[name].packed
+        return packed > 1 and self.form.blocks.block % packed == 0
+
+    def shared(
+        self,
+        name: str,
+        rule: Rule,
+        inputs: Inputs,
+        stored: Slots,
+        chances: Mapping[str, jax.Array],
+        clock: Clock,
+        scale: jax.Array,
+    ) -> jax.Array:
+        """The new codes of a slot, several in a byte, byte by byte: so XLA can write them in their place."""
+        packed, layout = self.codecs[name].packed, self.form.blocks
+        codes = []
+        for i in range(packed):
+            part = jax.tree.map(lambda x, i=i: layout.share(x, i, packed), inputs)
+            coded = self.form.share(self.codecs, stored, chances, i, packed)
+            new = {name: self.body(rule, part, coded, clock)[1][name]}
+            spread = {name: layout.spread(scale, packed)}
+            code = encode(self.codecs, new, coded, spread)[name].codes
+            if not layout.even:
+                code = jnp.where(layout.share(jnp.ones(layout.shape, bool), i, packed), code, 0)
+            codes.append(code << (8 // packed * i))
+        return functools.reduce(jnp.bitwise_or, codes)
+
 
 def whole(step: Step, rule: Rule, inputs: Inputs, stored: Slots, clock: Clock) -> Done:
     """A leaf without scales, in one pass."""
@@ -69,17 +101,40 @@ def in_rows(step: Step, rule: Rule, inputs: Inputs, stored: Slots, clock: Clock,
     Scales, the old and the new, go through a barrier between the two passes: without it XLA would recognise the second
     pass as the first and store its float32 results in between. They are 1/32 of the leaf; a barrier for all operands
     would do as well, but what is computed from others would have to be stored for it.
+
+    XLA writes a result in the place of an operand only if it is computed from that operand, and copies the operand
+    otherwise. The codes of Adan's last gradient are not: these are chosen over the old ones by a condition that always
+    holds, which XLA does not see.
+
+    A kernel has results of one shape only, and packed codes are of another one than the parameter. That is written by
+    the first pass then, if the second can do without the old one. Where the last block is not full a kernel of its own
+    writes it, and the second pass waits for that: it writes over what that kernel reads.
     """
     form, codecs = step.form, step.codecs
     chances = form.chances(codecs, clock, part)
     inputs = step.enter(inputs)
     coded = form.coded(codecs, stored, chances)
-    held = step.held(step.body(rule, inputs, coded, clock)[1], coded)
-    old, held = jax.lax.optimization_barrier(({n: x["scales"] for n, x in stored.items() if n in held}, held))
+    u, new = step.body(rule, inputs, coded, clock)
+    held = step.held(new, coded)
+    reads = sources(rule, step.write.enter(inputs), codecs, clock)
+    packed = any(codec.packed > 1 for codec in codecs.values())
+    free = step.write.parameters and not any(PARAMETER in read for read in reads.values())
+    early = step.leave(inputs, u) if packed and free else None
+    waited = None if form.blocks.even else early
+    old = {name: x["scales"] for name, x in stored.items() if isinstance(x, dict) and name in held}
+    old, held, waited = jax.lax.optimization_barrier((old, held, waited))
     stored = {n: {**x, "scales": old[n]} if isinstance(x, dict) and n in old else x for n, x in stored.items()}
     coded = form.coded(codecs, stored, chances)
     u, new = step.body(rule, inputs, coded, clock)
-    return Done(*step.leave(inputs, u), step.encode(new, coded, held))
+    found = step.encode({name: x for name, x in new.items() if not step.shares(name)}, coded, held)
+    for name, scale in held.items():
+        if step.shares(name):
+            found[name] = {"codes": step.shared(name, rule, inputs, stored, chances, clock, scale), "scales": scale}
+        if name not in reads[name]:
+            codes = jnp.where(clock.count | 1 != 0, found[name]["codes"], stored[name]["codes"])
+            found[name] = {"codes": codes, "scales": scale}
+    result, low = waited or early or step.leave(inputs, u)
+    return Done(result, low, {name: found[name] for name in stored})
 
 
 def in_blocks(
