@@ -129,9 +129,11 @@ class Layout:
         axis = self.axis + 1
         shape = (*codes.shape[:axis], packed, *codes.shape[axis:])
         wide = jnp.broadcast_to(jnp.expand_dims(codes, axis), shape)
-        values = nibble(wide, jax.lax.broadcasted_iota(jnp.uint8, shape, axis), packed)
+        values = nibble(wide, jax.lax.broadcasted_iota(codes.dtype, shape, axis), packed)
         values = values.reshape(*codes.shape[:axis], -1, *codes.shape[axis + 1 :])
-        return jax.lax.slice_in_dim(values, 0, self.block, axis=axis)
+        if values.shape[axis] > self.block:
+            values = jax.lax.slice_in_dim(values, 0, self.block, axis=axis)
+        return values
 
     def share(self, x: jax.Array, i: int, packed: int) -> jax.Array:
         """The elements, of an array of the leaf's shape, that are in the `i`-th bits of the packed codes' bytes.

@@ -11,11 +11,10 @@ from jax.typing import ArrayLike
 
 
 class Part(NamedTuple):
-    """Of an array with `rows` along `axis` the successive ones from `start` on."""
+    """Of an array of `shape` the part that begins at `starts`."""
 
-    axis: int
-    rows: int
-    start: ArrayLike
+    shape: Sequence[int]
+    starts: Sequence[ArrayLike]
 
 
 def random_bits(
@@ -31,16 +30,16 @@ def random_bits(
     """
     # Two keys: of one alone the streams would be permutations of each other, element i of one element j of another.
     first, second = _key(0x9E3779B9, seed, step, leaf), _key(0x85EBCA6B, seed, step, leaf)
-    whole = [part.rows if part and axis == part.axis else length for axis, length in enumerate(shape)]
+    whole = part.shape if part else shape
     strides = list(itertools.accumulate(reversed(whole[1:]), operator.mul, initial=1))[::-1] if shape else []
     index = jnp.zeros(tuple(shape), jnp.uint32)
     for axis, stride in enumerate(strides):
         rows = jax.lax.broadcasted_iota(jnp.uint32, tuple(shape), axis)
-        if part and axis == part.axis:
-            rows = rows + jnp.asarray(part.start).astype(jnp.uint32)
+        if part and not (isinstance(part.starts[axis], int) and part.starts[axis] == 0):
+            rows = rows + _shaped(jnp.asarray(part.starts[axis]).astype(jnp.uint32), rows)
         if whole[axis] > 1:
             index += rows * jnp.uint32(stride % 2**32)
-    return _mix(index ^ first, second)
+    return _mix(index ^ _shaped(first, index), _shaped(second, index))
 
 
 def even_bits(
@@ -53,7 +52,13 @@ def even_bits(
     over the steps then partly cancel.
     """
     advance = jnp.asarray(step).astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
-    return random_bits(seed, 0, leaf, shape, part) + advance
+    start = random_bits(seed, 0, leaf, shape, part)
+    return start + _shaped(advance, start)
+
+
+def _shaped(number: jax.Array, x: jax.Array) -> jax.Array:
+    """An integer, which in kernels is an array of one element, in a shape that broadcasts to `x`."""
+    return number.reshape((1,) * x.ndim)
 
 
 def _key(start: int, *numbers: ArrayLike) -> jax.Array:

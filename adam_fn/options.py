@@ -32,12 +32,16 @@ class StateOptions(TypedDict, total=False):
         bfloat16 loses the changes of v below 0.4%: with β₂ above 0.996 that is all of them while gradients are steady.
       storage_mask: the leaves whose moments are stored so, as a mask; those of the others stay in float32:
         ``storage_mask=masks.path("*embedding*", invert=True)``. All by default.
+      kernel: whether a TPU or a GPU runs each leaf as one kernel, which needs no temporaries, instead of what XLA makes
+        of it. Leaves that a kernel does not suit, and other devices, go the ordinary way. Results and state are the
+        same, up to the order of roundings. No derivatives and no `vmap` then. False by default: see the README.
     """
 
     frozen: Mask | None
     nu_dtype: DTypeLike | None
     storage: Codec | Mapping[str, Codec] | None
     storage_mask: Mask | None
+    kernel: bool
 
 
 class MomentOptions(StateOptions, total=False):
@@ -94,13 +98,15 @@ def optimizer(
     nu_dtype: DTypeLike | None = None,
     storage: Codec | Mapping[str, Codec] | None = None,
     storage_mask: Mask | None = None,
+    kernel: bool = False,
 ) -> Transformation:
     """The transformation of `rule` with a learning rate and the options that all optimizers share (see `Options`)."""
     if weight_decay is None and (mask is not None or decay != "scaled"):
         raise ValueError("mask and decay say how the weights decay, but weight_decay is not given")
     direction, step = links(rule, learning_rate, weight_decay, decay)
     stored = codecs(rule, mu_dtype, nu_dtype, storage)
-    return transform(direction >> step, storage=stored, mask=mask, frozen=frozen, storage_mask=storage_mask)
+    kept = {"mask": mask, "frozen": frozen, "storage_mask": storage_mask}
+    return transform(direction >> step, storage=stored, **kept, kernel=kernel)
 
 
 def links(

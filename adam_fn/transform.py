@@ -55,6 +55,7 @@ class _Spec:
     mask: Hashable = dataclasses.field(metadata={"static": True})
     frozen: Hashable = dataclasses.field(metadata={"static": True})
     storage_mask: Hashable = dataclasses.field(metadata={"static": True})
+    kernel: bool = dataclasses.field(metadata={"static": True})
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _Spec):
@@ -215,7 +216,7 @@ def _update(
         with named(path):
             how = write if params is None else write.of(jnp.result_type(p))
             inputs = Inputs(g, None if params is None else p, lows[i] if isinstance(lows[i], jax.Array) else None)
-            done = run_leaf(rules[decays[i]], own[i], inputs, old, now, write=how)
+            done = run_leaf(rules[decays[i]], own[i], inputs, old, now, write=how, kernel=spec.kernel)
         updates.append(done.result)
         stored.append(done.stored)
         lows[i] = lows[i] if done.low is None else done.low
@@ -338,6 +339,7 @@ def transform(
     mask: Mask | None = None,
     frozen: Mask | None = None,
     storage_mask: Mask | None = None,
+    kernel: bool = False,
 ) -> Transformation:
     """A rule as an optax transformation.
 
@@ -348,6 +350,7 @@ def transform(
         prefix of it, or a function of the parameters that returns one (see `adam_fn.masks`); all by default.
       frozen: the leaves that are not trained: no moments and a zero update; none by default.
       storage_mask: the leaves that are stored as `storage` says; the others as if it said nothing. All by default.
+      kernel: whether a TPU or a GPU runs each leaf as one kernel (see `adam_fn.options.StateOptions`).
     """
     if not isinstance(rule, Rule):
         raise TypeError(f"transform takes a rule, such as Adam() >> Rate(1e-3), got {rule!r}")
@@ -364,6 +367,8 @@ def transform(
     )
     if storage_mask is not None and not storage:
         raise ValueError("storage_mask says which leaves are stored in another way, but storage is not given")
+    if not isinstance(kernel, bool):
+        raise TypeError(f"kernel must be a bool, got {kernel!r}")
     masks = {"mask": mask, "frozen": frozen, "storage_mask": storage_mask}
-    spec = _Spec(rule, codecs, **{name: fixed_mask(name, value) for name, value in masks.items()})
+    spec = _Spec(rule, codecs, **{name: fixed_mask(name, value) for name, value in masks.items()}, kernel=kernel)
     return Transformation(Init(spec), Update(spec))

@@ -114,7 +114,8 @@ def remainder(x: jax.Array, q: jax.Array, bits: int) -> jax.Array:
     half = 1 << (bits - 1)
     difference = jnp.clip(_shortened(x, bits) - (_magnitude(q) << bits), -half, half - 1)
     # A sign can differ where one of the two is 0.
-    joined = jnp.isfinite(x) & jnp.isfinite(q) & (_bits(x) >> 31 == _bits(q) >> 15)
+    same = _bits(x) >> 31 == _bits(q).astype(jnp.uint32) >> 15
+    joined = jnp.isfinite(x) & jnp.isfinite(q.astype(jnp.float32)) & same  # In steps that kernels for TPUs have.
     return jnp.where(joined, difference, 0).astype(f"int{bits}")
 
 
@@ -123,7 +124,8 @@ def join(p: jax.Array, low: jax.Array, bits: int) -> jax.Array:
     magnitude = jnp.maximum((_magnitude(p) << bits) + low.astype(jnp.int32), 0) << (16 - bits)
     sign = (_bits(p).astype(jnp.uint32) >> 15) << 31
     x = jax.lax.bitcast_convert_type(sign | magnitude.astype(jnp.uint32), jnp.float32)
-    return jnp.where(jnp.isfinite(p), x, p.astype(jnp.float32))
+    wide = p.astype(jnp.float32)  # Kernels for TPUs have `isfinite` for float32 alone.
+    return jnp.where(jnp.isfinite(wide), x, wide)
 
 
 def _landing(p: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:

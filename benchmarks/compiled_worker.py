@@ -133,12 +133,20 @@ WAYS: dict[str, Callable[[Tx], Jitted]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A transformation, the dtypes that it is given, and the ways in which its step is compiled."""
+    """A transformation, the dtypes that it is given, and the ways in which its step is compiled.
 
-    make: Callable[[], Tx]
+    Attributes:
+      kernel: whether it is asked to run each leaf as one kernel.
+    """
+
+    make: Callable[..., Tx]
     params: str = "float32"
     grads: str = ""
     ways: tuple[str, ...] = ("make_step", "update")
+    kernel: bool = False
+
+    def tx(self) -> Tx:
+        return self.make(kernel=True) if self.kernel else self.make()
 
     def shapes(self, tree: Shapes) -> tuple[object, object, object]:
         """Parameters, state and gradients without their values."""
@@ -146,35 +154,43 @@ class Step:
             {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in tree.items()}
             for dtype in (self.params, self.grads or self.params)
         )
-        return params, jax.eval_shape(self.make().init, params), grads
+        return params, jax.eval_shape(self.tx().init, params), grads
 
 
-def masters(bits: typing.Literal[8, 16] = 16) -> Tx:
-    return adam_fn.master_weights(adam_fn.adam(RATE, storage=Block(8)), bits=bits)
+def ours(member: Callable[..., Tx] = adam_fn.adam, **options: typing.Any) -> Callable[..., Tx]:  # noqa: ANN401
+    """A member of the family, open to further options."""
+    return functools.partial(member, RATE, **options)
 
 
-def rounded() -> Tx:
-    return optax.chain(adam_fn.adam(RATE, storage=Block(8)), adam_fn.stochastic_rounding(0))
+def masters(kernel: bool = False) -> Tx:
+    return adam_fn.master_weights(adam_fn.adam(RATE, storage=Block(8), kernel=kernel))
+
+
+def rounded(kernel: bool = False) -> Tx:
+    return optax.chain(adam_fn.adam(RATE, storage=Block(8), kernel=kernel), adam_fn.stochastic_rounding(0))
 
 
 EVERY = tuple(WAYS)
 STEPS = {
     "optax float32": Step(lambda: optax.adam(RATE), ways=("update, apply",)),
     "optax, all bfloat16": Step(lambda: optax.adam(RATE), BF16, ways=("update, apply",)),
-    "float32": Step(lambda: adam_fn.adam(RATE)),
-    "bfloat16 parameters": Step(lambda: adam_fn.adam(RATE), BF16),
-    "all bfloat16": Step(lambda: adam_fn.adam(RATE, mu_dtype=BF16, nu_dtype=BF16), BF16),
-    "Block(8)": Step(lambda: adam_fn.adam(RATE, storage=Block(8))),
-    "Block(4)": Step(lambda: adam_fn.adam(RATE, storage=Block(4))),
+    "float32": Step(ours()),
+    "bfloat16 parameters": Step(ours(), BF16),
+    "all bfloat16": Step(ours(mu_dtype=BF16, nu_dtype=BF16), BF16),
+    "Block(8)": Step(ours(storage=Block(8))),
+    "Block(4)": Step(ours(storage=Block(4))),
     "masters, Block(8)": Step(masters, BF16, ways=EVERY),
     "stochastic rounding, Block(8)": Step(rounded, BF16, "float32", EVERY),
-    "AMSGrad, Block(8)": Step(lambda: adam_fn.amsgrad(RATE, storage=Block(8))),
-    "Adan, Block(8)": Step(lambda: adam_fn.adan(RATE, storage=Block(8))),
-    "Lion, Block(8)": Step(lambda: adam_fn.lion(RATE, storage=Block(8))),
+    "AMSGrad, Block(8)": Step(ours(adam_fn.amsgrad, storage=Block(8))),
+    "Adan, Block(8)": Step(ours(adam_fn.adan, storage=Block(8))),
+    "Lion, Block(8)": Step(ours(adam_fn.lion, storage=Block(8))),
 }
+KERNELS = ("all bfloat16", "Block(8)", "Block(4)", "masters, Block(8)", "AMSGrad, Block(8)", "Adan, Block(8)")
+STEPS |= {f"{name}, kernel": dataclasses.replace(STEPS[name], kernel=True) for name in KERNELS}
 LEAF: Shapes = {"leaf": (65536, 1024)}
 GPT2: Shapes = workloads.gpt2(50257, 1024, 768, 12)
 GPT2_STEPS = ("optax float32", "float32", "all bfloat16", "Block(8)", "Block(4)", "masters, Block(8)")
+GPT2_STEPS += ("all bfloat16, kernel", "Block(8), kernel", "Block(4), kernel", "masters, Block(8), kernel")
 
 # --- the family ---
 
@@ -200,13 +216,18 @@ SMALL: Shapes = {"leaf": (1024, 512)}
 
 
 def family(member: str) -> dict[str, Step]:
-    """A member with every storage and every write."""
+    """A member with every storage and every write, each as XLA runs it and as a kernel."""
 
-    def step(storage: str, write: str) -> Step:
+    def step(storage: str, write: str, kernel: bool) -> Step:
         wrap, params, grads = WRITES[write]
-        return Step(lambda: wrap(MEMBERS[member](RATE, storage=STORAGES[storage])), params, grads)
+        make = ours(MEMBERS[member], storage=STORAGES[storage])
+        return Step(lambda **options: wrap(make(**options)), params, grads, kernel=kernel)
 
-    return {f"{storage}, {write}": step(storage, write) for storage, write in itertools.product(STORAGES, WRITES)}
+    every = itertools.product(STORAGES, WRITES, (False, True))
+    return {
+        f"{storage}, {write}{', kernel' if kernel else ''}": step(storage, write, kernel)
+        for storage, write, kernel in every
+    }
 
 
 # --- compilation ---
@@ -229,11 +250,13 @@ def measured(function: Jitted, arguments: Sequence[object], parameters: int, lar
     began = time.perf_counter()
     compiled = function.lower(*arguments).compile()
     seconds = time.perf_counter() - began
-    memory, program = compiled.memory_analysis(), Program(compiled.as_text())
+    text = compiled.as_text() or ""
+    memory, program = compiled.memory_analysis(), Program(text)
     given = memory.argument_size_in_bytes
     peak = given + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
-    # GPU compilers have no analysis of costs, TPU compilers no kernels for scalars.
-    moved = (compiled.cost_analysis() or {}).get("bytes accessed")
+    # GPU compilers have no analysis of costs, TPU compilers no kernels for scalars, and do not know those of Pallas.
+    unknown = "tpu_custom_call" in text
+    moved = None if unknown else (compiled.cost_analysis() or {}).get("bytes accessed")
     cycles = program.cycles()
     return {
         "temporaries": memory.temp_size_in_bytes / 4 / parameters,
@@ -242,7 +265,7 @@ def measured(function: Jitted, arguments: Sequence[object], parameters: int, lar
         "passes": program.passes(largest // 4),
         "kernels": None if cycles else program.count(),
         "bytes": (program.bytes() if moved is None else moved) / parameters,
-        "cycles": cycles or None,
+        "cycles": None if unknown else cycles or None,
         "seconds": seconds,
     }
 
@@ -260,11 +283,15 @@ def sharded(step: Step, every: Sequence[Device]) -> Row:
     places = {name: jax.NamedSharding(mesh, jax.P(*spec)) for name, spec in specs.items()}
     params, state, grads = step.shapes(dict.fromkeys(specs, (2048, 1024)))
     params, grads = placed(params, places), placed(grads, places)
-    tx = step.make()
+    tx = step.tx()
     init = jax.jit(tx.init).lower(params).compile(HASTY)
     state = placed(state, init.output_shardings)
-    compiled = WAYS["make_step"](tx).lower(params, state, grads).compile(HASTY)
-    return {"collectives": Program(compiled.as_text()).collectives()}
+    run = WAYS["make_step"](tx)
+    if step.kernel and every[0].platform == "tpu":  # JAX cannot divide kernels there.
+        inside = jax.tree.map(lambda x: x.sharding.spec, (params, state, grads))
+        run = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=inside, out_specs=inside[:2]), donate_argnums=(0, 1))
+    compiled = run.lower(params, state, grads).compile(HASTY)
+    return {"collectives": Program(compiled.as_text() or "").collectives()}
 
 
 def together(steps: Mapping[str, Step], device: Device) -> list[str]:
@@ -273,7 +300,7 @@ def together(steps: Mapping[str, Step], device: Device) -> list[str]:
     arguments = {name: placed(step.shapes(SMALL), place) for name, step in steps.items()}
 
     def run(params_and_states: Mapping[str, tuple[object, object]], grads: Mapping[str, object]) -> object:
-        made = {name: WAYS["make_step"](steps[name].make()) for name in grads}
+        made = {name: WAYS["make_step"](steps[name].tx()) for name in grads}
         return {name: made[name](*params_and_states[name], grads[name]) for name in grads}
 
     def attempt(names: Sequence[str]) -> None:
@@ -304,7 +331,7 @@ def jobs(target: str, with_family: bool) -> Iterator[tuple[Row, Callable[[], Row
 
     def single(step: Step, way: str, tree: Shapes) -> Row:
         arguments = placed(step.shapes(tree), place)
-        return measured(WAYS[way](step.make()), arguments[::-1] if way == "update" else arguments, *size(tree))
+        return measured(WAYS[way](step.tx()), arguments[::-1] if way == "update" else arguments, *size(tree))
 
     def member(name: str) -> Row:
         began = time.perf_counter()

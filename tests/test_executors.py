@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -14,10 +15,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import adam_fn
 from adam_fn import Block, Cast, Storage
-from adam_fn.execute import cpu, run, tiles
+from adam_fn.execute import cpu, kernel, run, tiles
 from adam_fn.execute.body import PARAMETERS, UPDATES, Inputs, Write
 from adam_fn.execute.sources import PARAMETER, sources
-from adam_fn.execute.step import Step, in_blocks, in_rows
+from adam_fn.execute.mesh import on_mesh
+from adam_fn.execute.step import Step, in_blocks, in_rows, whole
 from adam_fn.execute.store import Form, store
 from adam_fn.layout import layout
 from adam_fn.noise import Part, random_bits
@@ -25,32 +27,51 @@ from adam_fn.rule import Clock, Weight
 from adam_fn.write import Masters
 
 TX = adam_fn.adamw(1e-2, storage=Storage(mu=Block(8), nu=Block(4)), weight_decay=0.1)
-ALL = {"rows": in_rows, "blocks": in_blocks, "tiles": tiles.in_tiles, "order": cpu.in_order}
 
 
-def traced(tx: adam_fn.Transformation, shape: tuple[int, ...], write: Write, ways: tuple[str, ...]) -> Any:
+def kernel_of(machine: kernel.Machine) -> Any:
+    """A kernel, interpreted, as a way to run a step."""
+
+    def run(step: Step, rule: Any, inputs: Inputs, stored: Any, clock: Clock) -> Any:
+        blocks = kernel.suited(machine, inputs)
+        assert blocks is not None
+        return on_mesh(machine, step, rule, inputs, stored, clock, blocks=blocks, interpret=True)
+
+    return run
+
+
+MACHINES = {"TPU kernel": kernel.TPU, "GPU kernel": kernel.GPU}
+KERNELS = {name: kernel_of(machine) for name, machine in MACHINES.items()}
+CODED = {"rows": in_rows, "blocks": in_blocks, "tiles": tiles.in_tiles, "order": cpu.in_order, **KERNELS}
+ALL = {**CODED, "whole": whole}
+
+
+def one_step(step: Step, rule: Any, ways: tuple[str, ...], count: jax.Array, weights: Any, leaf: Any) -> Any:
+    """A step of a leaf by every way, and the bias weights after it."""
+    p, low, stored = leaf
+    weights = rule.at(count).weigh(weights, count)
+    clock = Clock(count, tuple(w.value for w in weights), None, jnp.int32(3))
+    g = jax.random.normal(jax.random.key(count), p.shape) * jnp.exp(jax.random.normal(jax.random.key(7), p.shape))
+    g = jax.lax.optimization_barrier(g)
+    return [ALL[way](step, rule.at(count), Inputs(g, p, low), stored, clock) for way in ways], weights
+
+
+def stepped(tx: adam_fn.Transformation, shape: tuple[int, ...], write: Write, ways: tuple[str, ...]) -> Any:
     """Two steps of a leaf, each by every way from the state that the first way left."""
     rule, codecs = rule_of(tx), {name: codec for name, codec in tx.update.spec.codecs}  # noqa: C416
-    step = Step(codecs, write, Form(layout(shape)))
-    p = jax.random.normal(jax.random.key(0), shape).astype(jnp.bfloat16 if isinstance(write, Masters) else jnp.float32)
-    low = jnp.zeros(shape, jnp.int16) if isinstance(write, Masters) else None
+    masters = isinstance(write, Masters)
+    p = jax.random.normal(jax.random.key(0), shape).astype(jnp.bfloat16 if masters else jnp.float32)
+    low = jnp.zeros(shape, f"int{write.bits}") if masters else None
     stored = {name: store(codec, jnp.full(shape, rule.slots[name].initial)) for name, codec in codecs.items()}
     weights = [Weight(jnp.zeros(()), jnp.zeros(()))] * rule.weights
+    run = jax.jit(functools.partial(one_step, Step(codecs, write, Form(layout(shape))), rule, ways))
     found = []
     for t in range(2):
-        count = jnp.int32(t)
-        weights = rule.at(count).weigh(weights, count)
-        clock = Clock(count, tuple(w.value for w in weights), None, jnp.int32(3))
-        g = jax.random.normal(jax.random.key(t + 1), shape) * jnp.exp(jax.random.normal(jax.random.key(7), shape))
-        g = jax.lax.optimization_barrier(g)
-        done = [ALL[way](step, rule.at(count), Inputs(g, p, low), stored, clock) for way in ways]
+        done, weights = run(jnp.int32(t), weights, (p, low, stored))
         found.append(done)
         stored, low = done[0].stored, done[0].low
         p = done[0].result if write.parameters else p
     return found
-
-
-stepped = jax.jit(traced, static_argnums=(0, 1, 2, 3))
 
 
 def check(found: Any, what: str) -> None:
@@ -66,26 +87,38 @@ def check(found: Any, what: str) -> None:
                 else:  # The last bit of a master is one of float32.
                     near, most = (2, 1e-2) if a is first.low else (0, 1e-3)
                     assert (np.abs(np.asarray(a, int) - np.asarray(b, int)) > near).mean() < most, what
-        assert any(jnp.issubdtype(x.dtype, jnp.integer) and np.ptp(x) > 0 for x in jax.tree.leaves(first.stored))
+        assert any(np.ptp(np.asarray(x, np.float32)) > 0 for x in jax.tree.leaves(first.stored))
+
+
+#: Every storage with every write; the members of the family take them in turn.
+KINDS = list(itertools.product((Block(8), Block(4), Cast("bfloat16"), None),
+                               (PARAMETERS, UPDATES, Masters(16, parameters=True), Masters(8))))  # fmt: skip
 
 
 @pytest.mark.parametrize("case", MEMBERS, ids=name)
 def test_every_rule_by_every_way(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "TILE", 2048)  # One block of 32 rows of 64.
-    bits, write = ((8, PARAMETERS), (4, UPDATES))[MEMBERS.index(case) % 2]
-    check(stepped(case.make(1e-2, storage=Block(bits)), (96, 64), write, tuple(ALL)), f"{bits} bits")
+    monkeypatch.setattr(tiles, "TILE", 4096)  # One block of 32 rows of 128.
+    i = MEMBERS.index(case)
+    bits, write = ((8, PARAMETERS), (4, UPDATES))[i % 2]
+    check(stepped(case.make(1e-2, storage=Block(bits)), (2, 96, 128), write, tuple(CODED)), f"{bits} bits")
+    storage, write = KINDS[i % len(KINDS)]
+    ways = ("rows" if isinstance(storage, Block) else "whole", *KERNELS)
+    check(stepped(case.make(1e-2, storage=storage), (2, 96, 128), write, ways), f"{storage} {write}")
 
 
-SHAPES = [(100, 96), (2, 64, 8, 24), (9, 7, 128), (8192,), (5000,), (4097, 1), (1, 8192), (20, 300)]
+SHAPES = [(100, 128), (2, 64, 8, 128), (300, 256), (8192,), (9, 7, 128), (5000,), (4097, 1), (1, 8192), (20, 300)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_shape_by_every_way(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that are no multiple of 32, several axes, vectors; and the masters of bfloat16 parameters."""
     monkeypatch.setattr(tiles, "TILE", 4096)
-    even = layout(shape)
-    assert even is not None
-    ways = tuple(way for way in ALL if even.even or way != "blocks")
+    blocks = layout(shape)
+    assert blocks is not None
+    leaf = Inputs(jnp.zeros(shape), None)
+    unfit = {name for name, machine in MACHINES.items() if kernel.suited(machine, leaf) is None}
+    assert unfit == {"TPU kernel", "GPU kernel"} if shape in SHAPES[4:] else "TPU kernel" not in unfit
+    ways = tuple(way for way in CODED if way not in unfit and (blocks.even or way != "blocks"))
     check(stepped(TX, shape, Masters(16, parameters=True), ways), "masters")
     if shape in SHAPES[:4]:
         uncoded = adam_fn.adamw(1e-2, storage=Storage(nu=Block(8)), weight_decay=0.1)
@@ -96,11 +129,11 @@ def test_noise_is_of_the_leaf_and_not_of_the_tile(monkeypatch: pytest.MonkeyPatc
     """A tile with the numbers of its own place would round other elements up: the check would see it."""
     monkeypatch.setattr(tiles, "TILE", 4096)
     tx = adam_fn.adam(1e-2, storage=Storage(nu=Block(4)))
-    right = traced(tx, (256, 64), PARAMETERS, ("rows", "tiles"))
+    right = stepped(tx, (256, 64), PARAMETERS, ("rows", "tiles"))
     check(right, "")
-    monkeypatch.setattr(tiles, "Part", lambda axis, rows, start: None)
+    monkeypatch.setattr(tiles, "Part", lambda shape, starts: None)
     with pytest.raises(AssertionError):
-        check(traced(tx, (256, 64), PARAMETERS, ("rows", "tiles")), "")
+        check(stepped(tx, (256, 64), PARAMETERS, ("rows", "tiles")), "")
 
 
 def ways_of(monkeypatch: pytest.MonkeyPatch, tx: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> set[str]:
@@ -257,7 +290,8 @@ def test_the_bits_of_a_part_are_those_of_the_whole() -> None:
         shape = [6, 8, 5]
         rows, shape[axis] = shape[axis], length
         for start in range(0, rows, length):
-            found = random_bits(1, 2, 3, shape, Part(axis, rows, jnp.int32(start)))
+            starts = [jnp.int32(start) if i == axis else 0 for i in range(3)]
+            found = random_bits(1, 2, 3, shape, Part(whole.shape, starts))
             np.testing.assert_array_equal(found, jax.lax.slice_in_dim(whole, start, start + length, axis=axis))
 
 

@@ -108,8 +108,11 @@ def _one_after(x: jax.Array, clock: Clock) -> jax.Array:
     def first(x: jax.Array) -> jax.Array:
         return jax.lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(()).astype(jnp.float32)
 
+    def one(x: jax.Array) -> jax.Array:
+        return jnp.where(first(x) > 0, jnp.float32(1), 1)  # Of the same type, inside `shard_map` too.
+
     # Always true, which XLA does not see.
-    return jax.lax.cond(clock.count | 1 != 0, lambda _: jnp.float32(1), first, jax.lax.stop_gradient(x))
+    return jax.lax.cond(clock.count | 1 != 0, one, first, jax.lax.stop_gradient(x))
 
 
 def _order(rule: Rule, inputs: Inputs, coded: Mapping[str, Coded], clock: Clock) -> list[str]:

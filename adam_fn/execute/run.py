@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from adam_fn.codec import Codec
 from adam_fn.execute.body import Inputs, Write, as_dtype, as_real
 from adam_fn.execute.cpu import alone, in_order, suits
+from adam_fn.execute.kernel import GPU, TPU, in_kernel, suited
+from adam_fn.execute.mesh import on_mesh
 from adam_fn.execute.step import Done, Step, in_blocks, in_rows, whole
 from adam_fn.execute.store import Form, Slots, used
 from adam_fn.execute.tiles import TILE, in_tiles
@@ -16,9 +18,16 @@ from adam_fn.layout import LANES
 from adam_fn.rule import Clock, Rule
 
 
-@functools.partial(jax.jit, static_argnames="write")
+@functools.partial(jax.jit, static_argnames=("write", "kernel"))
 def run_leaf(
-    rule: Rule, codecs: Mapping[str, Codec], inputs: Inputs, stored: Slots, clock: Clock, *, write: Write
+    rule: Rule,
+    codecs: Mapping[str, Codec],
+    inputs: Inputs,
+    stored: Slots,
+    clock: Clock,
+    *,
+    write: Write,
+    kernel: bool = False,
 ) -> Done:
     """A step of one leaf. Jitted, so that it is traced and lowered once per distinct leaf and not once per leaf."""
     dtype = (inputs.p if write.parameters and inputs.p is not None else inputs.g).dtype
@@ -36,6 +45,10 @@ def run_leaf(
             ways["tpu"] = in_tiles
     if suits(step, inputs):
         ways["cpu"] = in_order
+    if kernel:
+        for name, machine in {"tpu": TPU, "cuda": GPU}.items():
+            if blocks := suited(machine, inputs):
+                ways[name] = functools.partial(on_mesh if machine.divisible else in_kernel, machine, blocks=blocks)
     bound = {name: functools.partial(way, step) for name, way in ways.items()}
     if len(bound) == 1:
         done = bound["default"](rule, inputs, stored, clock)

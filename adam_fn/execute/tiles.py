@@ -55,7 +55,7 @@ def in_tiles(step: Step, rule: Rule, inputs: Inputs, stored: Slots, clock: Clock
         own = jax.tree.map(lambda x: take(x, rows, start, blocks), source)
         state = jax.tree.map(lambda x, length: take(x, length, start, blocks), done.stored, lengths(done.stored))
         part = dataclasses.replace(step, form=Form(layout.part(blocks)))
-        noise = Part(axis, layout.scales[axis], start * layout.width)
+        noise = Part(layout.scales, [start * layout.width if i == axis else 0 for i in range(len(layout.scales))])
         new = in_blocks(part, rule, own, state, clock, noise, lambda x: x)  # A tile is laid out as it is taken.
         sizes = Done(rows, None if done.low is None else rows, lengths(done.stored))  # pyright: ignore
         return jax.tree.map(lambda x, y, length: put(x, y, length, start), done, new, sizes)

@@ -108,7 +108,9 @@ class Adam(Moments):
         weight = clock.weights[0]
         if not self.nesterov:
             return mu * (1 / weight)
-        now, ahead = (jnp.asarray(self.momentum(clock.count + i), mu.dtype) for i in (0, 1))
+        now, ahead = (self.momentum(clock.count + i) for i in (0, 1))
+        if not isinstance(now, (int, float)) and not isinstance(ahead, (int, float)):
+            now, ahead = now.astype(mu.dtype), ahead.astype(mu.dtype)
         return ahead / ema(ahead, weight, 1.0) * mu + one_minus(now) / weight * g
 
     def scaled(self, direction: jax.Array, nu: jax.Array, clock: Clock) -> jax.Array:
