@@ -17,8 +17,8 @@ import adam_fn
 from adam_fn import Block, Cast, Storage
 from adam_fn.execute import cpu, kernel, run, tiles
 from adam_fn.execute.body import PARAMETERS, UPDATES, Inputs, Write
-from adam_fn.execute.sources import PARAMETER, sources
 from adam_fn.execute.mesh import on_mesh
+from adam_fn.execute.sources import PARAMETER, sources
 from adam_fn.execute.step import Step, in_blocks, in_rows, whole
 from adam_fn.execute.store import Form, store
 from adam_fn.layout import layout

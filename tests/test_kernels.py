@@ -55,7 +55,7 @@ PLACES = [
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-@pytest.mark.parametrize(("shape", "spec", "apart"), PLACES, ids=lambda x: str(x))
+@pytest.mark.parametrize(("shape", "spec", "apart"), PLACES, ids=str)
 def test_each_device_steps_its_own_part(machine: str, shape: Any, spec: Any, apart: bool) -> None:
     """The same as on one device, random numbers included; nothing is communicated where no block is divided."""
     if machine == "GPU" and shape[-2:][0] == 100:
