@@ -82,7 +82,9 @@ class Limit:
 
 CODED = ("Block(8)", "Block(4)", "AMSGrad, Block(8)", "Adan, Block(8)")
 CODED += ("masters, Block(8)", "stochastic rounding, Block(8)")
-WHOLE = ("float32", "all bfloat16", "Block(8)", "Block(4)", "masters, Block(8)")
+ALONE = ("all bfloat16", "Block(8)", "Block(4)", "masters, Block(8)")
+KERNELS = tuple(f"{step}, kernel" for step in (*ALONE, "AMSGrad, Block(8)", "Adan, Block(8)"))
+WHOLE = ("float32", *ALONE, *(f"{step}, kernel" for step in ALONE))
 LIMITS = (
     Limit(GPU, LEAF, CODED, "temporaries", 0.10),
     Limit(GPU, LEAF, CODED, "passes", 2),
@@ -90,6 +92,9 @@ LIMITS = (
     Limit(TPU, LEAF, ("Block(8)", "Block(4)"), "temporaries", 0.05, ways=("make_step",)),
     Limit(TPU, LEAF, ("Block(8)", "Block(4)"), "cycles", 1.7, times=True, ways=("make_step",)),
     Limit(TPU, LEAF, ("all bfloat16",), "bytes", 14.1, ways=("make_step",)),
+    Limit((*TPU, *GPU), LEAF, KERNELS, "temporaries", 0.01),
+    Limit((*TPU, *GPU), LEAF, KERNELS, "passes", 1),
+    Limit((*TPU, *GPU), LEAF, ("Block(8), kernel",), "bytes", 17, ways=("make_step",)),
     Limit((*TPU, *GPU), TREE, WHOLE, "beside arguments", 0.5),
     Limit(TPU, TREE, WHOLE, "seconds", 4, times=True),
 )
