@@ -28,17 +28,20 @@ class Layout:
     """The blocks of a leaf. Arrays have one of two shapes:
 
     - the leaf's, `shape`;
-    - split, ``[…, blocks, rows of a block, …]``; the numbers of blocks then have ``[…, blocks, 1, …]``.
+    - split, ``[…, blocks, rows of a block, …]``; the numbers of blocks then have ``[…, blocks, 1, …]``. With
+      `parts` the rows of a block are two axes, ``[…, blocks, parts, rows of a part, …]``.
 
     Attributes:
       shape: of the leaf, all of whose elements are real.
       axis: the one along which the blocks follow each other.
       width: how many elements make a row of a vector; 1 for other leaves.
+      parts: of a block's rows, where it is split; as many as codes share a byte, or 1.
     """
 
     shape: Shape
     axis: int
     width: int = 1
+    parts: int = 1
 
     @property
     def rows(self) -> int:
@@ -66,7 +69,16 @@ class Layout:
 
     def part(self, blocks: int) -> "Layout":
         """The layout of some successive blocks, all full."""
-        return Layout(self._along(blocks * self.block * self.width), self.axis, self.width)
+        return dataclasses.replace(self, shape=self._along(blocks * self.block * self.width))
+
+    def parted(self, packed: int) -> "Layout":
+        """With the rows of a block in as many parts as codes share a byte, if they can be."""
+        return self if self.block % packed else dataclasses.replace(self, parts=packed)
+
+    @property
+    def inside(self) -> Shape:
+        """The axes of a block's rows, where it is split."""
+        return (self.parts, self.block // self.parts) if self.parts > 1 else (self.block,)
 
     def _along(self, *lengths: int) -> Shape:
         """The leaf's shape with other lengths in the place of the axis."""
@@ -78,11 +90,12 @@ class Layout:
 
     def split(self, x: jax.Array) -> jax.Array:
         """An array of the leaf's shape, the blocks of which are all full, split."""
-        return x.reshape(self._split(self.blocks, self.block))
+        return x.reshape(self._split(self.blocks, *self.inside))
 
     def merge(self, x: jax.Array) -> jax.Array:
         """Something split, in the leaf's shape, or in that of what is stored of it."""
-        return x.reshape(self._along(math.prod(x.shape[self.axis : self.axis + 2]) * self.width))
+        axes = x.ndim - len(self.shape) + 1  # Those that the axis was split into.
+        return x.reshape(self._along(math.prod(x.shape[self.axis : self.axis + axes])))
 
     def _cut(self, x: jax.Array) -> jax.Array:
         """Without what was added for the last block to be full."""
@@ -97,14 +110,15 @@ class Layout:
 
     def split_scales(self, x: jax.Array) -> jax.Array:
         """Numbers of the blocks, as they are stored, in a shape that broadcasts to split arrays."""
-        return x.reshape(self._split(self.blocks, 1))
+        return x.reshape(self._split(self.blocks, *(1 for _ in self.inside)))
 
     def spread(self, x: jax.Array, packed: int = 1) -> jax.Array:
         """Numbers of the blocks, as they are stored, each at all codes of its block, `packed` of them in a byte.
 
         With one in a byte that is the leaf's shape.
         """
-        wide = jnp.broadcast_to(self.split_scales(x), self._split(self.blocks, -(-self.block // packed)))
+        wide = x.reshape(self._split(self.blocks, 1))
+        wide = jnp.broadcast_to(wide, self._split(self.blocks, -(-self.block // packed)))
         return self.merge(wide) if packed > 1 else self._cut(self.merge(wide))
 
     def largest(self, x: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -113,13 +127,16 @@ class Layout:
         One reduction for all of them: of several, compilers make several passes over the leaf.
         """
         zeros = {name: jnp.zeros((), value.dtype) for name, value in x.items()}
-        found = jax.lax.reduce(dict(x), zeros, lambda a, b: jax.tree.map(jax.lax.max, a, b), (self.axis + 1,))
+        axes = tuple(self.axis + 1 + i for i in range(len(self.inside)))
+        found = jax.lax.reduce(dict(x), zeros, lambda a, b: jax.tree.map(jax.lax.max, a, b), axes) if x else {}
         return {name: value.reshape(self.scales) for name, value in found.items()}
 
     # Several codes in a byte: the first half of a block's rows in the low bits, the second half in the high ones.
 
     def split_codes(self, codes: jax.Array, packed: int) -> jax.Array:
-        """Codes as they are stored, `packed` of them in a byte, split."""
+        """Codes as they are stored, `packed` of them in a byte, split; a byte is never in parts."""
+        if packed == 1:
+            return self.split(codes)
         return codes.reshape(self._split(self.blocks, -(-self.block // packed)))
 
     def unpack(self, codes: jax.Array, packed: int) -> jax.Array:
@@ -130,6 +147,8 @@ class Layout:
         shape = (*codes.shape[:axis], packed, *codes.shape[axis:])
         wide = jnp.broadcast_to(jnp.expand_dims(codes, axis), shape)
         values = nibble(wide, jax.lax.broadcasted_iota(codes.dtype, shape, axis), packed)
+        if self.parts > 1:
+            return values
         values = values.reshape(*codes.shape[:axis], -1, *codes.shape[axis + 1 :])
         if values.shape[axis] > self.block:
             values = jax.lax.slice_in_dim(values, 0, self.block, axis=axis)
@@ -149,18 +168,26 @@ class Layout:
         value = jax.lax.dynamic_index_in_dim(x, i % part if packed > 1 else i, self.axis + 1)
         return value if packed == 1 else nibble(value, i // part, packed)
 
-    def pack(self, codes: jax.Array, packed: int) -> jax.Array:
-        """Codes as they are stored, of those of a byte each, split."""
-        if packed == 1:
-            return self.merge(codes)
+    def pack(self, codes: Mapping[str, jax.Array], packed: int) -> dict[str, jax.Array]:
+        """Codes as they are stored, `packed` of them in a byte, of those of a byte each, split.
+
+        One reduction for all of them, as in `largest`.
+        """
         bits, axis = 8 // packed, self.axis + 1
-        missing = -self.block % packed
-        if missing:
-            codes = jnp.pad(codes, [(0, missing if i == axis else 0) for i in range(codes.ndim)])
-        shape = (*codes.shape[:axis], packed, -1, *codes.shape[axis + 1 :])
-        values = (codes & jnp.uint8(2**bits - 1)).reshape(shape)
-        values = values << (bits * jax.lax.broadcasted_iota(jnp.uint8, values.shape, axis))
-        return self.merge(jax.lax.reduce(values, jnp.uint8(0), jax.lax.bitwise_or, (axis,)))
+
+        def shifted(x: jax.Array) -> jax.Array:
+            missing = -self.block % packed
+            if missing:
+                x = jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
+            if self.parts == 1:
+                x = x.reshape(*x.shape[:axis], packed, -1, *x.shape[axis + 1 :])
+            x = x & jnp.uint8(2**bits - 1)
+            return x << (bits * jax.lax.broadcasted_iota(jnp.uint8, x.shape, axis))
+
+        values = {name: shifted(x) for name, x in codes.items()}
+        zeros = dict.fromkeys(values, jnp.uint8(0))
+        found = jax.lax.reduce(values, zeros, lambda a, b: jax.tree.map(jax.lax.bitwise_or, a, b), (axis,))
+        return {name: self.merge(x) for name, x in found.items()}
 
     def unpack_rows(self, codes: jax.Array, packed: int) -> jax.Array:
         """Codes of a byte each, in the leaf's shape, of stored ones."""
@@ -168,9 +195,9 @@ class Layout:
             return codes
         return self._cut(self.merge(self.unpack(self.split_codes(codes, packed), packed)))
 
-    def pack_rows(self, codes: jax.Array, packed: int) -> jax.Array:
+    def pack_rows(self, codes: Mapping[str, jax.Array], packed: int) -> dict[str, jax.Array]:
         """The inverse of `unpack_rows`."""
-        return codes if packed == 1 else self.pack(self.padded(codes), packed)
+        return self.pack({name: self.padded(x) for name, x in codes.items()}, packed)
 
 
 def nibble(codes: jax.Array, i: jax.Array | int, packed: int) -> jax.Array:

@@ -19,7 +19,7 @@ from adam_fn.execute import cpu, kernel, run, tiles
 from adam_fn.execute.body import PARAMETERS, UPDATES, Inputs, Write
 from adam_fn.execute.mesh import on_mesh
 from adam_fn.execute.sources import PARAMETER, sources
-from adam_fn.execute.step import Step, in_blocks, in_rows, whole
+from adam_fn.execute.step import Step, in_blocks, in_one, in_rows, whole
 from adam_fn.execute.store import Form, store
 from adam_fn.layout import layout
 from adam_fn.noise import Part, random_bits
@@ -42,7 +42,14 @@ def kernel_of(machine: kernel.Machine) -> Any:
 
 MACHINES = {"TPU kernel": kernel.TPU, "GPU kernel": kernel.GPU}
 KERNELS = {name: kernel_of(machine) for name, machine in MACHINES.items()}
-CODED = {"rows": in_rows, "blocks": in_blocks, "tiles": tiles.in_tiles, "order": cpu.in_order, **KERNELS}
+CODED = {
+    "rows": in_rows,
+    "blocks": in_blocks,
+    "tiles": tiles.in_tiles,
+    "padded": tiles.in_padded_tiles,
+    "order": cpu.in_order,
+    **KERNELS,
+}
 ALL = {**CODED, "whole": whole}
 
 
@@ -97,7 +104,8 @@ KINDS = list(itertools.product((Block(8), Block(4), Cast("bfloat16"), None),
 
 @pytest.mark.parametrize("case", MEMBERS, ids=name)
 def test_every_rule_by_every_way(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "TILE", 4096)  # One block of 32 rows of 128.
+    for size in ("TILE", "PADDED"):
+        monkeypatch.setattr(tiles, size, 4096)  # One block of 32 rows of 128.
     i = MEMBERS.index(case)
     bits, write = ((8, PARAMETERS), (4, UPDATES))[i % 2]
     check(stepped(case.make(1e-2, storage=Block(bits)), (2, 96, 128), write, tuple(CODED)), f"{bits} bits")
@@ -112,13 +120,14 @@ SHAPES = [(100, 128), (2, 64, 8, 128), (300, 256), (8192,), (9, 7, 128), (5000,)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_shape_by_every_way(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that are no multiple of 32, several axes, vectors; and the masters of bfloat16 parameters."""
-    monkeypatch.setattr(tiles, "TILE", 4096)
+    for size in ("TILE", "PADDED"):
+        monkeypatch.setattr(tiles, size, 4096)
     blocks = layout(shape)
     assert blocks is not None
     leaf = Inputs(jnp.zeros(shape), None)
     unfit = {name for name, machine in MACHINES.items() if kernel.suited(machine, leaf) is None}
     assert unfit == {"TPU kernel", "GPU kernel"} if shape in SHAPES[4:] else "TPU kernel" not in unfit
-    ways = tuple(way for way in CODED if way not in unfit and (blocks.even or way != "blocks"))
+    ways = tuple(way for way in CODED if way not in unfit and (blocks.even or way not in ("blocks", "tiles")))
     check(stepped(TX, shape, Masters(16, parameters=True), ways), "masters")
     if shape in SHAPES[:4]:
         uncoded = adam_fn.adamw(1e-2, storage=Storage(nu=Block(8)), weight_decay=0.1)
@@ -127,13 +136,34 @@ def test_every_shape_by_every_way(shape: tuple[int, ...], monkeypatch: pytest.Mo
 
 def test_noise_is_of_the_leaf_and_not_of_the_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tile with the numbers of its own place would round other elements up: the check would see it."""
-    monkeypatch.setattr(tiles, "TILE", 4096)
+    for size in ("TILE", "PADDED"):
+        monkeypatch.setattr(tiles, size, 4096)
     tx = adam_fn.adam(1e-2, storage=Storage(nu=Block(4)))
     right = stepped(tx, (256, 64), PARAMETERS, ("rows", "tiles"))
     check(right, "")
     monkeypatch.setattr(tiles, "Part", lambda shape, starts: None)
     with pytest.raises(AssertionError):
         check(stepped(tx, (256, 64), PARAMETERS, ("rows", "tiles")), "")
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_masters_without_scales_by_every_way(dtype: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "TILE", 4096)
+    tx, shape = adam_fn.adamw(1e-2, storage=Cast(dtype), weight_decay=0.1), (160, 64)
+    step = Step(dict(tx.update.spec.codecs), Masters(16, parameters=True), Form(None))
+    keys = iter(jax.random.split(jax.random.key(0), 3))
+    g, p = (jax.random.normal(next(keys), shape).astype(jnp.bfloat16) for _ in range(2))
+    low = jax.random.randint(next(keys), shape, -(2**15), 2**15, jnp.int32).astype(jnp.int16)
+    slots = {name: (0.1 * jnp.abs(g)).astype(dtype or jnp.float32) for name in step.codecs}
+    clock = Clock(jnp.int32(0), (jnp.float32(0.1), jnp.float32(0.001)), None, None)
+    ways = (functools.partial(way, step) for way in (whole, in_one, tiles.in_tiles))
+    first, *others = (jax.jit(way)(rule_of(tx), Inputs(g, p, low), slots, clock) for way in ways)
+    for other in others:
+        for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True):
+            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+            assert (np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)) > 2).mean() < 1e-2
+            if a.dtype != jnp.int16:
+                np.testing.assert_allclose(np.asarray(b, np.float32), np.asarray(a, np.float32), rtol=1e-2)
 
 
 def ways_of(monkeypatch: pytest.MonkeyPatch, tx: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> set[str]:
@@ -157,7 +187,8 @@ def test_which_way_each_device_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     found = functools.partial(ways_of, monkeypatch)
     rows = "default: in_rows"
     assert found(TX, (256, 256)) == {rows, "tpu: in_blocks", "cpu: in_order"}
-    assert found(TX, (50257, 768)) == {rows, "tpu: in_tiles", "cpu: in_order"}
+    assert found(TX, (50304, 768)) == {rows, "tpu: in_tiles", "cpu: in_order"}
+    assert found(TX, (50257, 768)) == {rows, "tpu: in_padded_tiles", "cpu: in_order"}
     assert found(TX, (768, 50257)) == {rows, "tpu: in_tiles", "cpu: in_order"}
     assert found(TX, (64, 64)) == {rows, "tpu: in_blocks"}
     assert found(TX, (100, 96)) == set(), "one way only"

@@ -89,14 +89,15 @@ class Tile(Layout):
     def unpack(self, codes: jax.Array, packed: int) -> jax.Array:
         return super().unpack(codes.astype(jnp.int32), packed) if packed > 1 else codes
 
-    def pack(self, codes: jax.Array, packed: int) -> jax.Array:
-        if packed == 1:
-            return self.merge(codes)
+    def pack(self, codes: Mapping[str, jax.Array], packed: int) -> dict[str, jax.Array]:
         axis, bits = self.axis + 1, 8 // packed
-        values = self._kept(codes.astype(jnp.int32) & 2**bits - 1)
-        values = values.reshape(*values.shape[:axis], packed, -1, *values.shape[axis + 1 :])
-        values = values << bits * jax.lax.broadcasted_iota(jnp.int32, values.shape, axis)
-        return self.merge(values.sum(axis)).astype(codes.dtype)
+        found = {}
+        for name, x in codes.items():
+            values = self._kept(x.astype(jnp.int32) & 2**bits - 1)
+            values = values.reshape(*values.shape[:axis], packed, -1, *values.shape[axis + 1 :])
+            values = values << bits * jax.lax.broadcasted_iota(jnp.int32, values.shape, axis)
+            found[name] = self.merge(values.sum(axis)).astype(x.dtype)
+        return found
 
     def _kept(self, x: jax.Array) -> jax.Array:
         """Split elements with zeros in the place of those that are beyond the leaf."""

@@ -1,21 +1,36 @@
 """Which way a leaf is run: chosen here, by the device and by what its compiler was seen to do."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 
-from adam_fn.codec import Codec
+from adam_fn.codec import Cast, Codec
 from adam_fn.execute.body import Inputs, Write, as_dtype, as_real
 from adam_fn.execute.cpu import alone, in_order, suits
 from adam_fn.execute.kernel import GPU, TPU, in_kernel, suited
 from adam_fn.execute.mesh import on_mesh
-from adam_fn.execute.step import Done, Step, in_blocks, in_rows, whole
+from adam_fn.execute.step import Done, Step, in_blocks, in_one, in_rows, whole
 from adam_fn.execute.store import Form, Slots, used
-from adam_fn.execute.tiles import TILE, in_tiles
-from adam_fn.layout import LANES
+from adam_fn.execute.tiles import LARGE, PADDED, in_padded_tiles, in_tiles
+from adam_fn.layout import layout
 from adam_fn.rule import Clock, Rule
+
+
+def on_tpu(step: Step, inputs: Inputs) -> Callable[..., Done] | None:
+    """What suits a TPU better than the default."""
+    codecs, size, blocks = step.codecs.values(), inputs.g.size, layout(inputs.g.shape)
+    large = blocks is not None and blocks.even and blocks.blocks > 1 and size >= LARGE and alone()
+    if step.form.layout is None:
+        if large and inputs.low is not None and step.write.parameters:  # Else a float32 of both halves is stored.
+            return in_tiles
+        short = any(isinstance(codec, Cast) and codec.dtype is not None for codec in codecs)
+        plain = all(isinstance(codec, Cast) for codec in codecs)
+        return in_one if step.write.parameters and short and plain else None
+    if step.form.layout.even:
+        return in_tiles if large else in_blocks
+    return in_padded_tiles if size > PADDED else None
 
 
 @functools.partial(jax.jit, static_argnames=("write", "kernel"))
@@ -36,13 +51,8 @@ def run_leaf(
     form = Form.of(own, inputs.g.shape)
     step = Step(own, write, form)
     ways = {"default": whole if form.layout is None else in_rows}
-    if form.layout is not None:
-        lanes = form.layout.shape[-1] % LANES == 0
-        small = inputs.g.size < TILE
-        if form.layout.even and (lanes or small or not alone()):
-            ways["tpu"] = in_blocks
-        elif not small:
-            ways["tpu"] = in_tiles
+    if way := on_tpu(step, inputs):
+        ways["tpu"] = way
     if suits(step, inputs):
         ways["cpu"] = in_order
     if kernel:

@@ -95,6 +95,17 @@ def whole(step: Step, rule: Rule, inputs: Inputs, stored: Slots, clock: Clock) -
     return Done(*step.leave(inputs, u), step.encode(new, coded, {}))
 
 
+def in_one(step: Step, rule: Rule, inputs: Inputs, stored: Slots, clock: Clock) -> Done:
+    """`whole`, in one fusion on a TPU too where the slots are shorter than the arithmetic.
+
+    Otherwise XLA makes another one for the parameters. It takes the casts of the slots back through a barrier, so that
+    no float32 array is stored; other codes it would not, nor with the update instead of a parameter.
+    """
+    coded = step.form.coded(step.codecs, stored)
+    u, new = step.body(rule, inputs, coded, clock)
+    return Done(*step.leave(inputs, u), step.encode(jax.lax.optimization_barrier(new), coded, {}))
+
+
 def in_rows(step: Step, rule: Rule, inputs: Inputs, stored: Slots, clock: Clock, part: Part | None = None) -> Done:
     """Rows as they are: what suits a GPU, where all but the reduction is one kernel for any number of rows.
 

@@ -167,13 +167,16 @@ class Form:
 
     def stored(self, codecs: Codecs, coded: Mapping[str, Coded], held: Mapping[str, jax.Array]) -> dict[str, Stored]:
         """The inverse of `coded`; `held` are the scales of the blocks by slot."""
+        packed: dict[str, jax.Array] = {}
+        for several in sorted({codecs[name].packed for name in coded} - {1}):
+            pack = self.blocks.pack if self.split else self.blocks.pack_rows
+            packed |= pack({name: x.codes for name, x in coded.items() if codecs[name].packed == several}, several)
         found: dict[str, Stored] = {}
         for name, x in coded.items():
+            codes = packed[name] if name in packed else self.leave(x.codes)
             if codecs[name].scaled:
-                codes = (self.blocks.pack if self.split else self.blocks.pack_rows)(x.codes, codecs[name].packed)
                 found[name] = {"codes": codes, "scales": held[name]}
             else:
-                codes = self.leave(x.codes)
                 found[name] = {"codes": codes, "scales": optax.MaskedNode()} if _structured(codecs[name]) else codes
         return found
 
