@@ -16,6 +16,11 @@ class Part(NamedTuple):
     shape: Sequence[int]
     starts: Sequence[ArrayLike]
 
+    @classmethod
+    def along(cls, shape: Sequence[int], axis: int, start: ArrayLike) -> "Part":
+        """The part from `start` on along one axis."""
+        return cls(shape, [start if i == axis else 0 for i in range(len(shape))])
+
 
 def random_bits(
     seed: ArrayLike, step: ArrayLike, leaf: ArrayLike, shape: Sequence[int], part: Part | None = None

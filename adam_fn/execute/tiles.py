@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -61,8 +62,7 @@ def in_tiles(step: Step, rule: Rule, inputs: Inputs, stored: Slots, clock: Clock
 
     def tile(start: jax.Array, blocks: int, done: Done) -> Done:
         part = dataclasses.replace(step, form=Form(wide.part(blocks), split=True))
-        noise = Part(layout.scales, [start * layout.width if i == axis else 0 for i in range(len(layout.scales))])
-        chances = part.form.chances(codecs, clock, noise)
+        chances = part.form.chances(codecs, clock, Part.along(layout.scales, axis, start * layout.width))
 
         # What is packed is laid out anew for its elements: once, of 32 bits, which takes no longer than to read it.
         codes = {n: x["codes"] for n, x in done.stored.items() if isinstance(x, dict) and codecs[n].packed > 1}
@@ -91,10 +91,9 @@ def in_tiles(step: Step, rule: Rule, inputs: Inputs, stored: Slots, clock: Clock
         return Done(written[0], written[1], state)
 
     first, place = _first(step, inputs, stored)
-    read = sources(rule, step.write.enter(inputs), codecs, clock).values()
-    direct = place != "g" and not any(PARAMETER in each for each in read)
-    given: Inputs = jax.tree.map(split, inputs)
-    done: Done = jax.tree.map(split, first)
+    read = sources(rule, step.write.enter(inputs), codecs, clock)
+    direct = place != "g" and PARAMETER not in set().union(*read.values())
+    given, done = cast(tuple[Inputs, Done], jax.tree.map(split, (inputs, first)))
     whole = layout.blocks // count
     done = jax.lax.fori_loop(0, whole, lambda i, done: tile(i * count, count, done), done)
     left = layout.blocks - whole * count
@@ -146,7 +145,7 @@ def in_padded_tiles(step: Step, rule: Rule, inputs: Inputs, stored: Slots, clock
         own = jax.tree.map(lambda x: take(x, rows, start, blocks), source)
         state = jax.tree.map(lambda x, length: take(x, length, start, blocks), done.stored, lengths(done.stored))
         part = dataclasses.replace(step, form=Form(layout.part(blocks)))
-        noise = Part(layout.scales, [start * layout.width if i == axis else 0 for i in range(len(layout.scales))])
+        noise = Part.along(layout.scales, axis, start * layout.width)
         new = in_blocks(part, rule, own, state, clock, noise)
         sizes = Done(rows, None if done.low is None else rows, lengths(done.stored))  # pyright: ignore
         return jax.tree.map(lambda x, y, length: put(x, y, length, start), done, new, sizes)
