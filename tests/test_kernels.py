@@ -119,6 +119,19 @@ def test_another_device_goes_its_ordinary_way() -> None:
         adam_fn.adam(1e-3, kernel="tpu")  # pyright: ignore[reportArgumentType]
 
 
+def test_no_derivatives_and_no_vmap() -> None:
+    tx = adam_fn.adam(1e-2, storage=Block(8), kernel=True)
+
+    def update(g: jax.Array) -> jax.Array:
+        return jnp.asarray(tx.update(g, tx.init(g))[0])
+
+    g = jnp.ones((256, 256))
+    with pytest.raises(NotImplementedError, match="kernel=True: a kernel has no derivatives"):
+        jax.grad(lambda g: update(g).sum())(g)
+    with pytest.raises(NotImplementedError, match="kernel=True: a kernel has no vmap"):
+        jax.vmap(update)(jnp.stack([g, g]))
+
+
 def test_a_step_on_a_cpu_inside_shard_map_of_one_device() -> None:
     """In order, where each output is made to depend on the one before: of the same type on a mesh."""
     mesh = jax.make_mesh((1,), ("a",), devices=jax.devices()[:1], axis_types=(AxisType.Auto,))

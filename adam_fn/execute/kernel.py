@@ -107,6 +107,27 @@ class Tile(Layout):
         return jnp.where(block * BLOCK + row < self.left, x, 0)
 
 
+def opaque(function: Callable[..., Done]) -> Callable[..., Done]:
+    """A function that says so where it is asked for derivatives or batches, which kernels do not have."""
+
+    def refused(what: str) -> NotImplementedError:
+        return NotImplementedError(f"kernel=True: a kernel has no {what}; leave the option out there")
+
+    def jvp(primals: object, tangents: object) -> Any:  # noqa: ANN401 (it does not return)
+        del primals, tangents
+        raise refused("derivatives")
+
+    def batch(size: int, batched: object, *arguments: object) -> Any:  # noqa: ANN401 (it does not return)
+        del size, batched, arguments
+        raise refused("vmap")
+
+    differentiable = jax.custom_jvp(function)
+    differentiable.defjvp(jvp)
+    batchable = jax.custom_batching.custom_vmap(differentiable)
+    batchable.def_vmap(batch)
+    return batchable
+
+
 def matrix(blocks: Layout) -> Layout:
     """A vector's layout as that of the matrix whose rows its blocks are made of; another one as it is."""
     return Layout((blocks.shape[0] // blocks.width, blocks.width), 0) if blocks.width > 1 else blocks

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from adam_fn.codec import Cast, Codec
 from adam_fn.execute.body import Inputs, Write, as_dtype, as_real
 from adam_fn.execute.cpu import alone, in_order, suits
-from adam_fn.execute.kernel import GPU, TPU, in_kernel, suited
+from adam_fn.execute.kernel import GPU, TPU, in_kernel, opaque, suited
 from adam_fn.execute.mesh import on_mesh
 from adam_fn.execute.step import Done, Step, in_blocks, in_one, in_rows, whole
 from adam_fn.execute.store import Form, Slots, used
@@ -55,11 +55,11 @@ def run_leaf(
         ways["tpu"] = way
     if suits(step, inputs):
         ways["cpu"] = in_order
-    if kernel:
-        for name, machine in {"tpu": TPU, "cuda": GPU}.items():
-            if blocks := suited(machine, inputs):
-                ways[name] = functools.partial(on_mesh if machine.divisible else in_kernel, machine, blocks=blocks)
-    bound = {name: functools.partial(way, step) for name, way in ways.items()}
+    bound: dict[str, Callable[..., Done]] = {name: functools.partial(way, step) for name, way in ways.items()}
+    for name, machine in {"tpu": TPU, "cuda": GPU}.items() if kernel else ():
+        if blocks := suited(machine, inputs):
+            way = on_mesh if machine.divisible else in_kernel
+            bound[name] = opaque(functools.partial(way, machine, step, blocks=blocks))
     if len(bound) == 1:
         done = bound["default"](rule, inputs, stored, clock)
     else:
