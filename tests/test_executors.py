@@ -171,11 +171,11 @@ def ways_of(monkeypatch: pytest.MonkeyPatch, tx: Any, shape: tuple[int, ...], dt
     found: set[str] = set()
 
     def record(*args: Any, **ways: Any) -> Any:
-        for name, way in ways.items():
-            inner = way
+        for platform, way in ways.items():
+            inner: Any = way
             while not hasattr(inner, "__name__"):  # Partial, or inside of a custom derivative.
                 inner = inner.func if isinstance(inner, functools.partial) else inner.fun
-            found.add(f"{name}: {inner.__name__}")
+            found.add(f"{platform}: {inner.__name__}")
         return ways["default"](*args)
 
     monkeypatch.setattr(run.jax.lax, "platform_dependent", record)
