@@ -8,9 +8,14 @@ from adam_fn.averaging import average_params as average_params
 from adam_fn.averaging import averaged_params as averaged_params
 from adam_fn.block import Block as Block
 from adam_fn.cautious import cautious as cautious
+from adam_fn.clip import clip_by_global_norm as clip_by_global_norm
 from adam_fn.codec import Cast as Cast
 from adam_fn.codec import Codec as Codec
 from adam_fn.diagnostics import state_bytes as state_bytes
+from adam_fn.groups import Group as Group
+from adam_fn.groups import Groups as Groups
+from adam_fn.guard import GuardState as GuardState
+from adam_fn.guard import skip_nonfinite as skip_nonfinite
 from adam_fn.lamb import lamb as lamb
 from adam_fn.options import Storage as Storage
 from adam_fn.rule import Beta as Beta

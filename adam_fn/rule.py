@@ -236,6 +236,13 @@ class Rule(abc.ABC):
         """The rule less its parts of one kind."""
         return Chain(tuple(part for part in self.parts() if not isinstance(part, kind)))
 
+    def times(self, factors: Mapping[str, float]) -> "Rule":
+        """The rule with hyperparameters multiplied, by name, after `at`: arrays, so that any factor is one program."""
+        own = {
+            name: jnp.asarray(getattr(self, name) * factors[name]) for name in _ranges(type(self)) if name in factors
+        }
+        return _with(self, own)
+
     def parts(self) -> tuple["Rule", ...]:
         """The rules that this one is composed of."""
         return (self,)
@@ -324,6 +331,9 @@ class Chain(Rule):
 
     def at(self, count: jax.Array) -> "Chain":
         return Chain(tuple(part.at(count) for part in self.chained))
+
+    def times(self, factors: Mapping[str, float]) -> "Chain":
+        return Chain(tuple(part.times(factors) for part in self.chained))
 
 
 def _required(p: jax.Array | None) -> jax.Array:

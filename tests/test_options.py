@@ -275,7 +275,8 @@ def test_masks_by_rank_and_path() -> None:
     expected = {"dense": {"kernel": True, "bias": False}, "norm": {"scale": False}, "none": None}
     assert masks.path("*/kernel")(params) == expected
     assert masks.path("*bias", "norm/*", invert=True)(params) == expected
-    assert masks.path("kernel")(params)["dense"]["kernel"] is False  # The whole path must match.
+    with pytest.raises(ValueError, match="pattern 'kernel' matches no parameter"):  # The whole path must match.
+        masks.path("*bias", "kernel")(params)
     boxed = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
     assert jax.tree.leaves(masks.path("*bias")(boxed)) == [True, False]
     assert jax.tree.leaves(masks.path("value")({"value": jnp.ones(1)})) == [True]  # A key of a dict is not a box.

@@ -17,6 +17,7 @@ LAYERS = (
     ("noise", "layout"),
     ("codec",),
     ("block", "leaves"),
+    ("groups",),
     ("execute",),
     ("execute.body",),
     ("execute.sources", "execute.store"),
