@@ -8,6 +8,7 @@ not fit its parameter is an error, raised while tracing, that names the leaf.
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -23,7 +24,7 @@ from adam_fn.execute.run import run_leaf
 from adam_fn.execute.store import load, store, stored_spec, structure
 from adam_fn.groups import Group, Groups, rules_of
 from adam_fn.leaves import Leaves, Mask, PyTree, fixed_mask, named
-from adam_fn.rule import Clock, Rule, Weight
+from adam_fn.rule import Clock, Range, Rule, Weight, checked
 
 
 class State(NamedTuple):
@@ -252,11 +253,15 @@ def _decoded(spec: _Spec, slot: str, state: State, params: PyTree) -> PyTree:
 
 def _rate(learning_rate: ArrayLike | None) -> jax.Array | None:
     """The rate of one step, as it was given to `update`; an array once `jit` has taken it."""
-    if isinstance(learning_rate, (int, float, np.generic)):
-        return cast(jax.Array, float(learning_rate))  # One type, one compilation.
-    if learning_rate is not None and jnp.shape(learning_rate) != ():
-        raise ValueError(f"learning_rate must be a scalar, got an array of shape {jnp.shape(learning_rate)}")
-    return cast("jax.Array | None", learning_rate)
+    if learning_rate is None:
+        return None
+    if callable(learning_rate):
+        raise TypeError(f"the learning_rate of one update must be a number or a 0-d array, got {learning_rate!r}")
+    # Of a number a float: one type, one compilation.
+    rate = checked("learning_rate", learning_rate, Range(0.0, math.inf))
+    if not jnp.issubdtype(jnp.result_type(rate), jnp.floating):
+        raise TypeError(f"learning_rate must be floating, got an array of {jnp.result_type(rate)}")
+    return cast(jax.Array, rate)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,7 +57,7 @@ def _parts(make: Any) -> Any:
     """The same by hand: a transformation for each leaf."""
     flat, treedef = jax.tree.flatten(PARAMS)
     labels = treedef.unflatten([str(i) for i in range(len(flat))])
-    txs = {str(i): optax.set_to_zero() if kind is None else make(*kind) for i, kind in enumerate(EXPECTED)}
+    txs: Any = {str(i): optax.set_to_zero() if kind is None else make(*kind) for i, kind in enumerate(EXPECTED)}
     return optax.partition(txs, labels)
 
 
@@ -106,7 +106,7 @@ def test_lamb_and_swats() -> None:
 
 
 def test_swats_finds_one_rate_for_all_groups() -> None:
-    """SGD's step is that of gradients times the groups' rates, and its rate the one at which that projects on Adam's."""
+    """SGD's step is that of gradients times the groups' rates, and its rate makes that project on Adam's."""
     rate, params = 0.25, {"a": jnp.ones(3), "b": jnp.ones(3)}
     grads = [{"a": jnp.asarray(g[:3]), "b": jnp.asarray(g[3:])} for g in random_gradients(12, 6, 0.5)]
 
@@ -154,7 +154,8 @@ def test_groups_with_low_precision(storage: Any) -> None:
     for leaf, rate in (("a", 0.05), ("b", 0.1)):
         tx = make(rate)
         updates, _ = tx.update(grads, tx.init(params), params)
-        np.testing.assert_array_equal(found[leaf], optax.apply_updates(params, updates)[leaf])
+        expected: Any = optax.apply_updates(params, updates)
+        np.testing.assert_array_equal(found[leaf], expected[leaf])
 
 
 def test_float64_keeps_its_digits() -> None:
@@ -256,7 +257,7 @@ def test_paths_of_frameworks(framework: str) -> None:
 
 
 def test_nnx_optimizer_keeps_one_state() -> None:
-    model = _Nnx()
+    model: Any = _Nnx()
     groups = {"body/*": Group(frozen=True), "*/bias": Group(decay=0.0)}
     optimizer = nnx.Optimizer(model, adam_fn.adamw(0.1, groups=groups), wrt=nnx.Param)
     before = jnp.array(model.body.kernel[...])

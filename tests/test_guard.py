@@ -53,10 +53,8 @@ KINDS: dict[str, Callable[[], optax.GradientTransformation]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("kind", "write"), [*((kind, False) for kind in KINDS), ("codes", True), ("masters", True), ("average", True)]
-)
-def test_thousands_of_faults_leave_no_trace(kind: str, write: bool) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_thousands_of_faults_leave_no_trace(kind: str) -> None:
     """Many trainings at once, a quarter of all steps faulty in one element: each ends as if those had not been."""
     members, size = (8, 4096) if kind == "codes" else (128, SIZE)  # Smaller leaves have no codes.
     rng = np.random.default_rng(0)
@@ -77,7 +75,9 @@ def test_thousands_of_faults_leave_no_trace(kind: str, write: bool) -> None:
 
     @jax.jit
     def run(grads: Any) -> Any:
-        return jax.lax.scan(_steps(tx, write), (params, tx.init(params)), grads)[0]
+        return jax.lax.scan(
+            _steps(tx, write=kind in ("codes", "masters", "average")), (params, tx.init(params)), grads
+        )[0]
 
     (after, state) = jax.jit(jax.vmap(run))(grads)
     np.testing.assert_array_equal(state.skipped, STEPS - good)
@@ -104,7 +104,7 @@ def test_a_skipped_step_changes_no_bit(case: Case) -> None:
     before = jax.device_get((params, state.inner))
     grads["w"] = grads["w"].at[1, 3].set(jnp.nan)
     updates, other = tx.update(grads, state, params)
-    by_updates = optax.apply_updates(params, updates)
+    by_updates: Any = optax.apply_updates(params, updates)
     chex.assert_trees_all_equal(jax.device_get((by_updates, other.inner)), before)
     assert np.signbit(by_updates["b"])[1]
     params, state = step(params, state, grads)

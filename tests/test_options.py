@@ -247,6 +247,17 @@ def test_learning_rate_override() -> None:
     with pytest.raises(ValueError, match=r"learning_rate must be a scalar, got an array of shape \(2,\)"):
         tx.update(g, state, p, learning_rate=jnp.ones(2))
 
+    for bad, message in (
+        (-1.0, r"learning_rate must be in \[0, inf\), got -1"),
+        (float("nan"), r"learning_rate must be in \[0, inf\), got nan"),
+        ("0.1", "learning_rate must be a number"),
+        (True, "learning_rate must be a number"),
+        (lambda count: 0.1, "of one update must be a number or a 0-d array"),
+        (jnp.asarray(1), "learning_rate must be floating, got an array of int32"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            tx.update(g, state, p, learning_rate=bad)
+
     jitted = jax.jit(lambda rate: tx.update(g, state, p, learning_rate=rate)[0])
     np.testing.assert_allclose(jitted(0.5), expected, rtol=1e-6)
     jitted(0.1)
