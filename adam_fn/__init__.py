@@ -8,9 +8,14 @@ from adam_fn.averaging import average_params as average_params
 from adam_fn.averaging import averaged_params as averaged_params
 from adam_fn.block import Block as Block
 from adam_fn.cautious import cautious as cautious
+from adam_fn.clip import clip_by_global_norm as clip_by_global_norm
 from adam_fn.codec import Cast as Cast
 from adam_fn.codec import Codec as Codec
 from adam_fn.diagnostics import state_bytes as state_bytes
+from adam_fn.groups import Group as Group
+from adam_fn.groups import Groups as Groups
+from adam_fn.guard import GuardState as GuardState
+from adam_fn.guard import skip_nonfinite as skip_nonfinite
 from adam_fn.lamb import lamb as lamb
 from adam_fn.options import Storage as Storage
 from adam_fn.rule import Beta as Beta
@@ -64,3 +69,75 @@ from adam_fn.write import MasterState as MasterState
 from adam_fn.write import RoundingState as RoundingState
 from adam_fn.write import master_weights as master_weights
 from adam_fn.write import stochastic_rounding as stochastic_rounding
+
+__all__ = [
+    "ADOPT",
+    "AMSGrad",
+    "AdEMAMix",
+    "AdaBelief",
+    "AdaMax",
+    "Adam",
+    "AdamAtan2",
+    "Adan",
+    "Average",
+    "Beta",
+    "Block",
+    "Cast",
+    "Clock",
+    "Codec",
+    "Decay",
+    "Group",
+    "Groups",
+    "GuardState",
+    "LaProp",
+    "Lion",
+    "MasterState",
+    "NonNegative",
+    "ProximalDecay",
+    "RAdam",
+    "Rate",
+    "RoundingState",
+    "Rule",
+    "Slot",
+    "Slots",
+    "State",
+    "Storage",
+    "SwatsState",
+    "Transformation",
+    "Weight",
+    "WeightDecay",
+    "Yogi",
+    "adabelief",
+    "adam",
+    "adam_atan2",
+    "adamax",
+    "adamaxw",
+    "adamw",
+    "adan",
+    "ademamix",
+    "adopt",
+    "amsgrad",
+    "average_params",
+    "averaged_params",
+    "cautious",
+    "clip_by_global_norm",
+    "ema",
+    "lamb",
+    "laprop",
+    "lion",
+    "make_step",
+    "masks",
+    "master_weights",
+    "nadam",
+    "nadamw",
+    "presets",
+    "radam",
+    "schedules",
+    "skip_nonfinite",
+    "state_bytes",
+    "stochastic_rounding",
+    "swats",
+    "transform",
+    "weigh",
+    "yogi",
+]

@@ -1,11 +1,13 @@
 """The leaves of a tree by path, and masks over them: where structures meet, and errors name the leaf."""
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator
+import fnmatch
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import numpy as np
+import optax
 
 PyTree: TypeAlias = Any
 #: Which leaves: a tree of booleans (a prefix will do), or a function of the parameters that returns one.
@@ -85,6 +87,35 @@ class Leaves:
             where = f"{extra[0]} is not a parameter" if extra else str(error)
             raise ValueError(f"{name} must have the structure of the parameters or a prefix of it: {where}") from error
         return found
+
+
+def path_name(keys: jax.tree_util.KeyPath) -> str:
+    """A leaf's path as patterns see it: its keys joined by ``/``, without the ``.value`` of a boxed parameter."""
+    if keys and keys[-1] == jax.tree_util.GetAttrKey("value"):
+        keys = keys[:-1]
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def matches(patterns: Sequence[str], tree: PyTree) -> list[tuple[str, list[bool]]]:
+    """The name of each leaf, None included, and which of the patterns match it.
+
+    A pattern that matches nothing is an error. What `optax.masked` took out of the tree can still be matched.
+    """
+
+    def is_leaf(x: object) -> bool:
+        return x is None or isinstance(x, optax.MaskedNode)
+
+    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
+    names = [path_name(keys) for keys, _ in flat]
+    for pattern in patterns if flat else ():  # Without leaves it is a placeholder, as of `optax.tree_map_params`.
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+            raise ValueError(f"the pattern {pattern!r} matches no parameter; their paths are {shown}")
+    return [
+        (name, [fnmatch.fnmatchcase(name, pattern) for pattern in patterns])
+        for name, (_, leaf) in zip(names, flat, strict=True)
+        if not isinstance(leaf, optax.MaskedNode)
+    ]
 
 
 @contextlib.contextmanager

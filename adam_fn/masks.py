@@ -6,11 +6,12 @@ compare equal, hash alike and pickle; `optax.masked` takes them too.
 
 # ruff: noqa: N801
 import dataclasses
-import fnmatch
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+
+from adam_fn.leaves import matches
 
 PyTree: TypeAlias = Any
 
@@ -44,7 +45,8 @@ class path:
 
     A leaf's path is its keys joined by ``/``, as in ``layers/0/kernel``; the patterns are those of `fnmatch` (``*``
     matches ``/`` as well) and must match the whole path: ``path("*bias", "*norm*", invert=True)``. The ``.value`` of a
-    boxed parameter (of an `nnx.State`, of `flax.linen.Partitioned`) is not part of its path.
+    boxed parameter (of an `nnx.State`, of `flax.linen.Partitioned`) is not part of its path. A pattern that matches no
+    leaf is an error.
     """
 
     patterns: tuple[str, ...]
@@ -59,11 +61,6 @@ class path:
 
     def __call__(self, params: PyTree) -> PyTree:
         _check_tree(self, params)
-
-        def matches(keys: jax.tree_util.KeyPath, _: object) -> bool:
-            if keys and keys[-1] == jax.tree_util.GetAttrKey("value"):
-                keys = keys[:-1]
-            name = jax.tree_util.keystr(keys, simple=True, separator="/")
-            return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.patterns) != self.invert
-
-        return jax.tree_util.tree_map_with_path(matches, params)
+        leaves, treedef = jax.tree.flatten(params, is_leaf=lambda x: x is None)
+        hits = [any(hit) != self.invert for _, hit in matches(self.patterns, params)]
+        return treedef.unflatten(None if leaf is None else hit for leaf, hit in zip(leaves, hits, strict=True))

@@ -9,6 +9,7 @@ from typing import Literal, ParamSpec, TypeAlias, TypedDict, TypeVar
 from jax.typing import DTypeLike
 
 from adam_fn.codec import Cast, Codec
+from adam_fn.groups import Group, Groups
 from adam_fn.leaves import Mask
 from adam_fn.rule import Decay, Hyper, ProximalDecay, Rate, Rule
 from adam_fn.transform import Transformation, transform
@@ -32,6 +33,8 @@ class StateOptions(TypedDict, total=False):
         bfloat16 loses the changes of v below 0.4%: with β₂ above 0.996 that is all of them while gradients are steady.
       storage_mask: the leaves whose moments are stored so, as a mask; those of the others stay in float32:
         ``storage_mask=masks.path("*embedding*", invert=True)``. All by default.
+      groups: multipliers of the rate and of the decay, and frozen leaves, by path: a `Groups`, or what it is made of,
+        ``{"embedding/*": Group(frozen=True), "*bias": Group(decay=0.0)}``.
       kernel: whether a TPU or a GPU runs each leaf as one kernel, which needs no temporaries, instead of what XLA makes
         of it. Leaves that a kernel does not suit, and other devices, go the ordinary way. Results and state are the
         same, up to the order of roundings. No derivatives and no `vmap` then. False by default: see the README.
@@ -41,6 +44,7 @@ class StateOptions(TypedDict, total=False):
     nu_dtype: DTypeLike | None
     storage: Codec | Mapping[str, Codec] | None
     storage_mask: Mask | None
+    groups: Groups | Mapping[str, Group] | None
     kernel: bool
 
 
@@ -98,15 +102,18 @@ def optimizer(
     nu_dtype: DTypeLike | None = None,
     storage: Codec | Mapping[str, Codec] | None = None,
     storage_mask: Mask | None = None,
+    groups: Groups | Mapping[str, Group] | None = None,
     kernel: bool = False,
 ) -> Transformation:
     """The transformation of `rule` with a learning rate and the options that all optimizers share (see `Options`)."""
     if weight_decay is None and (mask is not None or decay != "scaled"):
         raise ValueError("mask and decay say how the weights decay, but weight_decay is not given")
+    if weight_decay is None and groups is not None:
+        Groups.made_of(groups).check_no_decay()
     direction, step = links(rule, learning_rate, weight_decay, decay)
     stored = codecs(rule, mu_dtype, nu_dtype, storage)
     kept = {"mask": mask, "frozen": frozen, "storage_mask": storage_mask}
-    return transform(direction >> step, storage=stored, **kept, kernel=kernel)
+    return transform(direction >> step, storage=stored, **kept, groups=groups, kernel=kernel)
 
 
 def links(

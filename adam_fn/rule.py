@@ -74,12 +74,23 @@ class Clock:
         return learning_rate if self.learning_rate is None else self.learning_rate
 
 
-def one_minus(beta: Scalar) -> Scalar:
+class OneMinus(NamedTuple):
+    """β by ``1 - β``: what a schedule with a method ``one_minus(count)`` gives of a β, exact however near to 1."""
+
+    rest: jax.Array
+
+
+def one_minus(beta: "Scalar | OneMinus") -> Scalar:
     """``1 - β``, in Python's float64 when β is a number: ``1 - float32(0.99999)`` is off by 1.4e-3."""
-    return 1 - beta
+    return beta.rest if isinstance(beta, OneMinus) else 1 - beta
 
 
-def ema(beta: Scalar, old: jax.Array, new: jax.Array | float) -> jax.Array:
+def plain(beta: "Scalar | OneMinus") -> Scalar:
+    """β itself, where it is not near 1 that matters."""
+    return 1 - beta.rest if isinstance(beta, OneMinus) else beta
+
+
+def ema(beta: Scalar | OneMinus, old: jax.Array, new: jax.Array | float) -> jax.Array:
     """One step of the moving average ``β·old + (1 - β)·new``, accurate for every β in [0, 1].
 
     It is computed from the nearer end, ``old + (1 - β)(new - old)`` or ``new - β(new - old)``: the rounding of β then
@@ -88,19 +99,19 @@ def ema(beta: Scalar, old: jax.Array, new: jax.Array | float) -> jax.Array:
     change = new - old
     if isinstance(beta, (int, float)):
         return old + one_minus(beta) * change if beta >= 0.5 else new - beta * change
-    late = beta >= 0.5
-    return jnp.where(late, old, new) + jnp.where(late, one_minus(beta), -beta) * change
+    late = one_minus(beta) <= 0.5
+    return jnp.where(late, old, new) + jnp.where(late, one_minus(beta), -plain(beta)) * change
 
 
-def weigh(beta: Scalar, weight: Weight, target: jax.Array | float = 1.0) -> Weight:
+def weigh(beta: Scalar | OneMinus, weight: Weight, target: jax.Array | float = 1.0) -> Weight:
     """`ema` of a bias weight, with the rounding errors carried along (Knuth's two-sum).
 
     Without the second word, 10,000 equal increments of ``1 - 0.999999`` would all round the same way.
     """
     dtype = weight.value.dtype
-    beta = beta if isinstance(beta, (int, float)) else beta.astype(dtype)
+    beta = beta if isinstance(beta, (int, float)) else jax.tree.map(lambda x: x.astype(dtype), beta)
     old, rest = weight
-    change = one_minus(beta) * (target - old) + beta * rest
+    change = one_minus(beta) * (target - old) + plain(beta) * rest
     value = old + change
     shown = value - old
     return Weight(value, (old - (value - shown)) + (change - shown))
@@ -136,7 +147,7 @@ def shifted(x: jax.Array, constant: Scalar) -> jax.Array:
     return x if isinstance(constant, float) and constant == 0 else x + constant
 
 
-def _checked(name: str, value: object, bounds: Range) -> Hyper:
+def checked(name: str, value: object, bounds: Range) -> Hyper:
     """The hyperparameter as a Python float, a 0-d array or a schedule, or an error that names it."""
     if isinstance(value, np.generic):
         value = value.item()
@@ -149,8 +160,8 @@ def _checked(name: str, value: object, bounds: Range) -> Hyper:
             raise ValueError(f"{name} must be a scalar, got an array of shape {value.shape}")
         if bounds is UNIT and jnp.issubdtype(value.dtype, jnp.floating) and jnp.finfo(value.dtype).bits < 32:
             raise ValueError(
-                f"{name} came as a {value.dtype} array, which cannot hold a decay rate near 1 (bfloat16 rounds 0.999 "
-                "to 1.0); pass float32, with optax.inject_hyperparams by hyperparam_dtype=jnp.float32"
+                f"{name} came as a {value.dtype} array, too short for a decay rate near 1 (0.999 becomes 1): give it "
+                'as float32, or optax.inject_hyperparams hyperparam_dtype=jnp.float32 or static_args=("b1", "b2")'
             )
         return value
     if callable(value):
@@ -189,7 +200,7 @@ class Rule(abc.ABC):
         for name, bounds in _ranges(type(self)).items():
             value = getattr(self, name)
             if value is not None or getattr(type(self), name, ...) is not None:  # None only where it is the default.
-                object.__setattr__(self, name, _checked(name, value, bounds))
+                object.__setattr__(self, name, checked(name, value, bounds))
 
     @property
     def slots(self) -> Mapping[str, Slot]:
@@ -222,8 +233,10 @@ class Rule(abc.ABC):
         now = {}
         for name, bounds in _ranges(type(self)).items():
             value = getattr(self, name)
-            if callable(value):
-                value = _checked(f"{name}(count)", value(count), bounds)
+            if bounds is UNIT and hasattr(value, "one_minus"):
+                now[name] = OneMinus(jnp.asarray(value.one_minus(count)))
+            elif callable(value):
+                value = checked(f"{name}(count)", value(count), bounds)
                 # What a rule remembers may depend on a number that is 0, but not on what a schedule returns.
                 now[name] = jnp.zeros(()) if isinstance(value, float) and value == 0 else value
         return _with(self, now)
@@ -235,6 +248,14 @@ class Rule(abc.ABC):
     def without(self, kind: type["Rule"]) -> "Rule":
         """The rule less its parts of one kind."""
         return Chain(tuple(part for part in self.parts() if not isinstance(part, kind)))
+
+    def times(self, factors: Mapping[str, float]) -> "Rule":
+        """The rule with hyperparameters multiplied, by name, after `at`: arrays, so that any factor is one program."""
+        parts: list[Rule] = []
+        for part in self.parts():
+            own = factors.keys() & _ranges(type(part))
+            parts.append(_with(part, {name: jnp.asarray(getattr(part, name) * factors[name]) for name in own}))
+        return Chain(tuple(parts))
 
     def parts(self) -> tuple["Rule", ...]:
         """The rules that this one is composed of."""

@@ -9,6 +9,7 @@ lengths are in steps (optimizer updates). Values are float32, or float64 under `
 # ruff: noqa: N801
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -208,7 +209,8 @@ class ademamix_b3:
     """AdEMAMix's slow decay rate, whose half-life grows linearly from that of ``β₁`` to that of ``β₃``.
 
     ``f(β) = ln ½ / ln β - 1``, ``β_t = f⁻¹((1 - t/T) f(β₁) + (t/T) f(β₃)) = 2^(-1/(f + 1))`` until ``t = T``, then
-    ``β₃`` (arXiv 2409.03137, section 3), as a float32 number: ``1 - β₃`` is off by 2e-4 at 0.9999, 1e-2 at 0.999999.
+    ``β₃`` (arXiv 2409.03137, section 3). The optimizers of this package ask for `one_minus`: of a float32 β it would be
+    off by 2e-4 at 0.9999 and by 1e-2 at 0.999999.
     """
 
     b3: float
@@ -221,7 +223,32 @@ class ademamix_b3:
             _require(0 < getattr(self, name) < 1, f"{name} must be in (0, 1), got {getattr(self, name)}")
 
     def __call__(self, count: ArrayLike) -> jax.Array:
+        return 1 - self.one_minus(count)
+
+    def one_minus(self, count: ArrayLike) -> jax.Array:
+        """``1 - β_t``"""
         x = jnp.minimum((_real(count) + 1) / self.warmup_steps, 1)
         # Half-lives, ln ½ / ln β: the -1 of f and the +1 of its inverse cancel.
         start, end = (math.log(0.5) / math.log(beta) for beta in (self.b1, self.b3))
-        return jnp.exp2(-1 / (start + (end - start) * x))
+        return -jnp.expm1(-math.log(2) / (start + (end - start) * x))
+
+
+@dataclasses.dataclass(frozen=True)
+class by_complement:
+    """A decay rate near 1, given by its distance from 1: ``β_t = 1 - f(t)``; a float32 β loses the digits of ``1 - β``.
+
+    ::
+
+        adam_fn.adam(1e-3, b2=by_complement(lambda count: 1 / (count + 10)))
+
+    Any schedule that has a method ``one_minus(count)`` beside its ``__call__`` is exact in this way.
+    """
+
+    complement: Callable[[ArrayLike], ArrayLike]
+
+    def __call__(self, count: ArrayLike) -> ArrayLike:
+        return 1 - self.complement(count)
+
+    def one_minus(self, count: ArrayLike) -> ArrayLike:
+        """``1 - β_t = f(t)``"""
+        return self.complement(count)

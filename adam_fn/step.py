@@ -5,6 +5,8 @@ from typing import Protocol, TypeVar, cast
 import jax
 import optax
 
+from adam_fn.wrapper import written
+
 Params = TypeVar("Params")
 OptState = TypeVar("OptState")
 
@@ -25,9 +27,6 @@ def make_step(tx: optax.GradientTransformation) -> Step:
     """
 
     def step(params: optax.Params, state: optax.OptState, grads: optax.Updates) -> tuple[optax.Params, optax.OptState]:
-        if (write := getattr(tx.update, "write", None)) is not None:  # Of this package: no update is ever stored.
-            return write(grads, state, params)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
+        return written(tx, grads, state, params)
 
     return cast(Step, jax.jit(step, donate_argnums=(0, 1)))

@@ -63,7 +63,9 @@ class Swats(Wrapper):
         count = state.adam.count
         rate = self.rate.at(count).learning_rate if learning_rate is None else learning_rate
         momentum = self.adam.update.decoded("mu", adam, updates if params is None else params)
-        return _switch(updates, steps, state, adam, momentum, one_minus(self.rule.at(count).b2), rate, self.tolerance)
+        rates = self.adam.update.rates(updates if params is None else params)
+        part = one_minus(self.rule.at(count).b2)
+        return _switch(updates, steps, state, adam, momentum, rates, part, rate, self.tolerance)
 
 
 @jax.jit
@@ -73,18 +75,20 @@ def _switch(
     old: SwatsState,
     adam: State,
     momentum: PyTree,
+    rates: list[float],
     part: ArrayLike,
     rate: ArrayLike,
     tolerance: ArrayLike,
 ) -> tuple[PyTree, SwatsState]:
-    """Adam's steps or SGD's, and the search for SGD's rate; `part` is 1 - β₂."""
+    """Adam's steps or SGD's, and the search for SGD's rate; `rates` are the leaves' multipliers, `part` is 1 - β₂."""
     leaves, treedef = jax.tree.flatten(steps, is_leaf=lambda x: x is None)
-    pairs = [(u, g) for u, g in zip(leaves, treedef.flatten_up_to(grads), strict=True) if is_trained(u)]
+    rows = zip(leaves, treedef.flatten_up_to(grads), rates, strict=True)
+    pairs = [(u, g, own) for u, g, own in rows if is_trained(u)]
     dtype = old.average.dtype
 
     # The rate at which SGD's step, projected onto Adam's, is Adam's.
-    along = -sum((inner(u, g) for u, g in pairs), jnp.zeros((), dtype))
-    length = sum((inner(u, u) for u, _ in pairs), jnp.zeros((), dtype))
+    along = -sum((own * inner(u, g) for u, g, own in pairs), jnp.zeros((), dtype))
+    length = sum((inner(u, u) for u, *_ in pairs), jnp.zeros((), dtype))
     found = (length / jnp.where(along == 0, 1, along)).astype(dtype)
     defined = (along != 0) & jnp.isfinite(found)
     searching = defined & ~old.switched
@@ -97,12 +101,12 @@ def _switch(
 
     sgd = -sgd_rate * (rate / jnp.where(old.switched, adam_rate, 1))
 
-    def choose(u: jax.Array, mu: jax.Array | optax.MaskedNode) -> jax.Array:
+    def choose(u: jax.Array, mu: jax.Array | optax.MaskedNode, own: float) -> jax.Array:
         if isinstance(mu, optax.MaskedNode):  # A frozen leaf.
             return u
-        return jnp.where(old.switched, as_dtype((sgd * mu).astype(compute_dtype(u.dtype)), u.dtype), u)
+        return jnp.where(old.switched, as_dtype((sgd * own * mu).astype(compute_dtype(u.dtype)), u.dtype), u)
 
-    updates = map_trained(choose, steps, momentum)
+    updates = map_trained(choose, steps, momentum, treedef.unflatten(rates))
     restarted = jax.tree.map(lambda mu: jnp.where(now, jnp.zeros_like(mu), mu), adam.slots["mu"])
     adam = adam._replace(slots={**adam.slots, "mu": restarted})
     return updates, SwatsState(adam, average, old.switched | now, sgd_rate, adam_rate)

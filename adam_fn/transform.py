@@ -8,6 +8,7 @@ not fit its parameter is an error, raised while tracing, that names the leaf.
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -21,8 +22,9 @@ from adam_fn.codec import Cast, Codec, Stored, Uncoded
 from adam_fn.execute.body import PARAMETERS, UPDATES, Inputs, Write, as_real, compute_dtype
 from adam_fn.execute.run import run_leaf
 from adam_fn.execute.store import load, store, stored_spec, structure
+from adam_fn.groups import Group, Groups, rules_of
 from adam_fn.leaves import Leaves, Mask, PyTree, fixed_mask, named
-from adam_fn.rule import Clock, Rule, Weight, WeightDecay
+from adam_fn.rule import Clock, Range, Rule, Weight, checked
 
 
 class State(NamedTuple):
@@ -55,6 +57,7 @@ class _Spec:
     mask: Hashable = dataclasses.field(metadata={"static": True})
     frozen: Hashable = dataclasses.field(metadata={"static": True})
     storage_mask: Hashable = dataclasses.field(metadata={"static": True})
+    groups: Groups | None = dataclasses.field(metadata={"static": True})
     kernel: bool = dataclasses.field(metadata={"static": True})
 
     def __eq__(self, other: object) -> bool:
@@ -69,6 +72,8 @@ class _Spec:
     def trained(self, leaves: Leaves, tree: PyTree) -> list[bool]:
         """Which leaves are trained: floating or complex, and not frozen."""
         frozen = leaves.spread("frozen", self.frozen, tree) if self.frozen is not None else [False] * len(leaves.leaves)
+        if self.groups is not None:
+            frozen = [fixed or group.frozen for fixed, group in zip(frozen, self.groups.of(tree), strict=True)]
         return [
             x is not None and not fixed and jnp.issubdtype(jnp.result_type(x), jnp.inexact)
             for x, fixed in zip(leaves.leaves, frozen, strict=True)
@@ -194,12 +199,12 @@ def _update(
 
     rule = spec.rule.at(state.count)
     decays = [True] * len(trained) if spec.mask is None else leaves.spread("mask", spec.mask, reference)
-    rules = {True: rule, False: rule.without(WeightDecay)}
     old_weights = [Weight(*row) for row in state.weights]
     if len(old_weights) != rule.weights:
         raise ValueError(f"the state has {len(old_weights)} bias weights, but {spec.rule} has {rule.weights}")
     weights = rule.weigh(old_weights, state.count)
     clock = Clock(state.count, tuple(weight.value for weight in weights), learning_rate)
+    rules = rules_of(rule, clock, decays, None if spec.groups is None else spec.groups.of(reference))
     is_random = any(codec.random for _, codec in spec.codecs)
 
     lows = [None] * len(trained) if low is None else leaves.match(low, "the state's remainder", "the parameters")
@@ -212,11 +217,12 @@ def _update(
             continue
         old = {name: slot[i] for name, slot in slots.items()}
         _check_leaf(path, g, p, old, own[i])
-        now = dataclasses.replace(clock, index=jnp.int32(i)) if is_random else clock
+        own_rule, now = rules[i]
+        now = dataclasses.replace(now, index=jnp.int32(i)) if is_random else now
         with named(path):
             how = write if params is None else write.of(jnp.result_type(p))
             inputs = Inputs(g, None if params is None else p, lows[i] if isinstance(lows[i], jax.Array) else None)
-            done = run_leaf(rules[decays[i]], own[i], inputs, old, now, write=how, kernel=spec.kernel)
+            done = run_leaf(own_rule, own[i], inputs, old, now, write=how, kernel=spec.kernel)
         updates.append(done.result)
         stored.append(done.stored)
         lows[i] = lows[i] if done.low is None else done.low
@@ -247,11 +253,15 @@ def _decoded(spec: _Spec, slot: str, state: State, params: PyTree) -> PyTree:
 
 def _rate(learning_rate: ArrayLike | None) -> jax.Array | None:
     """The rate of one step, as it was given to `update`; an array once `jit` has taken it."""
-    if isinstance(learning_rate, (int, float, np.generic)):
-        return cast(jax.Array, float(learning_rate))  # One type, one compilation.
-    if learning_rate is not None and jnp.shape(learning_rate) != ():
-        raise ValueError(f"learning_rate must be a scalar, got an array of shape {jnp.shape(learning_rate)}")
-    return cast("jax.Array | None", learning_rate)
+    if learning_rate is None:
+        return None
+    if callable(learning_rate):
+        raise TypeError(f"the learning_rate of one update must be a number or a 0-d array, got {learning_rate!r}")
+    # Of a number a float: one type, one compilation.
+    rate = checked("learning_rate", learning_rate, Range(0.0, math.inf))
+    if not jnp.issubdtype(jnp.result_type(rate), jnp.floating):
+        raise TypeError(f"learning_rate must be floating, got an array of {jnp.result_type(rate)}")
+    return cast(jax.Array, rate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,6 +314,11 @@ class Update:
         """What `write` makes of the updates and of `low`, a tree of what is stored beside the parameters."""
         return _update(self.spec, grads, self._checked(state), params, _rate(learning_rate), low, write=write)
 
+    def rates(self, params: PyTree) -> list[float]:
+        """What multiplies the rate of each leaf, None included."""
+        groups = self.spec.groups
+        return [1.0] * len(Leaves(params).leaves) if groups is None else [group.rate for group in groups.of(params)]
+
     def decoded(self, slot: str, state: State, params: PyTree) -> PyTree:
         """A slot of the state as arrays in the dtype of the arithmetic, in the structure of `params` (or gradients)."""
         return _decoded(self.spec, slot, state, params)
@@ -339,6 +354,7 @@ def transform(
     mask: Mask | None = None,
     frozen: Mask | None = None,
     storage_mask: Mask | None = None,
+    groups: Groups | Mapping[str, Group] | None = None,
     kernel: bool = False,
 ) -> Transformation:
     """A rule as an optax transformation.
@@ -350,6 +366,7 @@ def transform(
         prefix of it, or a function of the parameters that returns one (see `adam_fn.masks`); all by default.
       frozen: the leaves that are not trained: no moments and a zero update; none by default.
       storage_mask: the leaves that are stored as `storage` says; the others as if it said nothing. All by default.
+      groups: multipliers of `learning_rate` and `weight_decay`, and frozen leaves, by path (see `Groups`).
       kernel: whether a TPU or a GPU runs each leaf as one kernel (see `adam_fn.options.StateOptions`).
     """
     if not isinstance(rule, Rule):
@@ -370,5 +387,6 @@ def transform(
     if not isinstance(kernel, bool):
         raise TypeError(f"kernel must be a bool, got {kernel!r}")
     masks = {"mask": mask, "frozen": frozen, "storage_mask": storage_mask}
-    spec = _Spec(rule, codecs, **{name: fixed_mask(name, value) for name, value in masks.items()}, kernel=kernel)
+    fixed = {name: fixed_mask(name, value) for name, value in masks.items()}
+    spec = _Spec(rule, codecs, **fixed, groups=None if groups is None else Groups.made_of(groups), kernel=kernel)
     return Transformation(Init(spec), Update(spec))

@@ -53,6 +53,16 @@ class _Method:
         return self.wrapper.write(grads, state, params)
 
 
+def written(
+    tx: optax.GradientTransformation, grads: PyTree, state: optax.OptState, params: PyTree
+) -> tuple[PyTree, PyTree]:
+    """The new parameters and the new state of any transformation; one of this package stores no update on the way."""
+    if (write := getattr(tx.update, "write", None)) is not None:
+        return write(grads, state, params)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+
 def is_trained(update: jax.Array | None) -> bool:
     """Whether an update is of a trained leaf; those of integers and booleans are zeros that nothing may scale."""
     return update is not None and jnp.issubdtype(jnp.result_type(update), jnp.inexact)

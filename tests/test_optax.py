@@ -127,6 +127,19 @@ def test_inject_hyperparams_with_bfloat16_parameters(case: Case) -> None:
         chex.assert_trees_all_close(updates, expected, rtol=2e-5, atol=1e-6)
 
 
+def test_the_rate_alone_injected_with_bfloat16_parameters() -> None:
+    """With static betas nothing is lost but digits of the rate."""
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+    static = ("b1", "b2")
+    injected = optax.inject_hyperparams(adam_fn.adam, static_args=static)(0.125, b2=0.99999)
+    plain = adam_fn.adam(0.125, b2=0.99999)
+    state, other = injected.init(params), plain.init(params)
+    for g in GRADS:
+        updates, state = jax.jit(injected.update)(g, state, params)
+        expected, other = plain.update(g, other, params)
+        chex.assert_trees_all_close(updates, expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("case", MEMBERS, ids=name)
 def test_tree_utilities(case: Case) -> None:
     tx = optax.chain(optax.clip(1.0), case.make(0.1))

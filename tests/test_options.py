@@ -247,6 +247,17 @@ def test_learning_rate_override() -> None:
     with pytest.raises(ValueError, match=r"learning_rate must be a scalar, got an array of shape \(2,\)"):
         tx.update(g, state, p, learning_rate=jnp.ones(2))
 
+    for bad, message in (
+        (-1.0, r"learning_rate must be in \[0, inf\), got -1"),
+        (float("nan"), r"learning_rate must be in \[0, inf\), got nan"),
+        ("0.1", "learning_rate must be a number"),
+        (True, "learning_rate must be a number"),
+        (lambda count: 0.1, "of one update must be a number or a 0-d array"),
+        (jnp.asarray(1), "learning_rate must be floating, got an array of int32"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            tx.update(g, state, p, learning_rate=bad)
+
     jitted = jax.jit(lambda rate: tx.update(g, state, p, learning_rate=rate)[0])
     np.testing.assert_allclose(jitted(0.5), expected, rtol=1e-6)
     jitted(0.1)
@@ -275,7 +286,8 @@ def test_masks_by_rank_and_path() -> None:
     expected = {"dense": {"kernel": True, "bias": False}, "norm": {"scale": False}, "none": None}
     assert masks.path("*/kernel")(params) == expected
     assert masks.path("*bias", "norm/*", invert=True)(params) == expected
-    assert masks.path("kernel")(params)["dense"]["kernel"] is False  # The whole path must match.
+    with pytest.raises(ValueError, match="pattern 'kernel' matches no parameter"):  # The whole path must match.
+        masks.path("*bias", "kernel")(params)
     boxed = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
     assert jax.tree.leaves(masks.path("*bias")(boxed)) == [True, False]
     assert jax.tree.leaves(masks.path("value")({"value": jnp.ones(1)})) == [True]  # A key of a dict is not a box.

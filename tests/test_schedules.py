@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles_momentum as momentum
 import pytest
+from jax.typing import ArrayLike
 
 import adam_fn
 from adam_fn import schedules
@@ -139,3 +140,35 @@ def test_paper_beta1_decay_in_adam() -> None:
         updates, state = tx.update(jnp.ones(()), state)
         np.testing.assert_allclose(updates, -0.1 / math.sqrt(t), rtol=1e-6)
     np.testing.assert_allclose(jnp.asarray(state.weights)[0, 0], 1 - 0.9**4 * 0.5**6, rtol=1e-6)
+
+
+def test_a_decay_rate_by_its_distance_from_one() -> None:
+    """The slow moment after many steps against float64, where a float32 β would be off by one part in a hundred."""
+    steps, schedule = 300, schedules.ademamix_b3(0.999999, 100)
+    grads = np.random.default_rng(0).standard_normal(steps).astype(np.float32) + 1
+
+    def final(tx: Any) -> Any:
+        def step(state: Any, g: jax.Array) -> Any:
+            return tx.update(g, state, jnp.zeros(()))[1], None
+
+        return jax.jit(lambda: jax.lax.scan(step, tx.init(jnp.zeros(())), jnp.asarray(grads))[0])()
+
+    slow = 0.0
+    halves = [math.log(0.5) / math.log(beta) for beta in (0.9, 0.999999)]
+    for i, g in enumerate(grads.astype(float)):
+        x = min((i + 1) / 100, 1.0)
+        slow += -math.expm1(-math.log(2) / (halves[0] + (halves[1] - halves[0]) * x)) * (g - slow)
+    exact, short = (final(adam_fn.ademamix(1e-3, b3=b3)) for b3 in (schedule, schedule.__call__))
+    np.testing.assert_allclose(exact.slots["slow"], slow, rtol=2e-6)
+    assert abs(float(short.slots["slow"]) / slow - 1) > 1e-4
+
+    # As the number, in every member that has the argument; and equal by value.
+    for make in (adam_fn.adam, adam_fn.nadam, adam_fn.adan, adam_fn.radam, adam_fn.adamax, adam_fn.lion):
+        number, by = make(1e-3, b2=0.99999), make(1e-3, b2=schedules.by_complement(_tiny))
+        assert by == make(1e-3, b2=schedules.by_complement(_tiny))
+        for found, expected in zip(jax.tree.leaves(final(by)), jax.tree.leaves(final(number)), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=2e-6, atol=1e-9)
+
+
+def _tiny(count: ArrayLike) -> float:
+    return 1e-5

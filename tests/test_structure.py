@@ -17,6 +17,7 @@ LAYERS = (
     ("noise", "layout"),
     ("codec",),
     ("block", "leaves"),
+    ("groups",),
     ("execute",),
     ("execute.body",),
     ("execute.sources", "execute.store"),
@@ -77,12 +78,15 @@ def test_no_file_is_longer_than_400_lines(file: Path) -> None:
 
 
 def test_init_only_names() -> None:
-    body = ast.parse((ROOT / "__init__.py").read_text()).body[1:]
+    *body, exported = ast.parse((ROOT / "__init__.py").read_text()).body[1:]
     for node in body:
         assert isinstance(node, ast.ImportFrom)
         assert all(alias.asname == alias.name for alias in node.names)
     names = [alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names]
     assert len(names) == len(set(names))
+    assert isinstance(exported, ast.Assign)
+    assert ast.unparse(exported.targets[0]) == "__all__"  # What `help` lists.
+    assert sorted(ast.literal_eval(exported.value)) == sorted(names)
     assert all(getattr(importlib.import_module("adam_fn"), name) is not None for name in names)
 
 

@@ -22,6 +22,7 @@ from adam_fn.rule import (
     Weight,
     ema,
     one_minus,
+    plain,
     quotient,
     safe_sqrt,
     shifted,
@@ -101,14 +102,14 @@ class Adam(Moments):
 
     def momentum(self, count: jax.Array) -> Scalar:
         """NAdam's μ at a step; β₁ without a schedule."""
-        return self.b1 if self.momentum_decay is None else nadam_momentum(self.b1, self.momentum_decay)(count)
+        return self.b1 if self.momentum_decay is None else nadam_momentum(plain(self.b1), self.momentum_decay)(count)
 
     def direction(self, mu: jax.Array, g: jax.Array, clock: Clock) -> jax.Array:
         """m̂"""
         weight = clock.weights[0]
         if not self.nesterov:
             return mu * (1 / weight)
-        now, ahead = (self.momentum(clock.count + i) for i in (0, 1))
+        now, ahead = (plain(self.momentum(clock.count + i)) for i in (0, 1))
         if not isinstance(now, (int, float)) and not isinstance(ahead, (int, float)):
             now, ahead = now.astype(mu.dtype), ahead.astype(mu.dtype)
         return ahead / ema(ahead, weight, 1.0) * mu + one_minus(now) / weight * g

@@ -21,6 +21,7 @@ from adam_fn.rule import (
     Slots,
     Weight,
     ema,
+    plain,
     safe_sqrt,
     square,
     weigh,
@@ -171,8 +172,8 @@ class Adan(Adam):
         difference = jnp.where(clock.count == 0, 0, g - slots["grad"])
         mu, stored = self.first_moment(slots, g)
         delta = ema(self.b2, slots["delta"], difference)
-        nu = ema(self.b3, slots["nu"], square(g + self.b2 * difference))
-        ahead = self.direction(mu, g, clock) + self.b2 / clock.weights[2] * delta
+        nu = ema(self.b3, slots["nu"], square(g + plain(self.b2) * difference))
+        ahead = self.direction(mu, g, clock) + plain(self.b2) / clock.weights[2] * delta
         return self.scaled(ahead, nu, clock), {**stored, "nu": nu, "delta": delta, "grad": g}
 
 

@@ -1,0 +1,89 @@
+"""Clipping by the global norm, right for every floating dtype and every magnitude."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from adam_fn.execute.body import as_dtype, as_real, compute_dtype
+from adam_fn.leaves import PyTree
+from adam_fn.rule import safe_sqrt
+from adam_fn.wrapper import Wrapper, is_trained, map_trained
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipByGlobalNorm(Wrapper):
+    """See `clip_by_global_norm`."""
+
+    max_norm: ArrayLike
+
+    def init(self, params: PyTree) -> optax.EmptyState:
+        return optax.EmptyState()
+
+    def update(
+        self, updates: PyTree, state: optax.EmptyState, params: PyTree = None, **extra_args: PyTree
+    ) -> tuple[PyTree, optax.EmptyState]:
+        return _clipped(updates, self.max_norm), state
+
+
+@jax.jit
+def _clipped(updates: PyTree, max_norm: ArrayLike) -> PyTree:
+    found = [as_real(u) for u in jax.tree.leaves(updates) if is_trained(u)]
+    if not found:
+        return updates
+    dtype = compute_dtype(jnp.result_type(*found))
+    max_norm = jnp.asarray(max_norm, dtype)
+
+    def total(function: object) -> jax.Array:
+        return sum((jnp.sum(function(x.astype(dtype))) for x in found), jnp.zeros((), dtype))  # pyright: ignore[reportCallIssue]
+
+    # One pass over the elements: the squares as they are, and times powers of two for the trees where those leave the
+    # range. Of a sum that is used, what is lost in it is too small to be seen beside the rest.
+    half = jnp.finfo(dtype).maxexp // 2
+    up, down = 2.0**half, 2.0 ** -(half + half // 2)
+    # The barrier: XLA would multiply the squares by the square of a constant, which is 0 or infinite.
+    plain, large, small = (
+        total(lambda x, by=by: (x * by) ** 2)
+        for by in jax.lax.optimization_barrier(jnp.asarray([1.0, down, up], dtype))
+    )
+    infinities = total(jnp.isinf)
+
+    infinite = (infinities > 0) & ~jnp.isnan(plain)
+    is_small, is_large = plain < 2.0 ** -(half - 4), plain == jnp.inf
+    root = safe_sqrt(jnp.where(is_small, small, jnp.where(is_large, large, plain)))
+    root = jnp.where(infinite, jnp.sqrt(infinities), root)
+    scale = jnp.where(is_small, up, jnp.where(is_large, down, 1.0)).astype(dtype)
+    clips = ~(root / scale <= max_norm) | infinite  # A norm that is nan clips, and everything is nan.
+
+    def clipped(u: jax.Array) -> jax.Array:
+        x = as_real(u).astype(dtype)
+        # In this order: the norm may be above the largest number, and max_norm divided by it below the least.
+        x = jnp.where(infinite, jnp.isinf(x) * jnp.sign(x), x * scale) / jnp.where(root == 0, 1, root) * max_norm
+        return jnp.where(clips, as_dtype(x, u.dtype), u)
+
+    return map_trained(clipped, updates)
+
+
+def clip_by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformationExtraArgs:
+    """Scales a tree of gradients down to a norm of `max_norm` where theirs, ``√Σ|g|²`` over all leaves, is larger.
+
+    As `optax.clip_by_global_norm`, but the norm is taken in float32 (float64 where a leaf is float64) whatever the
+    gradients are, and no square overflows or vanishes: float16 of 300, and float32 of 1e30 or 1e-30, clip as they
+    should. A zero tree stays zero. An infinite element is taken as the limit: the infinities share `max_norm` with
+    their signs, and what is finite beside them becomes 0. A nan makes everything nan. `skip_nonfinite` goes outside,
+    where it sees the gradients as they came: ``skip_nonfinite(optax.chain(clip_by_global_norm(1.0), adamw(1e-3)))``.
+
+    Updates keep their dtypes. A complex leaf counts with its absolute values; integers and None pass through. Inside
+    `shard_map` the norm is that of a shard.
+
+    Args:
+      max_norm: a number of at least 0, or a 0-d array, in units of the gradient.
+    """
+    if isinstance(max_norm, (int, float, np.generic)) and not max_norm >= 0:
+        raise ValueError(f"max_norm must be at least 0, got {max_norm}")
+    if jnp.shape(max_norm) != ():
+        raise ValueError(f"max_norm must be a scalar, got an array of shape {jnp.shape(max_norm)}")
+    return ClipByGlobalNorm(max_norm).transformation()

@@ -1,0 +1,100 @@
+"""A guard: steps whose gradients are not finite are not made."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adam_fn.leaves import PyTree
+from adam_fn.wrapper import Wrapper, check_state, is_trained, written
+
+
+class GuardState(NamedTuple):
+    """The state of `skip_nonfinite`.
+
+    Attributes:
+      skipped: how many steps were skipped so far, an int32 scalar.
+      consecutive: how many of the last steps, up to and with the last one, had a gradient that is not finite; an int32
+        scalar.
+      inner: the state of the transformation that is wrapped.
+    """
+
+    skipped: jax.Array
+    consecutive: jax.Array
+    inner: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True)
+class SkipNonfinite(Wrapper):
+    """See `skip_nonfinite`."""
+
+    tx: optax.GradientTransformation
+    max_consecutive: int
+
+    def init(self, params: PyTree) -> GuardState:
+        # Two arrays, not one: a buffer can be donated once.
+        return GuardState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), self.tx.init(params))
+
+    def update(
+        self, updates: PyTree, state: GuardState, params: PyTree = None, **extra_args: PyTree
+    ) -> tuple[PyTree, GuardState]:
+        check_state(state, GuardState, "skip_nonfinite")
+        new, inner = optax.with_extra_args_support(self.tx).update(updates, state.inner, params, **extra_args)
+        return _guarded(self.max_consecutive, updates, state, inner, new)
+
+    def write(self, grads: PyTree, state: GuardState, params: PyTree) -> tuple[PyTree, GuardState]:
+        check_state(state, GuardState, "skip_nonfinite")
+        new, inner = written(self.tx, grads, state.inner, params)
+        return _guarded(self.max_consecutive, grads, state, inner, new, params)
+
+
+@jax.jit
+def _guarded(
+    max_consecutive: int, grads: PyTree, state: GuardState, inner: PyTree, new: PyTree, old: PyTree = None
+) -> tuple[PyTree, GuardState]:
+    """What is new where the step is made, and what was before where it is not; no update where there is no `old`."""
+    finite = jnp.asarray(True)
+    for g in filter(is_trained, jax.tree.leaves(grads)):
+        finite &= jnp.isfinite(g).all()
+    consecutive = jnp.where(finite, 0, optax.safe_increment(state.consecutive))
+    made = finite | (consecutive > max_consecutive)
+
+    def nothing(u: jax.Array) -> jax.Array:
+        # -0 and not 0: of the two only that leaves a parameter of -0 as it is.
+        return -jnp.zeros_like(u) if is_trained(u) else jnp.zeros_like(u)
+
+    def choose(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(made, new, old)
+
+    result = jax.tree.map(choose, new, jax.tree.map(nothing, new) if old is None else old)
+    skipped = jnp.where(made, state.skipped, optax.safe_increment(state.skipped))
+    return result, GuardState(skipped, consecutive, jax.tree.map(choose, inner, state.inner))
+
+
+def skip_nonfinite(
+    tx: optax.GradientTransformation, max_consecutive: int = 10
+) -> optax.GradientTransformationExtraArgs:
+    """Skips a step where a gradient is infinite or nan; the outermost wrapper, around any transformation.
+
+    ::
+
+        tx = skip_nonfinite(optax.chain(clip_by_global_norm(1.0), adamw(1e-3)))
+
+    A skipped step leaves the parameters, the moments, the step count and with it schedules and random streams bit for
+    bit as they were: training goes on as if the batch had not been. ``state.skipped`` counts such steps. Like
+    `optax.apply_if_finite` it gives up in the end: after `max_consecutive` skips in a row the next update is made
+    whatever it is, so that a training that is broken shows it, and every further one until gradients are finite again.
+
+    The step is computed and then chosen, element by element, so each member of a `vmap` skips for itself, and
+    `make_step` still works in place. Inside `shard_map` give all shards the same gradients (after `psum`), or they
+    decide differently. Gradients of frozen leaves count as well; those of integers, and None, do not.
+
+    Args:
+      tx: any optax transformation.
+      max_consecutive: how many steps in a row are skipped at most; 0 skips none.
+    """
+    if isinstance(max_consecutive, bool) or not isinstance(max_consecutive, int) or max_consecutive < 0:
+        raise ValueError(f"max_consecutive must be an integer of at least 0, got {max_consecutive!r}")
+    return SkipNonfinite(tx, max_consecutive).transformation()

@@ -1,0 +1,197 @@
+"""Skipped steps leave no trace, whatever is stored; clipping by the norm at every magnitude."""
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import MEMBERS, Case, name
+from helpers import random_gradients
+
+import adam_fn
+from adam_fn import Block
+
+STEPS, SIZE = 40, 64
+PARAMS = {"w": jnp.linspace(-1, 1, SIZE).reshape(2, -1), "b": jnp.asarray([1.0, -0.0]), "n": jnp.arange(3), "z": None}
+BAD = np.asarray([np.nan, np.inf, -np.inf], np.float32)
+
+
+def _grads(steps: int, size: int = SIZE) -> dict[str, Any]:
+    """Those of the floating leaves."""
+    grads = random_gradients(steps, size + 2)
+    return {"w": grads[:, :size].reshape(steps, 2, -1), "b": grads[:, size:]}
+
+
+def _low(params: Any) -> Any:
+    return jax.tree.map(lambda p: p.astype(jnp.bfloat16) if jnp.issubdtype(p.dtype, jnp.floating) else p, params)
+
+
+def _steps(tx: Any, write: bool) -> Callable[..., Any]:
+    def step(carry: Any, grads: Any) -> Any:
+        params, state = carry
+        grads = {**grads, "n": np.zeros(3, jax.dtypes.float0), "z": None}
+        if write:
+            return tx.update.write(grads, state, params), None
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    return step
+
+
+KINDS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "float32": lambda: adam_fn.adamw(lambda count: 0.1 / (count + 1)),
+    "bfloat16": lambda: adam_fn.amsgrad(0.1, mu_dtype="bfloat16", nu_dtype="bfloat16"),
+    "codes": lambda: adam_fn.adamw(0.1, storage=Block(4)),  # Those of v are rounded at random.
+    "masters": lambda: adam_fn.master_weights(adam_fn.adam(0.1)),
+    "rounding": lambda: optax.chain(adam_fn.adam(0.1), adam_fn.stochastic_rounding(1)),
+    "average": lambda: optax.chain(adam_fn.lamb(0.1), adam_fn.average_params(0.9)),
+    "swats": lambda: adam_fn.swats(0.1, tolerance=1e-2),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_thousands_of_faults_leave_no_trace(kind: str) -> None:
+    """Many trainings at once, a quarter of all steps faulty in one element: each ends as if those had not been."""
+    members, size = (8, 4096) if kind == "codes" else (128, SIZE)  # Smaller leaves have no codes.
+    rng = np.random.default_rng(0)
+    params = {**PARAMS, "w": jnp.linspace(-1, 1, size).reshape(2, -1)}
+    params = _low(params) if kind in ("masters", "rounding") else params
+    tx: Any = adam_fn.skip_nonfinite(KINDS[kind](), max_consecutive=STEPS)
+    clean = _grads(STEPS, size)
+    good = 30
+    # Where the faults come, and with which gradient each step is made: the good ones in their order.
+    faulty = rng.permuted(np.broadcast_to(np.arange(STEPS) >= good, (members, STEPS)), axis=1)
+    place = np.where(faulty, 0, np.cumsum(~faulty, axis=1) - 1)
+    grads = {k: v[place] for k, v in clean.items()}
+    for i, t in np.argwhere(faulty):
+        leaf = grads["w" if rng.random() < 0.7 else "b"][i, t]
+        leaf[tuple(rng.integers(leaf.shape))] = rng.choice(BAD)
+    if kind in ("masters", "rounding"):
+        clean, grads = (jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), g) for g in (clean, grads))
+
+    @jax.jit
+    def run(grads: Any) -> Any:
+        return jax.lax.scan(
+            _steps(tx, write=kind in ("codes", "masters", "average")), (params, tx.init(params)), grads
+        )[0]
+
+    (after, state) = jax.jit(jax.vmap(run))(grads)
+    np.testing.assert_array_equal(state.skipped, STEPS - good)
+    np.testing.assert_array_equal(state.consecutive, np.argmin(faulty[:, ::-1], axis=1))
+    # As many members, so that the sums of `lamb` and `swats` are rounded alike.
+    alike = jax.tree.map(lambda x: jnp.broadcast_to(x[:good], (members, good, *x.shape[1:])), clean)
+    expected, untouched = jax.jit(jax.vmap(run))(alike)
+    assert int(untouched.skipped[0]) == 0
+
+    def same(found: jax.Array, expected: jax.Array) -> None:
+        assert np.isfinite(found.astype(float)).all()
+        np.testing.assert_array_equal(found, expected)
+
+    jax.tree.map(same, (after, state.inner), (expected, untouched.inner))
+
+
+@pytest.mark.parametrize("case", MEMBERS[::4], ids=name)
+def test_a_skipped_step_changes_no_bit(case: Case) -> None:
+    tx: Any = adam_fn.skip_nonfinite(case.make(0.1))
+    step: Any = adam_fn.make_step(tx)
+    grads: Any = {**jax.tree.map(lambda x: jnp.asarray(x[0]), _grads(1)), "n": jnp.zeros(3, int), "z": None}
+    params, state = step(jax.tree.map(jnp.copy, PARAMS), tx.init(PARAMS), grads)
+    params["b"] = params["b"].at[1].set(-0.0)
+    before = jax.device_get((params, state.inner))
+    grads["w"] = grads["w"].at[1, 3].set(jnp.nan)
+    updates, other = tx.update(grads, state, params)
+    by_updates: Any = optax.apply_updates(params, updates)
+    chex.assert_trees_all_equal(jax.device_get((by_updates, other.inner)), before)
+    assert np.signbit(by_updates["b"])[1]
+    params, state = step(params, state, grads)
+    chex.assert_trees_all_equal(jax.device_get((params, state.inner)), before)
+    assert (int(state.skipped), int(state.consecutive)) == (1, 1)
+
+
+def test_past_the_limit_the_failure_shows_as_in_optax() -> None:
+    tx: Any = adam_fn.skip_nonfinite(adam_fn.adam(0.1), 2)
+    peer: Any = optax.apply_if_finite(adam_fn.adam(0.1), 2)
+    params = jnp.ones(3)
+    ours, theirs = tx.init(params), peer.init(params)
+    for i, bad in enumerate([0, 1, 0, 1, 1, 0, 1, 1, 1, 1]):
+        g = jnp.asarray([1.0, 2.0, jnp.nan if bad else 3.0])
+        found, ours = tx.update(g, ours, params)
+        expected, theirs = peer.update(g, theirs, params)
+        np.testing.assert_array_equal(found, expected)
+        chex.assert_trees_all_equal(ours.inner, theirs.inner_state)
+        assert np.isnan(found[2]) == (i >= 8)
+        assert int(ours.consecutive) == int(theirs.notfinite_count)
+    assert int(ours.skipped) == 5  # Seven were faulty; optax counts those.
+    assert np.isnan(jnp.asarray(ours.inner.slots["mu"])[2])
+
+
+def test_the_guard_is_a_value_and_checks_its_arguments() -> None:
+    assert adam_fn.skip_nonfinite(adam_fn.adam(0.1), 3) == adam_fn.skip_nonfinite(adam_fn.adam(0.1), 3)
+    for bad in (-1, 1.5, True):
+        with pytest.raises(ValueError, match="max_consecutive must be an integer of at least 0"):
+            adam_fn.skip_nonfinite(adam_fn.adam(0.1), bad)  # pyright: ignore[reportArgumentType]
+    tx: Any = adam_fn.skip_nonfinite(adam_fn.adam(0.1))
+    with pytest.raises(TypeError, match="skip_nonfinite expected its own state, GuardState"):
+        tx.update(jnp.ones(1), adam_fn.adam(0.1).init(jnp.ones(1)), jnp.ones(1))
+
+
+def _clip(tree: Any, max_norm: float = 1.0) -> Any:
+    tx: Any = adam_fn.clip_by_global_norm(max_norm)
+    return jax.jit(tx.update)(tree, tx.init(tree))[0]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])
+@pytest.mark.parametrize("max_norm", [1.0, 1e-20, 1e20])
+def test_clipping_at_every_magnitude(dtype: str, max_norm: float) -> None:
+    rng = np.random.default_rng(0)
+    exponents = (-6, -2, 0, 2, 4) if dtype == "float16" else (-36, -28, -21, -18, -10, -9, -8, 0, 8, 18, 19, 20, 36)
+    for exponent in exponents:
+        tree = {
+            "a": jnp.asarray(rng.standard_normal((7, 5)) * 10.0**exponent, dtype),
+            "b": {"c": jnp.asarray(rng.uniform(-1, 1) * 10.0**exponent, dtype), "none": None, "int": jnp.arange(2)},
+        }
+        exact = [np.asarray(x, np.complex128 if dtype == "complex64" else float) for x in (tree["a"], tree["b"]["c"])]
+        norm = np.sqrt(sum((np.abs(x) ** 2).sum() for x in exact))
+        found = _clip(tree, max_norm)
+        assert found["b"]["none"] is None
+        np.testing.assert_array_equal(found["b"]["int"], [0, 1])
+        info = jnp.finfo(dtype)
+        for x, y in zip(exact, (found["a"], found["b"]["c"]), strict=True):
+            assert y.dtype == dtype
+            expected = x * min(1.0, max_norm / norm)
+            tiny = float(info.smallest_subnormal if dtype == "float16" else info.tiny)
+            error = np.abs(np.asarray(y, x.dtype) - expected)
+            np.testing.assert_array_less(error, np.abs(expected) * (float(info.eps) + 1e-6) + tiny)
+
+
+def test_clipping_zero_infinity_and_nan() -> None:
+    np.testing.assert_array_equal(_clip({"a": jnp.zeros(3, jnp.float16)})["a"], np.zeros(3))
+    np.testing.assert_array_equal(_clip({"a": jnp.ones(3)}, 0.0)["a"], np.zeros(3))
+    found = _clip({"a": jnp.asarray([jnp.inf, 1.0, 3e38]), "b": jnp.asarray([-jnp.inf, 0.0], jnp.float16)}, 2.0)
+    np.testing.assert_allclose(found["a"], [np.sqrt(2.0), 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(found["b"], [-np.sqrt(2.0), 0], rtol=1e-3)
+    found = _clip({"a": jnp.asarray([jnp.inf, 1.0]), "b": jnp.asarray([jnp.nan, 1.0])})
+    assert all(np.isnan(x).all() for x in jax.tree.leaves(found))
+    # The norm itself is above the largest number.
+    np.testing.assert_allclose(_clip(jnp.full((4, 4), 3e38)), 0.25, rtol=1e-6)
+    assert _clip({"none": None}) == {"none": None}
+
+
+def test_clipping_agrees_with_optax_and_is_a_value() -> None:
+    tree = {"a": jnp.linspace(-3, 3, 8), "b": jnp.ones((2, 2))}
+    for max_norm in (0.5, 100.0):
+        expected, _ = optax.clip_by_global_norm(max_norm).update(tree, optax.EmptyState())
+        chex.assert_trees_all_close(_clip(tree, max_norm), expected, rtol=1e-6)
+    slope: Any = jax.grad(lambda c: _clip({"a": c * jnp.zeros(2), "b": c * jnp.ones(1)}, 0.5)["b"].sum())(2.0)
+    assert abs(slope) < 1e-6
+    assert adam_fn.clip_by_global_norm(1.0) == adam_fn.clip_by_global_norm(1.0)
+    injected: Any = optax.inject_hyperparams(adam_fn.clip_by_global_norm)(0.5)
+    found, _ = injected.update(tree, injected.init(tree), tree)
+    chex.assert_trees_all_close(found, _clip(tree, 0.5), rtol=1e-6)
+    for bad, message in ((-1.0, "at least 0, got -1"), (float("nan"), "at least 0"), (jnp.ones(2), "a scalar")):
+        with pytest.raises(ValueError, match=f"max_norm must be {message}"):
+            adam_fn.clip_by_global_norm(bad)
