@@ -22,6 +22,7 @@ from adam_fn.execute.body import PARAMETERS, UPDATES, Inputs, Write, as_real, co
 from adam_fn.execute.run import run_leaf
 from adam_fn.execute.store import load, store, stored_spec, structure
 from adam_fn.leaves import Leaves, Mask, PyTree, fixed_mask, named
+from adam_fn.observe import Call, note
 from adam_fn.rule import Clock, Rule, Weight, WeightDecay
 
 
@@ -281,6 +282,7 @@ class Update:
     ) -> tuple[PyTree, State]:
         del extra_args  # Meant for other links of a chain.
         state = self._checked(state)
+        note(Call(self.spec, updates, state, params))
         new, _, after = _update(self.spec, updates, state, params, _rate(learning_rate))
         return new, after
 
@@ -302,7 +304,9 @@ class Update:
         learning_rate: ArrayLike | None = None,
     ) -> tuple[PyTree, PyTree, State]:
         """What `write` makes of the updates and of `low`, a tree of what is stored beside the parameters."""
-        return _update(self.spec, grads, self._checked(state), params, _rate(learning_rate), low, write=write)
+        state = self._checked(state)
+        note(Call(self.spec, grads, state, params))
+        return _update(self.spec, grads, state, params, _rate(learning_rate), low, write=write)
 
     def decoded(self, slot: str, state: State, params: PyTree) -> PyTree:
         """A slot of the state as arrays in the dtype of the arithmetic, in the structure of `params` (or gradients)."""
