@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -29,14 +29,12 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from adam_fn.averaging import Average
 from adam_fn.codec import Cast
 from adam_fn.execute.body import as_real, compute_dtype
-from adam_fn.execute.store import structure
 from adam_fn.leaves import Leaves, PyTree
-from adam_fn.observe import Call, observed
-from adam_fn.rule import Clock, Rate, Rule, WeightDecay
-from adam_fn.transform import State, Update
+from adam_fn.parts import Part, calls_of, earlier, hyperparameter, optimizer_of, parts_of
+from adam_fn.rule import Clock, Rate, WeightDecay
+from adam_fn.transform import Update
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -48,86 +46,6 @@ def state_bytes(tx: optax.GradientTransformation, params: PyTree) -> int:
     `params` may be arrays or `jax.ShapeDtypeStruct`. Sharded arrays count as wholes.
     """
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(tx.init, params)))
-
-
-class _Part(NamedTuple):
-    """A transformation of this package somewhere inside `tx`, with its state after the step."""
-
-    spec: Any
-    state: State
-
-    @property
-    def has_moments(self) -> bool:
-        return any(rule.slots and not isinstance(rule, Average) for rule in self.spec.rule.parts())
-
-    def rule(self, ahead: int) -> Rule:
-        """With the values of the schedules; `ahead`: 0 at the last step, 1 at the next."""
-        return self.spec.rule.at(_earlier(self.state.count, ahead))
-
-    def kept(self, params: PyTree) -> PyTree:
-        """The parameters that have slots, and `optax.MaskedNode` in the place of the others."""
-        name, codec = self.spec.codecs[0]
-        leaves = Leaves(params)
-        column = structure(codec).flatten_up_to(self.state.slots[name])[0]
-        slots = leaves.match(column, f"the state's {name}", "the parameters")
-        blank = [isinstance(x, optax.MaskedNode) for x in slots]
-        return leaves.treedef.unflatten(
-            optax.MaskedNode() if no else p for no, p in zip(blank, leaves.leaves, strict=True)
-        )
-
-    def decoded(self, params: PyTree) -> dict[str, PyTree]:
-        return {name: Update(self.spec).decoded(name, self.state, params) for name, _ in self.spec.codecs}
-
-
-def _earlier(count: jax.Array, ahead: int) -> jax.Array:
-    """The zero-based number of the last step, or with ``ahead=1`` of the next, from the count after the last."""
-    return jnp.maximum(count - 1 + ahead, 0)
-
-
-def _calls(tx: optax.GradientTransformation, grads: PyTree, state: PyTree, params: PyTree) -> list[Call]:
-    """The updates that `tx` calls. What they compute is not used, so no compiled program contains it."""
-    with observed() as calls:
-        tx.update(grads, state, params)
-    # The last of equal ones: `MultiSteps` traces two branches. Hyperparameters that are arrays do not count.
-    return list({jax.tree.structure(call.spec): call for call in calls}.values())
-
-
-def _parts(tx: optax.GradientTransformation, state: PyTree, params: PyTree, ahead: int = 0) -> list[_Part]:
-    """All parts, with the hyperparameters that `optax.inject_hyperparams` gives them at the step that is meant."""
-
-    def moved(path: jax.tree_util.KeyPath, x: Any) -> Any:  # noqa: ANN401
-        is_count = path and path[-1] == jax.tree_util.GetAttrKey("count") and jnp.issubdtype(x.dtype, jnp.integer)
-        return _earlier(x, ahead) if is_count else x
-
-    then = jax.tree_util.tree_map_with_path(moved, state)
-    states = [x for x in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, State)) if isinstance(x, State)]
-    # By their slots and not by what was called: inside of `lax.cond` (`MultiSteps`) that is not of this program.
-    return [
-        _Part(call.spec, found)
-        for call in _calls(tx, jax.tree.map(jnp.zeros_like, params), then, params)
-        for found in states
-        if set(found.slots) == set(dict(call.spec.codecs))
-    ]
-
-
-def _optimizer(parts: Sequence[_Part]) -> _Part:
-    """The part that has moments."""
-    found = [part for part in parts if part.has_moments]
-    if len(found) != 1:
-        raise ValueError(
-            f"expected a transformation with one optimizer of adam_fn in it, found {len(found)}: give the part that is "
-            "meant, and its state"
-        )
-    return found[0]
-
-
-def _hyperparameter(parts: Sequence[_Part], kind: type[Rule], name: str, ahead: int) -> jax.Array | None:
-    """What the part of a kind has; None where there is no such part."""
-    own = {id(part.spec): part for part in parts}.values()  # Many states may have the slots of one part.
-    found = [rule for part in own for rule in part.rule(ahead).parts() if isinstance(rule, kind)]
-    if len(found) > 1:
-        raise ValueError(f"expected one {kind.__name__} in the transformation, found {len(found)}: {found}")
-    return jnp.asarray(getattr(found[0], name), float) if found else None
 
 
 def _compiled(function: Callable[P, T]) -> Callable[P, T]:
@@ -164,7 +82,7 @@ def learning_rate(tx: optax.GradientTransformation, state: PyTree, params: PyTre
     Raises:
       ValueError: where `tx` has no `Rate`, or more than one.
     """
-    found = _hyperparameter(_parts(tx, state, params, ahead), Rate, "learning_rate", ahead)
+    found = hyperparameter(parts_of(tx, state, params, ahead), Rate, "learning_rate", ahead)
     if found is None:
         raise ValueError("expected one Rate in the transformation, found 0")
     return found
@@ -177,11 +95,11 @@ def weight_decay(tx: optax.GradientTransformation, state: PyTree, params: PyTree
     Its meaning (times the rate or not, of which leaves) is the transformation's. The arguments are those of
     `learning_rate`.
     """
-    found = _hyperparameter(_parts(tx, state, params, ahead), WeightDecay, "weight_decay", ahead)
+    found = hyperparameter(parts_of(tx, state, params, ahead), WeightDecay, "weight_decay", ahead)
     return jnp.zeros(()) if found is None else found
 
 
-def _signal_to_noise(part: _Part, params: PyTree) -> PyTree | None:
+def _signal_to_noise(part: Part, params: PyTree) -> PyTree | None:
     """None where the rule has none."""
     kept = part.kept(params)
     leaves, rule = Leaves(kept), part.rule(0)
@@ -193,7 +111,7 @@ def _signal_to_noise(part: _Part, params: PyTree) -> PyTree | None:
             found.append(None)
             continue
         dtype = compute_dtype(jnp.result_type(p))
-        clock = Clock(_earlier(part.state.count, 0), tuple(weight.astype(dtype) for weight in weights))
+        clock = Clock(earlier(part.state.count, 0), tuple(weight.astype(dtype) for weight in weights))
         ratio = rule.cast(dtype).signal_to_noise({name: slot[i] for name, slot in slots.items()}, clock)
         if ratio is None:
             return None
@@ -201,8 +119,8 @@ def _signal_to_noise(part: _Part, params: PyTree) -> PyTree | None:
     return leaves.treedef.unflatten(found)
 
 
-def _required(tx_parts: Sequence[_Part], params: PyTree) -> PyTree:
-    part = _optimizer(tx_parts)
+def _required(tx_parts: Sequence[Part], params: PyTree) -> PyTree:
+    part = optimizer_of(tx_parts)
     ratio = _signal_to_noise(part, params)
     if ratio is None:
         raise ValueError(f"there is no m̂/√v̂ in {part.spec.rule}, whose slots are {sorted(part.state.slots)}")
@@ -220,7 +138,7 @@ def signal_to_noise(tx: optax.GradientTransformation, state: PyTree, params: PyT
     Raises:
       ValueError: of Lion, and where ``b1 = 0``: no signal or no noise is stored. See the module for the rest.
     """
-    return _required(_parts(tx, state, params), params)
+    return _required(parts_of(tx, state, params), params)
 
 
 @_compiled
@@ -238,14 +156,14 @@ def effective_step(
       params: the parameters, for their structure.
       learning_rate: α where ``update(..., learning_rate=x)`` set it; else that of the transformation.
     """
-    parts = _parts(tx, state, params)
+    parts = parts_of(tx, state, params)
     return _scaled(_required(parts, params), _rate(parts, learning_rate, required=True))
 
 
-def _rate(parts: Sequence[_Part], given: ArrayLike | None, *, required: bool = False) -> jax.Array | None:
+def _rate(parts: Sequence[Part], given: ArrayLike | None, *, required: bool = False) -> jax.Array | None:
     if given is not None:
         return jnp.asarray(given, float)
-    found = _hyperparameter(parts, Rate, "learning_rate", 0)
+    found = hyperparameter(parts, Rate, "learning_rate", 0)
     if found is None and required:
         raise ValueError("expected one Rate in the transformation, found 0: give learning_rate")
     return found
@@ -301,7 +219,7 @@ def at_bound(tx: optax.GradientTransformation, state: PyTree, params: PyTree, *,
     sparse exceeds. 1 at the first step. A share that stays high asks for a larger rate, or warns of a rate that the
     gradient never opposes. Of an empty leaf it is 0.
     """
-    return jax.tree.map(lambda x: _share([x], threshold), _required(_parts(tx, state, params), params))
+    return jax.tree.map(lambda x: _share([x], threshold), _required(parts_of(tx, state, params), params))
 
 
 @jax.jit
@@ -318,16 +236,16 @@ def _lost(
     tx: optax.GradientTransformation, grads: PyTree, state: PyTree, params: PyTree
 ) -> dict[str, tuple[PyTree, PyTree]]:
     """By slot that is stored in another form: what the slots become, and what storing them takes away."""
-    found = [call for call in _calls(tx, grads, state, params) if _Part(call.spec, call.state).has_moments]
+    found = [call for call in calls_of(tx, grads, state, params) if Part(call.spec, call.state).has_moments]
     if len(found) != 1:
-        _optimizer([_Part(call.spec, call.state) for call in found])
+        optimizer_of([Part(call.spec, call.state) for call in found])
     spec, grads, before, params = found[0]
     coded = [name for name, codec in spec.codecs if codec != Cast()]
     if not coded:
         return {}
     reference = grads if params is None else params
     plain = dataclasses.replace(spec, codecs=tuple((name, Cast()) for name, _ in spec.codecs), storage_mask=None)
-    slots = _Part(spec, before).decoded(reference)
+    slots = Part(spec, before).decoded(reference)
     _, exact = Update(plain)(grads, before._replace(slots=slots), params)
     _, after = Update(spec)(grads, before, params)
     stored = {name: Update(spec).decoded(name, after, reference) for name in coded}
@@ -406,8 +324,8 @@ def summary(
       learning_rate: α where ``update(..., learning_rate=x)`` set it.
       per_leaf: adds the same for each leaf, as ``signal_to_noise/layers/0/kernel``: the path as in `adam_fn.masks`.
     """
-    parts = _parts(tx, state, params)
-    optimizer = _optimizer(parts)
+    parts = parts_of(tx, state, params)
+    optimizer = optimizer_of(parts)
     found: dict[str, jax.Array] = {}
 
     def add(key: str, function: Callable[..., jax.Array], *trees: PyTree) -> None:
@@ -418,9 +336,9 @@ def summary(
     rate = _rate(parts, learning_rate)
     if rate is not None:
         found["learning_rate"] = rate
-        ahead = _hyperparameter(_parts(tx, state, params, 1), Rate, "learning_rate", 1)
+        ahead = hyperparameter(parts_of(tx, state, params, 1), Rate, "learning_rate", 1)
         found["next_learning_rate"] = rate if ahead is None else ahead
-    decay = _hyperparameter(parts, WeightDecay, "weight_decay", 0)
+    decay = hyperparameter(parts, WeightDecay, "weight_decay", 0)
     found["weight_decay"] = jnp.zeros(()) if decay is None else decay
     ratio = _signal_to_noise(optimizer, params)
     if ratio is not None:
