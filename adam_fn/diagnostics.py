@@ -10,6 +10,7 @@
 `inject_hyperparams`, `MultiSteps` or `apply_if_finite`, or in a wrapper of this package; `state` is that of `tx`
 **after** a step, and `params` has the parameters' structure. With two optimizers, or none, it is a ValueError: give the
 part that is meant, and its state. (Where a copy of `tx.update` is jitted by itself, nothing can be seen inside of it.)
+From an `nnx.Optimizer` and its model take ``nnx.as_pure`` of ``optimizer.opt_state`` and of ``nnx.state(model, wrt)``.
 
 What is stored in codes is decoded. Trees have the structure of the parameters, with `optax.MaskedNode` for leaves that
 are not trained (integers, frozen ones) and None for None; complex leaves are two reals, of shape ``(2, *shape)``.
@@ -133,7 +134,8 @@ def signal_to_noise(tx: optax.GradientTransformation, state: PyTree, params: PyT
 
     Near ±1 successive gradients agree; near an optimum they do not, the ratio falls, and the step with it. v̂ is what
     the optimizer divides by: AMSGrad's maximum, AdaBelief's ``(g - m)²``; of AdaMax it is ``m̂/v``, of LaProp m̂ and of
-    ADOPT m, which are averages of ratios. 0 before the first step and where all gradients so far were 0.
+    ADOPT m, which are averages of ratios. 0 before the first step and where all gradients so far were 0. After `swats`
+    has switched it says nothing: m is SGD's momentum then.
 
     Raises:
       ValueError: of Lion, and where ``b1 = 0``: no signal or no noise is stored. See the module for the rest.
