@@ -1,9 +1,44 @@
-"""What can be read off a transformation and its state."""
+"""What can be read off a transformation and its state: pure functions, compiled, at home inside `jit` and outside.
+
+::
+
+    updates, state = tx.update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+    logger.log(adam_fn.diagnostics.summary(tx, state, params, updates))
+
+`tx` is any transformation with one optimizer of this package in it: bare, in `optax.chain`, `masked`, `partition`,
+`inject_hyperparams`, `MultiSteps` or `apply_if_finite`, or in a wrapper of this package; `state` is that of `tx`
+**after** a step, and `params` has the parameters' structure. With two optimizers, or none, it is a ValueError: give the
+part that is meant, and its state. (Where a copy of `tx.update` is jitted by itself, nothing can be seen inside of it.)
+From an `nnx.Optimizer` and its model take ``nnx.as_pure`` of ``optimizer.opt_state`` and of ``nnx.state(model, wrt)``.
+
+What is stored in codes is decoded. Trees have the structure of the parameters, with `optax.MaskedNode` for leaves that
+are not trained (integers, frozen ones) and None for None; complex leaves are two reals, of shape ``(2, *shape)``.
+Arrays have the dtype of the arithmetic (float32, float64 for float64 parameters) and the parameters' sharding. Norms
+neither overflow nor underflow where the numbers themselves do not.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.typing import ArrayLike
 
-from adam_fn.leaves import PyTree
+from adam_fn.codec import Cast
+from adam_fn.execute.body import as_real, compute_dtype
+from adam_fn.leaves import Leaves, PyTree
+from adam_fn.parts import Part, calls_of, earlier, hyperparameter, optimizer_of, parts_of
+from adam_fn.rule import Clock, Rate, WeightDecay
+from adam_fn.transform import Update
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def state_bytes(tx: optax.GradientTransformation, params: PyTree) -> int:
@@ -12,3 +47,320 @@ def state_bytes(tx: optax.GradientTransformation, params: PyTree) -> int:
     `params` may be arrays or `jax.ShapeDtypeStruct`. Sharded arrays count as wholes.
     """
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(tx.init, params)))
+
+
+def _compiled(function: Callable[P, T]) -> Callable[P, T]:
+    """Compiled for each transformation; an error says what `lax.cond` hides."""
+    names = set(inspect.signature(function).parameters) & {"tx", "ahead", "threshold", "per_leaf"}
+    compiled = jax.jit(function, static_argnames=tuple(sorted(names)))
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return compiled(*args, **kwargs)
+        except jax.errors.UnexpectedTracerError as error:
+            raise ValueError(
+                f"{function.__name__} cannot see what lax.cond hands to the optimizer inside of it (as in "
+                "optax.MultiSteps and apply_if_finite): give the inner transformation, and its state"
+            ) from error
+
+    return wrapped
+
+
+@_compiled
+def learning_rate(tx: optax.GradientTransformation, state: PyTree, params: PyTree, *, ahead: int = 0) -> jax.Array:
+    """The learning rate α of the step that led to `state`, schedules evaluated, a float32 scalar.
+
+    That is the rate of this package's `Rate`, of `optax.inject_hyperparams` too; links of optax that scale the updates
+    are not seen, nor is ``update(..., learning_rate=x)``. After `swats` has switched it is Adam's rate.
+
+    Args:
+      tx: the transformation.
+      state: its state, after a step.
+      params: the parameters, for their structure.
+      ahead: 0 for the last step (before the first one: the first), 1 for the next one, and so on.
+
+    Raises:
+      ValueError: where `tx` has no `Rate`, or more than one.
+    """
+    found = hyperparameter(parts_of(tx, state, params, ahead), Rate, "learning_rate", ahead)
+    if found is None:
+        raise ValueError("expected one Rate in the transformation, found 0")
+    return found
+
+
+@_compiled
+def weight_decay(tx: optax.GradientTransformation, state: PyTree, params: PyTree, *, ahead: int = 0) -> jax.Array:
+    """The weight decay λ of the step that led to `state`, schedules evaluated, a float32 scalar; 0 without decay.
+
+    Its meaning (times the rate or not, of which leaves) is the transformation's. The arguments are those of
+    `learning_rate`.
+    """
+    found = hyperparameter(parts_of(tx, state, params, ahead), WeightDecay, "weight_decay", ahead)
+    return jnp.zeros(()) if found is None else found
+
+
+def _signal_to_noise(part: Part, params: PyTree) -> PyTree | None:
+    """None where the rule has none."""
+    kept = part.kept(params)
+    leaves, rule = Leaves(kept), part.rule(0)
+    slots = {name: leaves.match(slot, name, "the parameters") for name, slot in part.decoded(kept).items()}
+    weights = tuple(jnp.asarray(part.state.weights)[:, 0]) if rule.weights else ()
+    found: list[jax.Array | None] = []
+    for i, p in enumerate(leaves.leaves):
+        if p is None:
+            found.append(None)
+            continue
+        dtype = compute_dtype(jnp.result_type(p))
+        clock = Clock(earlier(part.state.count, 0), tuple(weight.astype(dtype) for weight in weights))
+        ratio = rule.cast(dtype).signal_to_noise({name: slot[i] for name, slot in slots.items()}, clock)
+        if ratio is None:
+            return None
+        found.append(jnp.where(part.state.count > 0, ratio, 0))  # All bias weights are 0 before the first step.
+    return leaves.treedef.unflatten(found)
+
+
+def _required(tx_parts: Sequence[Part], params: PyTree) -> PyTree:
+    part = optimizer_of(tx_parts)
+    ratio = _signal_to_noise(part, params)
+    if ratio is None:
+        raise ValueError(f"there is no m̂/√v̂ in {part.spec.rule}, whose slots are {sorted(part.state.slots)}")
+    return ratio
+
+
+@_compiled
+def signal_to_noise(tx: optax.GradientTransformation, state: PyTree, params: PyTree) -> PyTree:
+    """The signal-to-noise ratio ``m̂/√v̂`` of every element (arXiv 1412.6980, section 2.1), a tree of arrays.
+
+    Near ±1 successive gradients agree; near an optimum they do not, the ratio falls, and the step with it. v̂ is what
+    the optimizer divides by: AMSGrad's maximum, AdaBelief's ``(g - m)²``; of AdaMax it is ``m̂/v``, of LaProp m̂ and of
+    ADOPT m, which are averages of ratios. 0 before the first step and where all gradients so far were 0. After `swats`
+    has switched it says nothing: m is SGD's momentum then.
+
+    Raises:
+      ValueError: of Lion, and where ``b1 = 0``: no signal or no noise is stored. See the module for the rest.
+    """
+    return _required(parts_of(tx, state, params), params)
+
+
+@_compiled
+def effective_step(
+    tx: optax.GradientTransformation, state: PyTree, params: PyTree, *, learning_rate: ArrayLike | None = None
+) -> PyTree:
+    """The effective step ``Δ = α m̂/√v̂`` of every element (arXiv 1412.6980, section 2.1), a tree of arrays.
+
+    It is what the moments ask for: no ε, no weight decay, trust ratio or mask. What was done is in the updates; see
+    `update_to_weight`.
+
+    Args:
+      tx: the transformation.
+      state: its state, after a step.
+      params: the parameters, for their structure.
+      learning_rate: α where ``update(..., learning_rate=x)`` set it; else that of the transformation.
+    """
+    parts = parts_of(tx, state, params)
+    return _scaled(_required(parts, params), _rate(parts, learning_rate, required=True))
+
+
+def _rate(parts: Sequence[Part], given: ArrayLike | None, *, required: bool = False) -> jax.Array | None:
+    if given is not None:
+        return jnp.asarray(given, float)
+    found = hyperparameter(parts, Rate, "learning_rate", 0)
+    if found is None and required:
+        raise ValueError("expected one Rate in the transformation, found 0: give learning_rate")
+    return found
+
+
+def _scaled(ratio: PyTree, rate: jax.Array | None) -> PyTree:
+    return jax.tree.map(lambda x: x * cast(jax.Array, rate).astype(x.dtype), ratio)
+
+
+def _norm(arrays: Sequence[jax.Array]) -> jax.Array:
+    """The L2 norm of some arrays as one; a scalar of their dtype."""
+    largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(x), initial=0) for x in arrays], jnp.zeros(()))
+    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    squares = sum((jnp.sum((x / scale.astype(x.dtype)) ** 2) for x in arrays), jnp.zeros_like(scale))
+    return scale * jnp.sqrt(squares)
+
+
+def _size(arrays: Sequence[jax.Array]) -> int:
+    return max(sum(x.size for x in arrays), 1)
+
+
+def _rms(arrays: Sequence[jax.Array]) -> jax.Array:
+    return _norm(arrays) / _size(arrays) ** 0.5
+
+
+def _share(arrays: Sequence[jax.Array], threshold: float) -> jax.Array:
+    """Of the elements that are at least `threshold` in size."""
+    return sum((jnp.sum(jnp.abs(x) >= threshold, dtype=x.dtype) for x in arrays), jnp.zeros(())) / _size(arrays)
+
+
+def _quotient(x: jax.Array, y: jax.Array) -> jax.Array:
+    """``x/y`` of norms; 0 where both are 0."""
+    return jnp.where(x == 0, x, x / jnp.where((x == 0) & (y == 0), 1, y))
+
+
+def _reals(tree: PyTree) -> PyTree:
+    """The arrays of a tree in the dtype of the arithmetic, complex ones as two reals; no integers and no None."""
+
+    def real(x: ArrayLike) -> jax.Array | optax.MaskedNode:
+        array = jnp.asarray(x)
+        if not jnp.issubdtype(array.dtype, jnp.inexact):
+            return optax.MaskedNode()
+        return as_real(array).astype(compute_dtype(array.dtype))
+
+    return jax.tree.map(real, tree)
+
+
+@_compiled
+def at_bound(tx: optax.GradientTransformation, state: PyTree, params: PyTree, *, threshold: float = 0.99) -> PyTree:
+    """The share of each leaf's elements at the step bound, ``|m̂|/√v̂ ≥ threshold``, a tree of scalars in [0, 1].
+
+    The bound is ``|Δ| ≤ α`` of arXiv 1412.6980, section 2.1: what a steady gradient reaches, and one that grows or is
+    sparse exceeds. 1 at the first step. A share that stays high asks for a larger rate, or warns of a rate that the
+    gradient never opposes. Of an empty leaf it is 0.
+    """
+    return jax.tree.map(lambda x: _share([x], threshold), _required(parts_of(tx, state, params), params))
+
+
+@jax.jit
+def update_to_weight(updates: PyTree, params: PyTree) -> PyTree:
+    """``‖u‖/‖p‖`` of each leaf, the L2 norms of update and parameter; a tree of scalars.
+
+    About 1e-3 is common. 0 where the update is 0, inf where only the parameter is. `optax.MaskedNode` for integers.
+    `params` may be those before the step or after it.
+    """
+    return jax.tree.map(lambda u, p: _quotient(_norm([u]), _norm([p])), _reals(updates), _reals(params))
+
+
+def _lost(
+    tx: optax.GradientTransformation, grads: PyTree, state: PyTree, params: PyTree
+) -> dict[str, tuple[PyTree, PyTree]]:
+    """By slot that is stored in another form: what the slots become, and what storing them takes away."""
+    found = [call for call in calls_of(tx, grads, state, params) if Part(call.spec, call.state).has_moments]
+    if len(found) != 1:
+        optimizer_of([Part(call.spec, call.state) for call in found])
+    spec, grads, before, params = found[0]
+    coded = [name for name, codec in spec.codecs if codec != Cast()]
+    if not coded:
+        return {}
+    reference = grads if params is None else params
+    plain = dataclasses.replace(spec, codecs=tuple((name, Cast()) for name, _ in spec.codecs), storage_mask=None)
+    slots = Part(spec, before).decoded(reference)
+    _, exact = Update(plain)(grads, before._replace(slots=slots), params)
+    _, after = Update(spec)(grads, before, params)
+    stored = {name: Update(spec).decoded(name, after, reference) for name in coded}
+    return {name: (exact.slots[name], jax.tree.map(jnp.subtract, stored[name], exact.slots[name])) for name in coded}
+
+
+@_compiled
+def quantisation_error(
+    tx: optax.GradientTransformation, state: PyTree, grads: PyTree, params: PyTree
+) -> dict[str, PyTree]:
+    """What storing the slots loses in a step by `grads` from `state`: relative L2 errors, by slot a tree of scalars.
+
+    ``‖s' - s‖/‖s‖`` of each leaf, where s is the slot after the step in the dtype of the arithmetic and s' is what is
+    read back of it (``decode(encode(s))``). Both come from the same stored state, so it is the loss of one step and not
+    what has accumulated. Slots that are stored in the dtype of the arithmetic lose nothing and are left out; leaves
+    that are too small for blocks have 0. It computes two steps.
+
+    Args:
+      tx: the transformation.
+      state: its state before the step, or any other.
+      grads: the gradients, as `tx.update` gets them.
+      params: the parameters.
+
+    Raises:
+      ValueError: inside `lax.cond` (`optax.MultiSteps`, `apply_if_finite`): give the inner transformation. See the
+        module for the rest.
+    """
+    return {
+        name: jax.tree.map(lambda s, e: _quotient(_norm([e]), _norm([s])), exact, error)
+        for name, (exact, error) in _lost(tx, grads, state, params).items()
+    }
+
+
+def _named(key: str, tree: PyTree) -> dict[str, Any]:
+    """The leaves of a tree by ``key/path``."""
+    found = {}
+    for keys, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        shown = keys[:-1] if keys and keys[-1] == jax.tree_util.GetAttrKey("value") else keys
+        path = jax.tree_util.keystr(shown, simple=True, separator="/")
+        found[f"{key}/{path}" if path else key] = x
+    return found
+
+
+@_compiled
+def summary(
+    tx: optax.GradientTransformation,
+    state: PyTree,
+    params: PyTree,
+    updates: PyTree | None = None,
+    grads: PyTree | None = None,
+    *,
+    learning_rate: ArrayLike | None = None,
+    per_leaf: bool = False,
+) -> dict[str, jax.Array]:
+    """All of it as one flat dictionary of float32 scalars, for any logger; the keys depend on the arguments' kind only.
+
+    ==========================  =====================================================================
+    ``learning_rate``           α of the step that led to `state`
+    ``next_learning_rate``      α of the next one
+    ``weight_decay``            λ of that step, 0 without decay
+    ``signal_to_noise``         root mean square of m̂/√v̂ over all trained elements
+    ``effective_step``          that of α m̂/√v̂
+    ``at_bound``                share of the elements with ``|m̂|/√v̂ ≥ 0.99``
+    ``update_to_weight``        ``‖u‖/‖p‖`` over all trained elements, with `updates`
+    ``quantisation_error/mu``   ``‖s' - s‖/‖s‖`` of a step by `grads` from `state`, for each coded slot
+    ==========================  =====================================================================
+
+    What `tx` does not have is left out: the rates without a `Rate`, the ratio and what follows from it in Lion.
+
+    Args:
+      tx: the transformation.
+      state: its state, after the step.
+      params: the parameters, before or after the step.
+      updates: what `tx.update` returned.
+      grads: gradients, for `quantisation_error`, which costs two steps.
+      learning_rate: α where ``update(..., learning_rate=x)`` set it.
+      per_leaf: adds the same for each leaf, as ``signal_to_noise/layers/0/kernel``: the path as in `adam_fn.masks`.
+    """
+    parts = parts_of(tx, state, params)
+    optimizer = optimizer_of(parts)
+    found: dict[str, jax.Array] = {}
+
+    def add(key: str, function: Callable[..., jax.Array], *trees: PyTree) -> None:
+        found[key] = function(*map(jax.tree.leaves, trees))
+        if per_leaf:
+            found.update(_named(key, jax.tree.map(lambda *x: function(*([y] for y in x)), *trees)))
+
+    rate = _rate(parts, learning_rate)
+    if rate is not None:
+        found["learning_rate"] = rate
+        ahead = hyperparameter(parts_of(tx, state, params, 1), Rate, "learning_rate", 1)
+        found["next_learning_rate"] = rate if ahead is None else ahead
+    decay = hyperparameter(parts, WeightDecay, "weight_decay", 0)
+    found["weight_decay"] = jnp.zeros(()) if decay is None else decay
+    ratio = _signal_to_noise(optimizer, params)
+    if ratio is not None:
+        add("signal_to_noise", _rms, ratio)
+        if rate is not None:
+            add("effective_step", _rms, _scaled(ratio, rate))
+        add("at_bound", lambda x: _share(x, 0.99), ratio)
+    if updates is not None:
+        kept = optimizer.kept(params)
+        add("update_to_weight", lambda u, p: _quotient(_norm(u), _norm(p)), _reals(_like(updates, kept)), _reals(kept))
+    if grads is not None:
+        for name, (exact, error) in _lost(tx, grads, state, params).items():
+            add(f"quantisation_error/{name}", lambda s, e: _quotient(_norm(e), _norm(s)), exact, error)
+    return {key: x.astype(np.float32) for key, x in found.items()}
+
+
+def _like(updates: PyTree, kept: PyTree) -> PyTree:
+    """The updates of the parameters that are kept."""
+    leaves = Leaves(updates)
+    there = leaves.match(kept, "the parameters", "the updates")
+    return leaves.treedef.unflatten(
+        p if isinstance(p, optax.MaskedNode) else u for p, u in zip(there, leaves.leaves, strict=True)
+    )

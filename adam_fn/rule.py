@@ -228,6 +228,10 @@ class Rule(abc.ABC):
         Elementwise: the array may be a part of a leaf. What needs whole leaves is a `Wrapper`, such as `lamb`.
         """
 
+    def signal_to_noise(self, slots: Slots, clock: Clock) -> jax.Array | None:
+        """``m̂/√v̂`` of one array, from its slots after a step and that step's bias weights; None where there is none."""
+        return None
+
     def at(self, count: jax.Array) -> Self:
         """The rule with every schedule replaced by its value at step `count`."""
         now = {}
@@ -332,16 +336,24 @@ class Chain(Rule):
             new += part.weigh(weights[len(new) : len(new) + part.weights], count)
         return new
 
-    def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
-        new: dict[str, jax.Array] = {}
+    def _own(self, slots: Slots, clock: Clock) -> Iterator[tuple[Rule, Mapping[str, str], Slots, Clock]]:
         start = 0
         for part, names in self._names():
-            own = {name: slots[full] for name, full in names.items()}
             weights = clock.weights[start : start + part.weights]
             start += part.weights
-            g, own = part.leaf(g, p, own, dataclasses.replace(clock, weights=weights))
-            new |= {names[name]: value for name, value in own.items()}
+            own = {name: slots[full] for name, full in names.items()}
+            yield part, names, own, dataclasses.replace(clock, weights=weights)
+
+    def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
+        new: dict[str, jax.Array] = {}
+        for part, names, own, now in self._own(slots, clock):
+            g, after = part.leaf(g, p, own, now)
+            new |= {names[name]: value for name, value in after.items()}
         return g, new
+
+    def signal_to_noise(self, slots: Slots, clock: Clock) -> jax.Array | None:
+        found = (part.signal_to_noise(own, now) for part, _, own, now in self._own(slots, clock))
+        return next((ratio for ratio in found if ratio is not None), None)
 
     def at(self, count: jax.Array) -> "Chain":
         return Chain(tuple(part.at(count) for part in self.chained))

@@ -25,6 +25,7 @@ from adam_fn.execute.store import load, store, stored_spec, structure
 from adam_fn.groups import Group, Groups, rules_of
 from adam_fn.leaves import Leaves, Mask, PyTree, fixed_mask, named
 from adam_fn.rule import Clock, Range, Rule, Weight, checked
+from adam_fn.observe import Call, note
 
 
 class State(NamedTuple):
@@ -291,6 +292,7 @@ class Update:
     ) -> tuple[PyTree, State]:
         del extra_args  # Meant for other links of a chain.
         state = self._checked(state)
+        note(Call(self.spec, updates, state, params))
         new, _, after = _update(self.spec, updates, state, params, _rate(learning_rate))
         return new, after
 
@@ -312,7 +314,9 @@ class Update:
         learning_rate: ArrayLike | None = None,
     ) -> tuple[PyTree, PyTree, State]:
         """What `write` makes of the updates and of `low`, a tree of what is stored beside the parameters."""
-        return _update(self.spec, grads, self._checked(state), params, _rate(learning_rate), low, write=write)
+        state = self._checked(state)
+        note(Call(self.spec, grads, state, params))
+        return _update(self.spec, grads, state, params, _rate(learning_rate), low, write=write)
 
     def rates(self, params: PyTree) -> list[float]:
         """What multiplies the rate of each leaf, None included."""

@@ -24,13 +24,14 @@ LAYERS = (
     ("execute.step",),
     ("execute.cpu", "execute.kernel", "execute.tiles"),
     ("execute.mesh",),
-    ("execute.run",),
+    ("execute.run", "observe"),
     ("transform",),
     ("options",),
     ("rules",),
     ("rules.adam",),
     ("rules.adamax", "rules.amsgrad", "rules.momentum", "rules.variance"),
-    ("wrapper",),
+    ("averaging", "wrapper"),
+    ("parts",),
 )
 
 

@@ -66,6 +66,12 @@ class Moments(Rule):
         """The new v, from the old one and the new m."""
         return ema(self.b2, nu, square(g))
 
+    def signal_to_noise(self, slots: Slots, clock: Clock) -> jax.Array | None:
+        if "mu" not in slots:
+            return None
+        mu, nu = (slots[name] * (1 / weight) for name, weight in zip(("mu", "nu"), clock.weights, strict=False))
+        return quotient(mu, safe_sqrt(nu), 0.0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Adam(Moments):

@@ -50,6 +50,9 @@ class AdaMax(Rule):
         nu = jnp.maximum(ema(self.b2, slots["nu"], 0.0), shifted(jnp.abs(g), inside))
         return quotient(mu * (1 / clock.weights[0]), nu, outside), {"mu": mu, "nu": nu}
 
+    def signal_to_noise(self, slots: Slots, clock: Clock) -> jax.Array:
+        return quotient(slots["mu"] * (1 / clock.weights[0]), slots["nu"], 0.0)
+
 
 @alias
 def adamax(

@@ -34,10 +34,16 @@ class AMSGrad(Adam):
     def slots(self) -> Mapping[str, Slot]:
         return {**super().slots, "nu_max": Slot(signed=False)}
 
-    def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
+    def _corrected(self, clock: Clock) -> Clock:
         corrected = (self.bias_correction_mu, self.bias_correction_nu)
         weights = [w if use else jnp.ones_like(w) for w, use in zip(clock.weights, corrected, strict=True)]
-        clock = dataclasses.replace(clock, weights=weights)
+        return dataclasses.replace(clock, weights=weights)
+
+    def signal_to_noise(self, slots: Slots, clock: Clock) -> jax.Array | None:
+        return super().signal_to_noise({**slots, "nu": slots["nu_max"]}, self._corrected(clock))
+
+    def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
+        clock = self._corrected(clock)
         mu, stored = self.first_moment(slots, g)
         nu = self.second_moment(slots["nu"], g, mu)
         nu_max = jnp.maximum(slots["nu_max"], nu)

@@ -48,6 +48,9 @@ class LaProp(Adam):
         mu, stored = self.first_moment(slots, normalised)
         return self.direction(mu, normalised, clock), {**stored, "nu": nu}
 
+    def signal_to_noise(self, slots: Slots, clock: Clock) -> jax.Array | None:
+        return slots["mu"] * (1 / clock.weights[0]) if "mu" in slots else None  # m is of ratios already.
+
 
 @alias
 def laprop(
@@ -241,6 +244,9 @@ class ADOPT(Rule):
         mu = ema(self.b1, slots["mu"], normalised)
         nu = jnp.where(first, square(g), ema(self.b2, slots["nu"], square(g)))
         return ema(self.b1, mu, normalised) if self.nesterov else mu, {"mu": mu, "nu": nu}
+
+    def signal_to_noise(self, slots: Slots, clock: Clock) -> jax.Array:
+        return slots["mu"]  # The average of ratios, which has no bias correction.
 
 
 @alias

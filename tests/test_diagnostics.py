@@ -1,0 +1,532 @@
+"""Diagnostics against float64 transcriptions, and found in every wrapper, storage and tree."""
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diagnostics as example
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+from helpers import Array, compilations, random_gradients, relative_error
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import adam_fn
+from adam_fn import Block, Storage, diagnostics
+
+STEPS, SIZE, RATE = 5, 24, 1e-2
+GRADS = random_gradients(STEPS, SIZE, spread=1.0)
+START = np.linspace(-1.0, 1.0, SIZE, dtype=np.float32)
+
+
+def stepped(tx: optax.GradientTransformation, grads: Any, params: Any) -> tuple[Any, Any, Any]:
+    """Parameters, state and updates after a step for each of the gradients."""
+    step, state, updates = jax.jit(tx.update), tx.init(params), None
+    for g in grads:
+        updates, state = step(g, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state, updates
+
+
+def wide(x: Any) -> Array:
+    return np.asarray(x, np.float64)
+
+
+def ema(beta: float, xs: Array, start: float = 0.0) -> Array:
+    """The moving average of the rows, in float64."""
+    average = np.full(xs.shape[1:], start)
+    for x in wide(xs):
+        average = beta * average + (1 - beta) * x
+    return average
+
+
+def corrected(beta: float, xs: Array) -> Array:
+    return ema(beta, xs) / (1 - beta ** len(xs))
+
+
+def adam(g: Array, b1: float = 0.9, b2: float = 0.999) -> Array:
+    return corrected(b1, g) / np.sqrt(corrected(b2, g * g))
+
+
+def amsgrad(g: Array) -> Array:
+    highest = np.max([ema(0.5, g[:t] ** 2) for t in range(1, len(g) + 1)], axis=0)
+    return corrected(0.9, g) / np.sqrt(highest / (1 - 0.5 ** len(g)))
+
+
+def amsgrad_raw(g: Array) -> Array:
+    return ema(0.9, g) / np.sqrt(np.max([ema(0.5, g[:t] ** 2) for t in range(1, len(g) + 1)], axis=0))
+
+
+def adamax(g: Array) -> Array:
+    ages = np.arange(len(g))[::-1, None]
+    return corrected(0.9, g) / np.max(0.999**ages * (np.abs(g) + 1e-8), axis=0)
+
+
+def adabelief(g: Array) -> Array:
+    distances = np.stack([g[t] - ema(0.9, g[: t + 1]) for t in range(len(g))])
+    return corrected(0.9, g) / np.sqrt(corrected(0.999, distances**2))
+
+
+def yogi(g: Array) -> Array:
+    v = np.full(g.shape[1], 1e-6)
+    for x in g:
+        v = v - 1e-3 * np.sign(v - x**2) * x**2
+    weight = 1 - 0.999 ** len(g)
+    return ema(0.9, g, 1e-6) / (1 - 0.9 ** len(g)) / np.sqrt(v / weight)
+
+
+def laprop(g: Array) -> Array:
+    normalised = np.stack([g[t] / np.sqrt(corrected(0.999, g[: t + 1] ** 2)) for t in range(len(g))])
+    return corrected(0.9, normalised)
+
+
+def adopt(g: Array) -> Array:
+    v, normalised = g[0] ** 2, [0 * g[0]]
+    for t in range(1, len(g)):
+        normalised.append(np.clip(g[t] / np.sqrt(v), -(t**0.25), t**0.25))
+        v = 0.9999 * v + 1e-4 * g[t] ** 2
+    return ema(0.9, np.stack(normalised))
+
+
+def adan(g: Array) -> Array:
+    ahead = np.concatenate([g[:1], g[1:] + 0.92 * np.diff(g, axis=0)])
+    return corrected(0.98, g) / np.sqrt(corrected(0.99, ahead**2))
+
+
+RATIOS: dict[str, tuple[optax.GradientTransformation, Callable[[Array], Array]]] = {
+    "adam": (adam_fn.adam(RATE, eps=1.0), adam),
+    "betas": (adam_fn.adamw(RATE, 0.5, 0.99), functools.partial(adam, b1=0.5, b2=0.99)),
+    "nadam": (adam_fn.nadam(RATE), adam),
+    "radam": (adam_fn.radam(RATE), adam),
+    "ademamix": (adam_fn.ademamix(RATE), adam),
+    "adam_atan2": (adam_fn.adam_atan2(RATE), functools.partial(adam, b2=0.99)),
+    "lamb": (adam_fn.lamb(RATE), adam),
+    "amsgrad": (adam_fn.amsgrad(RATE, b2=0.5), amsgrad),
+    "amsgrad-raw": (adam_fn.amsgrad(RATE, b2=0.5, bias_correction_mu=False, bias_correction_nu=False), amsgrad_raw),
+    "adamax": (adam_fn.adamax(RATE), adamax),
+    "adabelief": (adam_fn.adabelief(RATE), adabelief),
+    "yogi": (adam_fn.yogi(RATE), yogi),
+    "laprop": (adam_fn.laprop(RATE), laprop),
+    "adopt": (adam_fn.adopt(RATE), adopt),
+    "adan": (adam_fn.adan(RATE), adan),
+    "averaged": (adam_fn.transform(adam_fn.Average() >> adam_fn.Adam() >> adam_fn.Rate(RATE)), adam),
+}
+
+
+@functools.cache
+def ratios() -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Of all, in one program: before the first step, and after the last."""
+
+    def run(grads: jax.Array, params: jax.Array) -> Any:
+        found = {}
+        for name, (tx, _) in RATIOS.items():
+            first = state = tx.init(params)
+            for g in grads:
+                _, state = tx.update(g, state, params)
+            found[name] = [diagnostics.signal_to_noise(tx, s, params) for s in (first, state)]
+        return found
+
+    both = jax.jit(run)(GRADS, jnp.asarray(START))
+    return {name: x[0] for name, x in both.items()}, {name: x[1] for name, x in both.items()}
+
+
+@pytest.mark.parametrize("name", RATIOS)
+def test_signal_to_noise(name: str) -> None:
+    first, last = (np.asarray(found[name]) for found in ratios())
+    assert not first.any()
+    # AdaBelief's g - m cancels.
+    assert relative_error(last, RATIOS[name][1](wide(GRADS))) < (2e-5 if name == "adabelief" else 3e-6)
+
+
+def rate(count: Any) -> Any:
+    return RATE / (1 + count)
+
+
+def decay(count: Any) -> Any:
+    return 0.1 / (2 + count)
+
+
+WRAPPERS: dict[str, optax.GradientTransformation] = {
+    "bare": adam_fn.adamw(rate, weight_decay=decay),
+    "jax_array": adam_fn.adamw(jnp.asarray(RATE), weight_decay=decay),
+    "independent": adam_fn.adam(rate, weight_decay=decay, decay="independent"),
+    "proximal": adam_fn.adam(rate, weight_decay=decay, decay="proximal"),
+    "chain": optax.chain(optax.trace(0.0), adam_fn.adamw(rate, weight_decay=decay), adam_fn.average_params(0.9)),
+    "links": optax.chain(
+        adam_fn.transform(adam_fn.Adam()),
+        adam_fn.transform(adam_fn.Decay(decay)),
+        adam_fn.transform(adam_fn.Rate(rate)),
+    ),
+    "named": optax.named_chain(("z", adam_fn.adamw(rate, weight_decay=decay)), ("a", adam_fn.average_params())),
+    "injected": optax.inject_hyperparams(adam_fn.adamw)(rate, weight_decay=decay),
+    "injected_rate": optax.inject_hyperparams(adam_fn.adamw)(RATE, weight_decay=decay),
+    "masters": adam_fn.master_weights(adam_fn.adamw(rate, weight_decay=decay)),
+    "masters_of_chain": adam_fn.master_weights(optax.chain(adam_fn.adamw(rate, weight_decay=decay))),
+    "rounding": optax.chain(adam_fn.adamw(rate, weight_decay=decay), adam_fn.stochastic_rounding()),
+    "cautious": adam_fn.cautious(adam_fn.adamw(rate, weight_decay=decay)),
+    "lamb": adam_fn.lamb(rate, weight_decay=decay),
+    "swats": adam_fn.swats(rate),
+    "steps": optax.MultiSteps(adam_fn.adamw(rate, weight_decay=decay), 1).gradient_transformation(),
+    "finite": optax.apply_if_finite(adam_fn.adamw(rate, weight_decay=decay), 3),
+    "masked": optax.masked(adam_fn.adamw(rate, weight_decay=decay), {"w": True, "b": False}),
+    "split": optax.partition(
+        {"a": adam_fn.adamw(rate, weight_decay=decay), "b": optax.set_to_zero()}, {"w": "a", "b": "b"}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_it_is_found_in_every_wrapper(name: str) -> None:
+    tx = WRAPPERS[name]
+    params = {"w": jnp.asarray(START), "b": jnp.ones(2)}
+    params, state, updates = stepped(tx, [{"w": jnp.asarray(g), "b": jnp.ones(2)} for g in GRADS], params)
+    found = diagnostics.summary(tx, state, params, updates, per_leaf=True)
+
+    constant = name in ("jax_array", "injected_rate")
+    rates = [RATE if constant else rate(count) for count in (STEPS - 1, STEPS, STEPS + 1)]
+    assert float(found["learning_rate"]) == pytest.approx(rates[0], rel=1e-6)
+    assert float(found["next_learning_rate"]) == pytest.approx(rates[1], rel=1e-6)
+    assert float(diagnostics.learning_rate(tx, state, params, ahead=2)) == pytest.approx(rates[2], rel=1e-6)
+    decayed = 0 if name == "swats" else decay(STEPS - 1)
+    assert float(found["weight_decay"]) == pytest.approx(decayed, rel=1e-6)
+
+    expected = adam(wide(GRADS))
+    assert float(found["signal_to_noise/w"]) == pytest.approx(np.sqrt(np.mean(expected**2)), rel=1e-5)
+    assert float(found["effective_step/w"]) == pytest.approx(rates[0] * np.sqrt(np.mean(expected**2)), rel=1e-5)
+    w, u = (wide(tree["w"]) for tree in (params, updates))
+    assert float(found["update_to_weight/w"]) == pytest.approx(np.linalg.norm(u) / np.linalg.norm(w), rel=1e-5)
+    alone = name in ("masked", "split")  # The leaf b is not trained by this optimizer.
+    assert ("signal_to_noise/b" in found) != alone
+    assert ("update_to_weight/b" in found) != alone
+    if alone:
+        assert float(found["update_to_weight"]) == float(found["update_to_weight/w"])
+
+
+def test_bfloat16_parameters() -> None:
+    """With masters they have the ratios of float32 ones."""
+    tx = adam_fn.adam(RATE, storage=Block(8))
+    w, g = (jnp.asarray(x, jnp.bfloat16) for x in MATRIX[:2])
+    masters = adam_fn.master_weights(tx)
+    _, state, _ = stepped(masters, [g], w)
+    found = diagnostics.summary(masters, state, w)
+    wide_w, wide_g = w.astype(jnp.float32), g.astype(jnp.float32)
+    _, state, _ = stepped(tx, [wide_g], wide_w)
+    expected = diagnostics.summary(tx, state, wide_w)
+    assert jax.tree.map(float, found) == pytest.approx(jax.tree.map(float, expected), rel=1e-5)
+
+
+def test_before_the_first_step() -> None:
+    """The last rate is then the first."""
+    for name in ("bare", "injected"):
+        tx, params = WRAPPERS[name], {"w": jnp.asarray(START)}
+        state = tx.init(params)
+        for ahead, count in ((0, 0), (1, 0), (2, 1)):
+            assert float(diagnostics.learning_rate(tx, state, params, ahead=ahead)) == pytest.approx(rate(count))
+        found = diagnostics.summary(tx, state, params, params)
+        assert all(np.isfinite(float(x)) for x in found.values())
+        assert float(found["at_bound"]) == 0
+
+
+def test_the_rate_of_one_step() -> None:
+    tx, params = adam_fn.adam(rate), jnp.asarray(START)
+    _, state = tx.update(jnp.ones(SIZE), tx.init(params), params, learning_rate=0.5)
+    np.testing.assert_allclose(np.asarray(diagnostics.effective_step(tx, state, params, learning_rate=0.5)), 0.5)
+    np.testing.assert_allclose(np.asarray(diagnostics.effective_step(tx, state, params)), RATE, rtol=1e-6)
+    found = diagnostics.summary(tx, state, params, learning_rate=0.5)
+    assert (float(found["learning_rate"]), float(found["next_learning_rate"])) == (0.5, pytest.approx(RATE / 2))
+    assert float(found["effective_step"]) == pytest.approx(0.5)
+
+
+def test_injected_hyperparameters_that_are_set() -> None:
+    """By assignment, as optax documents it."""
+    tx, params = optax.inject_hyperparams(adam_fn.adam)(RATE), jnp.asarray(START)
+    _, state, _ = stepped(tx, [jnp.ones(SIZE)], params)
+    state.hyperparams["learning_rate"] = jnp.float32(0.25)
+    assert float(diagnostics.learning_rate(tx, state, params, ahead=1)) == 0.25
+
+
+def test_share_at_the_step_bound() -> None:
+    """Of three signs that are steady, and one that alternates; a growing gradient goes beyond the bound."""
+    grads = [{"a": jnp.array([1.0, 2.0, -3.0, (-1.0) ** t]), "b": jnp.array([1.1**t]), "e": jnp.ones(0)}
+             for t in range(40)]  # fmt: skip
+    tx, params = adam_fn.adam(RATE), jax.tree.map(jnp.zeros_like, grads[0])
+    params, state, updates = stepped(tx, grads, params)
+    assert jax.tree.map(float, diagnostics.at_bound(tx, state, params)) == {"a": 0.75, "b": 1.0, "e": 0.0}
+    assert jax.tree.map(float, diagnostics.at_bound(tx, state, params, threshold=1.1)) == {"a": 0.0, "b": 1.0, "e": 0.0}
+    found = diagnostics.summary(tx, state, params, updates, per_leaf=True)
+    assert float(found["at_bound"]) == pytest.approx(0.8)
+    steps = diagnostics.effective_step(tx, state, params)
+    alternating = wide([[(-1.0) ** t] for t in range(40)])
+    np.testing.assert_allclose(np.asarray(steps["a"]), RATE * np.array([1, 1, -1, adam(alternating)[0]]), rtol=1e-4)
+    assert all(np.isfinite(float(x)) for x in found.values())
+
+
+def test_update_to_weight() -> None:
+    params = {"w": np.array([3, 4], np.float32), "zero": np.zeros(2, np.float32), "i": np.arange(2), "n": None}
+    updates = {"w": np.array([0, 0.5], np.float32), "zero": np.ones(2, np.float32), "i": np.zeros(2, int), "n": None}
+    found = diagnostics.update_to_weight(updates, params)
+    assert float(found["w"]) == pytest.approx(0.1)
+    assert float(found["zero"]) == np.inf
+    assert (found["i"], found["n"]) == (optax.MaskedNode(), None)
+    assert float(diagnostics.update_to_weight(params, updates)["zero"]) == 0  # 0 over something
+    assert float(diagnostics.update_to_weight({"a": jnp.zeros(2)}, {"a": jnp.zeros(2)})["a"]) == 0
+    for scale in (1e-30, 1e30):  # Whose squares are 0 or inf.
+        found = diagnostics.update_to_weight(scale * jnp.ones(9) / 1024, scale * jnp.ones(9))
+        assert float(found) == pytest.approx(1 / 1024)
+    found = diagnostics.update_to_weight(jnp.full(9, 60000, jnp.float16), jnp.full(9, 30000, jnp.float16))
+    assert (float(found), found.dtype) == (2, jnp.float32)
+    assert float(diagnostics.update_to_weight(jnp.array([3 + 4j]), jnp.array([0 + 10j]))) == pytest.approx(0.5)
+    assert np.isnan(float(diagnostics.update_to_weight(jnp.array([jnp.nan]), jnp.ones(1))))
+
+
+def test_leaves_that_are_not_trained() -> None:
+    """None, integers, frozen leaves; complex ones are two reals, and empty ones and scalars are no trouble."""
+    z = np.random.default_rng(0).standard_normal((STEPS, 3, 2)) @ [1, 1j]
+    grads = [
+        {"c": jnp.asarray(z[t], jnp.complex64), "e": jnp.zeros((0, 3)), "f": jnp.ones(2), "i": jnp.zeros(2, int),
+         "n": None, "s": jnp.asarray(GRADS[t, 0])}
+        for t in range(STEPS)
+    ]  # fmt: skip
+    tx = adam_fn.adam(RATE, frozen={"c": False, "e": False, "f": True, "i": False, "n": False, "s": False})
+    params = jax.tree.map(jnp.ones_like, grads[0])
+    params, state, updates = stepped(tx, grads, params)
+    found = diagnostics.signal_to_noise(tx, state, params)
+    assert (found["f"], found["i"], found["n"], found["e"].shape) == (
+        optax.MaskedNode(),
+        optax.MaskedNode(),
+        None,
+        (0, 3),
+    )
+    assert relative_error(np.asarray(found["c"]), np.stack([adam(z.real), adam(z.imag)])) < 1e-5
+    assert relative_error(np.asarray(found["s"]), adam(wide(GRADS))[0]) < 1e-5
+    logged = diagnostics.summary(tx, state, params, updates, grads[0], per_leaf=True)
+    per_leaf = {key.split("/")[1] for key in logged if "/" in key}
+    assert per_leaf == {"c", "e", "s"}
+    assert all(np.isfinite(float(x)) for x in logged.values())
+    every = np.concatenate([np.asarray(found[name]).ravel() for name in "cs"])
+    assert float(logged["signal_to_noise"]) == pytest.approx(np.sqrt(np.mean(every**2)), rel=1e-5)
+
+
+MATRIX = np.random.default_rng(1).standard_normal((4, 64, 128)).astype(np.float32)
+
+
+def test_storage_is_decoded() -> None:
+    """And the error of storing is that of one step, from the same stored state."""
+    tx, params = (
+        adam_fn.adam(RATE, storage=Storage(mu=Block(4), nu=Block(8))),
+        {"w": jnp.zeros((64, 128)), "b": jnp.zeros(3)},
+    )
+    grads = [{"w": jnp.asarray(g), "b": jnp.asarray(g[0, :3])} for g in MATRIX]
+    _, state, _ = stepped(tx, grads, params)
+    m, v = (wide(tx.update.decoded(slot, state, params)["w"]) for slot in ("mu", "nu"))
+    expected = m / (1 - 0.9**4) / np.sqrt(v / (1 - 0.999**4))
+    assert relative_error(np.asarray(diagnostics.signal_to_noise(tx, state, params)["w"]), expected) < 1e-5
+
+    # One more step: the slots in float64, and what is read back of them.
+    before = {slot: jax.tree.map(wide, tx.update.decoded(slot, state, params)) for slot in ("mu", "nu")}
+    _, after = tx.update(grads[0], state, params)
+    found = diagnostics.quantisation_error(tx, state, grads[0], params)
+    logged = diagnostics.summary(tx, state, params, grads=grads[0])
+    for slot, beta, power in (("mu", 0.9, 1), ("nu", 0.999, 2)):
+        stored = tx.update.decoded(slot, after, params)
+        lost, all_of_it = [], []
+        for leaf in ("w", "b"):
+            exact = beta * before[slot][leaf] + (1 - beta) * wide(grads[0][leaf]) ** power
+            error = wide(stored[leaf]) - exact
+            lost, all_of_it = [*lost, *error.ravel()], [*all_of_it, *exact.ravel()]
+            expected = np.linalg.norm(error) / np.linalg.norm(exact)
+            assert float(found[slot][leaf]) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+        expected = np.linalg.norm(lost) / np.linalg.norm(all_of_it)
+        assert float(logged[f"quantisation_error/{slot}"]) == pytest.approx(expected, rel=1e-3)
+        assert expected > 1e-4
+    assert float(found["mu"]["b"]) < 1e-6  # Too small for blocks.
+
+
+def test_quantisation_error_of_a_cast_is_its_rounding() -> None:
+    """After the first step m is 0.1 g: NumPy knows its bfloat16. Gradients are those that the optimizer gets."""
+    tx = optax.chain(optax.scale(0.3), adam_fn.adam(RATE, mu_dtype="bfloat16"))
+    params = jnp.zeros((64, 128))
+    found = diagnostics.quantisation_error(tx, tx.init(params), jnp.asarray(MATRIX[0]), params)
+    m = np.float32(0.3) * MATRIX[0] * np.float32(0.1)
+    expected = np.linalg.norm(wide(m.astype(ml_dtypes.bfloat16)) - m) / np.linalg.norm(wide(m))
+    assert set(found) == {"mu"}  # The second moment is float32.
+    assert float(found["mu"]) == pytest.approx(expected, rel=1e-3)
+    assert diagnostics.quantisation_error(adam_fn.adam(RATE), adam_fn.adam(RATE).init(params), params, params) == {}
+
+
+def test_quantisation_error_of_tiny_gradients() -> None:
+    """Second moments of about 1e-30: their squares are 0 in float32."""
+    tx, params = adam_fn.adam(RATE, storage=Block(8)), jnp.zeros((64, 128))
+    errors = [
+        diagnostics.quantisation_error(tx, tx.init(params), jnp.asarray(scale * MATRIX[0]), params)
+        for scale in (np.float32(1), np.float32(2.0**-50))
+    ]
+    for slot in ("mu", "nu"):
+        assert float(errors[1][slot]) == pytest.approx(float(errors[0][slot]), rel=0.02)
+        assert float(errors[0][slot]) > 1e-3
+
+
+def test_summary_in_a_compiled_step() -> None:
+    """Stable keys, float32 scalars, the same inside of `jit` as outside, and one compilation."""
+    tx = adam_fn.adamw(rate, storage=Block(8))
+    params = {"layers": [{"kernel": jnp.asarray(MATRIX[0]), "bias": jnp.ones(3, jnp.bfloat16)}]}
+
+    @jax.jit
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = tx.update(grads, state, params)
+        return updates, state, diagnostics.summary(tx, state, params, updates, grads, per_leaf=True)
+
+    state, keys = tx.init(params), None
+    updates = grads = found = {}
+    for g in MATRIX:
+        grads = {"layers": [{"kernel": jnp.asarray(g), "bias": jnp.asarray(g[0, :3], jnp.bfloat16)}]}
+        updates, state, found = step(params, state, grads)
+        assert keys in (None, list(found))
+        keys = list(found)
+        assert all(x.shape == () and x.dtype == jnp.float32 for x in found.values())
+    everything = functools.partial(diagnostics.summary, tx, per_leaf=True)
+    assert keys == list(jax.eval_shape(everything, state, params, updates, grads))
+    outside = diagnostics.summary(tx, state, params, updates)
+    for key in outside:
+        assert float(found[key]) == pytest.approx(float(outside[key]), rel=1e-4), key
+    shared = {"signal_to_noise", "effective_step", "at_bound", "update_to_weight", "quantisation_error/mu"}
+    leaves = {f"{key}/layers/0/{leaf}" for key in (*shared, "quantisation_error/nu") for leaf in ("kernel", "bias")}
+    rates = {"learning_rate", "next_learning_rate", "weight_decay", "quantisation_error/nu"}
+    assert set(found) == shared | leaves | rates
+    fewer = {key for key in shared | rates if not key.startswith(("quantisation", "update"))}
+    assert set(jax.eval_shape(lambda s: diagnostics.summary(tx, s, params), state)) == fewer
+    assert compilations(step) == 1
+
+
+def test_reading_the_rate_runs_no_step() -> None:
+    """The update that tells what is inside is not in the program."""
+    tx, params = optax.chain(optax.clip_by_global_norm(1.0), adam_fn.adam(rate)), jnp.zeros((256, 256))
+    read = jax.jit(lambda state, params: diagnostics.learning_rate(tx, state, params))
+    cost = read.lower(tx.init(params), params).compile().cost_analysis()
+    assert cost is not None
+    assert cost["flops"] < 100
+    assert tx.update(params, tx.init(params), params)[1] is not None  # And nothing is left behind.
+
+
+SHARDED = adam_fn.adamw(RATE, storage=Block(8))
+
+
+@functools.cache
+def alone() -> dict[str, jax.Array]:
+    """What `test_sharded` expects: all of it on one device."""
+    params, grads = jnp.asarray(MATRIX[0]), jnp.asarray(MATRIX[1])
+    updates, state = SHARDED.update(grads, SHARDED.init(params), params)
+    return diagnostics.summary(SHARDED, state, params, updates, grads)
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_sharded(explicit: bool) -> None:
+    """The same numbers, elements that stay where they are, and no array gathered."""
+    kind = AxisType.Explicit if explicit else AxisType.Auto
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(kind, kind))
+    where = NamedSharding(mesh, PartitionSpec("x", "y"))
+    tx = SHARDED
+    expected = {key: x for key, x in alone().items() if not (explicit and key.startswith("quantisation"))}
+    with jax.set_mesh(mesh):
+        p, g = jax.device_put((MATRIX[0], MATRIX[1]), where)
+        state = jax.jit(tx.init)(p)
+        updates, state = jax.jit(tx.update)(g, state, p)
+        assert diagnostics.signal_to_noise(tx, state, p).sharding.is_equivalent_to(where, 2)
+        read = jax.jit(lambda s, p, u, g: diagnostics.summary(tx, s, p, u, None if explicit else g))
+        program = read.lower(state, p, updates, g).compile()
+        found = program(state, p, updates, g)
+    assert "all-gather" not in (program.as_text() or "all-gather")
+    for key, x in expected.items():
+        assert float(found[key]) == pytest.approx(float(x), rel=1e-4), key
+
+
+def test_what_is_not_there_is_an_error() -> None:
+    params = jnp.asarray(START)
+
+    def read(function: Any, tx: optax.GradientTransformation, *args: Any) -> Any:
+        return function(tx, tx.init(params), *args, params)
+
+    with pytest.raises(ValueError, match="one optimizer of adam_fn in it, found 0"):
+        read(diagnostics.signal_to_noise, optax.adam(RATE))
+    with pytest.raises(ValueError, match="one optimizer of adam_fn in it, found 0"):
+        read(diagnostics.summary, optax.chain(adam_fn.transform(adam_fn.Rate(RATE)), adam_fn.average_params()))
+    with pytest.raises(ValueError, match="one optimizer of adam_fn in it, found 2"):
+        read(diagnostics.summary, optax.chain(adam_fn.adam(RATE), adam_fn.lion(RATE)))
+    with pytest.raises(ValueError, match="one optimizer of adam_fn in it, found 2"):
+        read(diagnostics.signal_to_noise, optax.chain(adam_fn.adam(RATE), adam_fn.adam(RATE)))
+    with pytest.raises(ValueError, match="one optimizer of adam_fn in it, found 2"):
+        read(diagnostics.quantisation_error, optax.chain(adam_fn.adam(RATE), adam_fn.lion(RATE)), params)
+    with pytest.raises(ValueError, match=r"no m̂/√v̂ in .*Lion.*slots are \['mu'\]"):
+        read(diagnostics.at_bound, adam_fn.lion(RATE))
+    with pytest.raises(ValueError, match=r"slots are \['nu'\]"):
+        read(diagnostics.effective_step, adam_fn.adam(RATE, b1=0.0))
+    with pytest.raises(ValueError, match="one Rate in the transformation, found 0"):
+        read(diagnostics.learning_rate, optax.chain(adam_fn.transform(adam_fn.Adam()), optax.scale(-RATE)))
+    with pytest.raises(ValueError, match="found 0: give learning_rate"):
+        read(diagnostics.effective_step, adam_fn.transform(adam_fn.Adam()))
+    with pytest.raises(ValueError, match="one Rate in the transformation, found 2"):
+        read(diagnostics.learning_rate, adam_fn.transform(adam_fn.Rate(1.0) >> adam_fn.Rate(0.5)))
+    steps = optax.MultiSteps(optax.inject_hyperparams(adam_fn.adam)(RATE), 2).gradient_transformation()
+    with pytest.raises(ValueError, match=r"learning_rate cannot see what lax\.cond hands to the optimizer"):
+        read(diagnostics.learning_rate, steps)
+    steps = optax.MultiSteps(adam_fn.adam(RATE, storage=Block(8)), 2).gradient_transformation()
+    with pytest.raises(ValueError, match=r"quantisation_error cannot see what lax\.cond hands to the optimizer"):
+        read(diagnostics.quantisation_error, steps, params)
+    assert set(read(diagnostics.summary, adam_fn.lion(RATE))) == {"learning_rate", "next_learning_rate", "weight_decay"}
+
+
+def test_annealing() -> None:
+    """Near the optimum of a noisy bowl the ratio and the step fall by themselves: the rate is constant."""
+    tx, params = adam_fn.adam(RATE), jnp.full(64, 1.0)
+    state, noise = tx.init(params), jnp.asarray(np.random.default_rng(0).standard_normal((300, 64)), jnp.float32)
+
+    @jax.jit
+    def run(params: jax.Array, state: Any) -> Any:
+        def step(carry: Any, e: jax.Array) -> Any:
+            p, s = carry
+            u, s = tx.update(p + 0.5 * e, s, p)
+            p = optax.apply_updates(p, u)
+            return (p, s), diagnostics.summary(tx, s, p, u)
+
+        return jax.lax.scan(step, (params, state), noise)[1]
+
+    found = run(params, state)
+    for key in ("signal_to_noise", "effective_step", "at_bound"):
+        assert np.mean(found[key][-50:]) < 0.5 * np.mean(found[key][:50]), key
+    np.testing.assert_allclose(np.asarray(found["effective_step"]), RATE * np.asarray(found["signal_to_noise"]), 1e-5)
+    np.testing.assert_allclose(np.asarray(found["learning_rate"]), RATE, 1e-6)
+
+
+class TestExample:
+    def test_draws_a_run(self, tmp_path: Path) -> None:
+        course = example.main(("--data", "digits", "--quick", "--out", str(tmp_path)))
+        assert (tmp_path / "diagnostics.png").read_bytes().startswith(b"\x89PNG")
+        numbers = json.loads((tmp_path / "diagnostics.json").read_text())
+        assert numbers["steps"] == sorted(set(numbers["steps"]))
+        assert set(numbers["scalars"]) >= {"cost", "signal_to_noise", "effective_step", "quantisation_error/nu"}
+        assert "signal_to_noise/hidden1/kernel" in course.scalars
+        assert np.diff(course.scalars["cost"][[0, -1]]) < 0
+        np.testing.assert_allclose(course.scalars["learning_rate"], 1e-3, rtol=1e-6)
+        steps = 1e-3 * course.scalars["signal_to_noise"]
+        np.testing.assert_allclose(course.scalars["effective_step"], steps, rtol=1e-5)
+
+    def test_means_of_stretches(self) -> None:
+        found = example.means(np.arange(5000.0) + 1)
+        assert found[0] == 1
+        assert np.all(np.diff(found) > 0)
+        assert found[-1] < 5000
+        assert example.means(np.ones(7)).tolist() == [1] * 7
+        assert example.means(np.full(5000, 2.0)).tolist() == [2] * len(found)
+
+    def test_bad_options_take_one_line(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            example.main(("--epochs", "none"))
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("diagnostics.py: error: argument --epochs")
+        with pytest.raises(SystemExit, match="--batch 1438 is more than the 1437 training images"):
+            example.main(("--data", "digits", "--batch", "1438"))
