@@ -22,6 +22,7 @@ from adam_fn.execute.body import PARAMETERS, UPDATES, Inputs, Write, as_real, co
 from adam_fn.execute.run import run_leaf
 from adam_fn.execute.store import load, store, stored_spec, structure
 from adam_fn.leaves import Leaves, Mask, PyTree, fixed_mask, named
+from adam_fn.listen import say
 from adam_fn.rule import Clock, Rule, Weight, WeightDecay
 
 
@@ -261,6 +262,7 @@ class Init:
     spec: _Spec
 
     def __call__(self, params: PyTree) -> State:
+        say(self.spec.rule)
         return _init(self.spec, params)
 
 

@@ -14,7 +14,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = (
     ("schedules",),
     ("rule",),
-    ("noise", "layout"),
+    ("listen", "noise", "layout"),
     ("codec",),
     ("block", "leaves"),
     ("execute",),
