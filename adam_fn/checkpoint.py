@@ -46,10 +46,11 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> dict[str, Any]
       params: arrays or `jax.ShapeDtypeStruct`; nothing is computed or allocated.
     """
 
-    def init(params: PyTree) -> PyTree:  # A new function each time: of a known one JAX has the shapes without a call.
+    def init(params: PyTree) -> PyTree:
         return tx.init(params)
 
-    with listening() as heard:
+    # JAX has the shapes of a function that it knows, or of one inside `jit`, without a call: then nothing is heard.
+    with listening() as heard, jax.disable_jit():
         state = jax.eval_shape(init, params)
     rules = [type(part).__name__ for rule in heard for part in rule.parts() if part.slots]
     return {"format": _FORMAT, "rules": rules, "params": _forms("params", params), "state": _forms("state", state)}

@@ -220,7 +220,10 @@ def train(dataset: Dataset, name: str, options: Options) -> Run:
         if (last := checkpoints.last((params, state))) is not None:
             (params, state), record = last
             run = Run.of(record)
-            print(f"{entry.label}: resumed from {checkpoints.folder} after epoch {len(run.epochs)}/{options.epochs}")
+            print(
+                f"{entry.label}: resumed from {checkpoints.folder} after epoch {len(run.epochs)}/{options.epochs}",
+                flush=True,
+            )
 
     for epoch in range(len(run.epochs) + 1, options.epochs + 1):
         batches, dropped = jax.block_until_ready((minibatches(epoch), noise(epoch)))

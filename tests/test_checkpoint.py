@@ -146,6 +146,7 @@ def test_sharded_and_onto_another_mesh(tmp_path: Path, kind: AxisType) -> None:
             restored = checkpointer.restore(tmp_path / "saved", like)
             assert_same(jax.tree.map(np.asarray, restored), kept)
             jax.tree.map(lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim) or pytest.fail(), restored, like)
+            checkpoint.check(restored["state"], tx, like["params"])
             found = go(**restored)
             assert_same(found, go(**moved))
             assert found[0]["w"].sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
@@ -259,12 +260,14 @@ def test_what_may_change_between_two_runs() -> None:
         (lambda tx: optax.partition({0: tx, 1: adam_fn.lion(1e-3)}, {"w": 0, "b": 1}), ["Adam", "Lion"]),
         (lambda tx: optax.inject_hyperparams(adam_fn.adan)(1e-3), ["Adan"]),
         (lambda tx: adam_fn.cautious(adam_fn.swats(1e-3)), ["Adam"]),
+        (lambda tx: optax.GradientTransformation(jax.jit(tx.init), jax.jit(tx.update)), ["Adam"]),
         (lambda tx: optax.sgd(1e-3, momentum=0.9), []),
     ],
 )
 def test_rules_are_found_wherever_they_are(make: Callable[[Any], Any], rules: list[str]) -> None:
     tx = make(ADAMW)
-    for _ in range(2):  # JAX remembers the first time.
+    tx.init(P)
+    for _ in range(2):  # JAX remembers what it traced before.
         assert checkpoint.describe(tx, P)["rules"] == rules
 
 
