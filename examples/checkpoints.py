@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import optax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import args as to
@@ -33,7 +34,8 @@ class Checkpoints:
     def __init__(
         self, folder: Path, options: Mapping[str, object], tx: optax.GradientTransformation, params: optax.Params
     ) -> None:
-        self.folder, self.options, self.tx, self.params = folder, dict(options), tx, params
+        self.folder, self.options, self.tx = folder, dict(options), tx
+        self.params = jax.eval_shape(lambda: params)  # Shapes alone: training may donate the arrays.
         self.manager = ocp.CheckpointManager(
             folder.resolve(),
             options=ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False),
