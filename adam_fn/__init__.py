@@ -1,5 +1,6 @@
 """The Adam family for JAX: exact, at any precision, as optax transformations."""
 
+from adam_fn import checkpoint as checkpoint
 from adam_fn import diagnostics as diagnostics
 from adam_fn import masks as masks
 from adam_fn import presets as presets

@@ -1,4 +1,4 @@
-"""Which transformations a transformation calls: chains and wrappers, of any package, close over what they contain."""
+"""Which transformations a transformation contains: chains and wrappers, of any package, close over them."""
 
 import contextlib
 import contextvars
@@ -17,21 +17,21 @@ class Call(NamedTuple):
     params: PyTree | None
 
 
-_calls: contextvars.ContextVar[list[Call] | None] = contextvars.ContextVar("adam_fn_calls", default=None)
+_seen: contextvars.ContextVar[list[object] | None] = contextvars.ContextVar("adam_fn_seen", default=None)
 
 
 @contextlib.contextmanager
-def observed() -> Iterator[list[Call]]:
-    """Lists the calls that are made inside; they are made as ever."""
-    calls: list[Call] = []
-    token = _calls.set(calls)
+def observed() -> Iterator[list[object]]:
+    """Lists what is noted inside, by this thread: of every `init` its rule, of every `update` its `Call`."""
+    seen: list[object] = []
+    token = _seen.set(seen)
     try:
-        yield calls
+        yield seen
     finally:
-        _calls.reset(token)
+        _seen.reset(token)
 
 
-def note(call: Call) -> None:
+def note(what: object) -> None:
     """To be said at every call."""
-    if (calls := _calls.get()) is not None:
-        calls.append(call)
+    if (seen := _seen.get()) is not None:
+        seen.append(what)

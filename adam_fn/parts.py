@@ -52,8 +52,9 @@ def earlier(count: jax.Array, ahead: int) -> jax.Array:
 
 def calls_of(tx: optax.GradientTransformation, grads: PyTree, state: PyTree, params: PyTree) -> list[Call]:
     """The updates that `tx` calls. What they compute is not used, so no compiled program contains it."""
-    with observed() as calls:
+    with observed() as seen:
         tx.update(grads, state, params)
+    calls = [call for call in seen if isinstance(call, Call)]
     # The last of equal ones: `MultiSteps` traces two branches. Hyperparameters that are arrays do not count.
     return list({jax.tree.structure(call.spec): call for call in calls}.values())
 

@@ -272,6 +272,7 @@ class Init:
     spec: _Spec
 
     def __call__(self, params: PyTree) -> State:
+        note(self.spec.rule)
         return _init(self.spec, params)
 
 

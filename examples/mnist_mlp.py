@@ -4,6 +4,7 @@
     python examples/mnist_mlp.py --optimizer nadam --schedule linear --epochs 10
     python examples/mnist_mlp.py --compare    # eight optimizers from one initialisation: figure 2 of the paper
     python examples/mnist_mlp.py --dropout 0.5    # in training, on both hidden layers
+    python examples/mnist_mlp.py --checkpoint run    # saves every epoch; when called again, goes on from the last
 
 It prints the test accuracy after each epoch and a table, and writes a plot and the numbers to the folder of `--out`.
 """
@@ -14,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +27,7 @@ import mnist_data
 import mnist_report
 import numpy as np
 import optax
+from checkpoints import Checkpoints, OtherRunError
 from command_line import Parser, real, whole
 from flax import nnx
 from mnist_data import Dataset
@@ -206,7 +209,23 @@ def train(dataset: Dataset, name: str, options: Options) -> Run:
     )
     step = lowered.compile()
     run.compile_seconds = time.perf_counter() - start
-    for epoch in range(1, options.epochs + 1):
+
+    checkpoints = None
+    if options.checkpoint is not None:
+        # What decides the course of a run; the optimizer itself is looked at by `Checkpoints`.
+        decisive = {"data": dataset.name, "steps": steps, "rate": rate, "decay": run.weight_decay}
+        names = ("schedule", "epochs", "batch", "width", "seed", "dropout")
+        decisive |= {name: getattr(options, name) for name in names}
+        checkpoints = Checkpoints(options.checkpoint / name, decisive, tx, params)
+        if (last := checkpoints.last((params, state))) is not None:
+            (params, state), record = last
+            run = Run.of(record)
+            print(
+                f"{entry.label}: resumed from {checkpoints.folder} after epoch {len(run.epochs)}/{options.epochs}",
+                flush=True,
+            )
+
+    for epoch in range(len(run.epochs) + 1, options.epochs + 1):
         batches, dropped = jax.block_until_ready((minibatches(epoch), noise(epoch)))
         metrics: list[Metrics] = []
         start = time.perf_counter()
@@ -234,6 +253,8 @@ def train(dataset: Dataset, name: str, options: Options) -> Run:
             )
         )
         print(mnist_report.epoch_line(run, options.epochs), flush=True)
+        if checkpoints is not None:
+            checkpoints.save(epoch, (params, state), asdict(run))
     return run
 
 
@@ -263,6 +284,7 @@ class Options(NamedTuple):
     compare: bool
     steps: int | None  # at most so many an epoch
     dropout: float
+    checkpoint: Path | None
 
 
 def parse(argv: Sequence[str] | None) -> Options:
@@ -282,6 +304,7 @@ def parse(argv: Sequence[str] | None) -> Options:
     add("--data", metavar="FOLDER", help="with MNIST's four IDX files, .gz or plain, or the word digits for "
         "scikit-learn's (default: $ADAM_FN_DATA/mnist, else the user's cache, else a download)")  # fmt: skip
     add("--out", type=Path, default=Path("out"), metavar="FOLDER", help="for the plot and the numbers (default: out)")
+    add("--checkpoint", type=Path, metavar="FOLDER", help="save there after every epoch, and go on from there")
     add("--compare", action="store_true", help=f"train {', '.join(COMPARED)}, each at its own rate")
     add("--quick", action="store_true", help="a trial of 2 epochs of at most 20 steps, 64 units wide")
     given = parser.parse_args(argv)
@@ -303,6 +326,7 @@ def parse(argv: Sequence[str] | None) -> Options:
         compare=given.compare,
         steps=20 if given.quick else None,
         dropout=given.dropout,
+        checkpoint=given.checkpoint,
     )
 
 
@@ -312,9 +336,10 @@ def main(argv: Sequence[str] | None = None) -> list[Run]:
         dataset = mnist_data.load(options.data)
         if options.batch > len(dataset.train_labels):
             raise ValueError(f"--batch {options.batch} is more than the {len(dataset.train_labels)} training images")
-        options.out.mkdir(parents=True, exist_ok=True)
-        if not os.access(options.out, os.W_OK):
-            raise PermissionError(f"--out {options.out} cannot be written to")
+        for flag, folder in (("--out", options.out), ("--checkpoint", options.checkpoint or options.out)):
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(f"{flag} {folder} cannot be written to")
     except (OSError, ValueError) as error:
         sys.exit(f"mnist_mlp.py: error: {error}")
     device = jax.devices()[0].device_kind
@@ -323,7 +348,10 @@ def main(argv: Sequence[str] | None = None) -> list[Run]:
     title = f"MLP {sizes} on {dataset.name}, {dropout}batch {options.batch}, seed {options.seed}"
     print(f"{title}: {len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images; {device}")
     names = COMPARED if options.compare else (options.optimizer,)
-    runs = [train(dataset, name, options) for name in names]
+    try:
+        runs = [train(dataset, name, options) for name in names]
+    except OtherRunError as error:
+        sys.exit(f"mnist_mlp.py: error: {error}")
     print(f"\n{mnist_report.table(runs)}\n")
     stem = options.out / ("mnist_compare" if options.compare else "mnist_mlp")
     png, numbers = stem.with_suffix(".png"), stem.with_suffix(".json")

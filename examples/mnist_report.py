@@ -7,6 +7,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -48,6 +49,11 @@ class Run:
     compile_seconds: float = 0.0
     epochs: list[Epoch] = field(default_factory=list)
     step_costs: list[float] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Self:
+        """The run whose `asdict` is given."""
+        return cls(**{**record, "epochs": [Epoch(**epoch) for epoch in record["epochs"]]})
 
     @property
     def legend(self) -> str:

@@ -99,6 +99,42 @@ class TestMnistMlp:
         written = read_json(tmp_path / "mnist_compare.json")["runs"]
         assert [run["label"] for run in written] == [mnist_mlp.OPTIMIZERS[name].label for name in mnist_mlp.COMPARED]
 
+    def test_goes_on_from_its_last_checkpoint(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Ended in the middle of epoch 3, it goes on from epoch 2 and ends as if nothing had been."""
+        options = (*QUICK, "--epochs", "4", "--dropout", "0.2", "--out", str(tmp_path / "out"))
+        (expected,) = mnist_mlp.main(options)
+        saving = (*options, "--checkpoint", str(tmp_path / "run"))
+        evaluate, calls = mnist_mlp.evaluate, iter((False, False, True))
+
+        def ends(*args: Any, **kwargs: Any) -> mnist_mlp.Metrics:
+            if next(calls):
+                raise KeyboardInterrupt
+            return evaluate(*args, **kwargs)
+
+        monkeypatch.setattr(mnist_mlp, "evaluate", ends)
+        with pytest.raises(KeyboardInterrupt):
+            mnist_mlp.main(saving)
+        monkeypatch.undo()
+        capsys.readouterr()
+        for line, epochs in ((f"Adam: resumed from {tmp_path / 'run' / 'adam'} after epoch 2/4", 2), ("4/4", 0)):
+            (run,) = mnist_mlp.main(saving)
+            _, resumed, *lines = capsys.readouterr().out.splitlines()
+            assert resumed.endswith(line)
+            assert sum("training accuracy" in line for line in lines) == epochs
+            assert run.step_costs == expected.step_costs
+            assert [epoch.test_cost for epoch in run.epochs] == [epoch.test_cost for epoch in expected.epochs]
+        for other, complaint in (
+            (("--seed", "1"), "adam has checkpoints of another run, whose seed is 0"),
+            (("--width", "65", "--dropout", "0"), "whose width is 64, dropout is 0.2"),
+        ):
+            with pytest.raises(SystemExit, match=complaint):
+                mnist_mlp.main((*saving, *other))
+        monkeypatch.setitem(mnist_mlp.OPTIMIZERS, "adam", mnist_mlp.OPTIMIZERS["yogi"]._replace(rate=1e-3))
+        with pytest.raises(SystemExit, match="rules: Adam, expected Yogi"):
+            mnist_mlp.main(saving)
+
     def test_seed_decides(self) -> None:
         digits = mnist_data.digits()
         first, again, other = (
@@ -185,6 +221,7 @@ class TestMnistMlp:
             (("--data", str(tmp_path)), "lacks t10k-labels-idx1-ubyte, train-labels-idx1-ubyte"),
             (("--data", "digits", "--batch", "1438"), "--batch 1438 is more than the 1437 training images"),
             (("--data", "digits", "--out", str(tmp_path / "file")), "file"),
+            (("--data", "digits", "--out", str(tmp_path), "--checkpoint", str(tmp_path / "file")), "file"),
         ):
             with pytest.raises(SystemExit) as stop:
                 mnist_mlp.main((*options, *(() if "--out" in options else ("--out", str(tmp_path / "out")))))

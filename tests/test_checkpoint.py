@@ -1,0 +1,288 @@
+"""States in and out of checkpoints: bit for bit with Orbax, flax and pickle, and the right one or an error."""
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import chex
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from cases import MEMBERS
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import adam_fn
+from adam_fn import Block, checkpoint
+
+TXS: dict[str, optax.GradientTransformation] = {
+    **{case.name: case.make(1e-2) for case in MEMBERS},
+    "bfloat16": adam_fn.adamw(1e-2, mu_dtype="bfloat16", nu_dtype="bfloat16"),
+    "8 bits": adam_fn.adamw(1e-2, storage=Block(8)),
+    "4 bits": adam_fn.adamw(1e-2, storage=Block(4)),
+    "masters": adam_fn.master_weights(adam_fn.adam(1e-2, storage=Block(8))),
+    "24 bits": adam_fn.master_weights(adam_fn.adam(1e-2), bits=8),
+    "rounding": optax.chain(adam_fn.adam(1e-2), adam_fn.stochastic_rounding(3)),
+    "swats": adam_fn.swats(1e-2, tolerance=1e3),
+    "lamb": adam_fn.lamb(1e-2),
+    "cautious": adam_fn.cautious(adam_fn.adam(1e-2)),
+    "average": optax.chain(adam_fn.adam(1e-2), adam_fn.average_params(0.9)),
+    "accumulated": optax.MultiSteps(adam_fn.adam(1e-2), 2).gradient_transformation(),
+    "injected": optax.inject_hyperparams(adam_fn.adam)(optax.linear_schedule(1e-2, 0.0, 9)),
+    "frozen": adam_fn.adam(1e-2, frozen=adam_fn.masks.path("b")),
+    "partitioned": optax.partition({0: adam_fn.adam(1e-2), 1: adam_fn.lion(1e-3)}, {"w": 0, "b": 1, "n": 1}),
+}
+SHORT = {"masters", "24 bits", "rounding"}  # The parameters are bfloat16.
+
+
+def parameters(name: str) -> dict[str, jax.Array]:
+    dtype = jnp.bfloat16 if name in SHORT else jnp.float32
+    w = jax.random.normal(jax.random.key(0), (64, 128), dtype)
+    return {"w": w, "b": jnp.ones(3, dtype), "n": jnp.arange(2)}
+
+
+def gradients(params: Any, at: int | jax.Array) -> Any:
+    """Gradients that depend on the step and the parameter."""
+    return jax.tree.map(lambda p: jnp.sin(p * (at + 2)) if p.dtype != jnp.int32 else jnp.zeros_like(p), params)
+
+
+def begin() -> Any:
+    params = {name: parameters(name) for name in TXS}
+    return {name: {"params": params[name], "state": tx.init(params[name])} for name, tx in TXS.items()}
+
+
+@jax.jit
+def step(runs: Any, at: jax.Array) -> Any:
+    """A step of every transformation."""
+    after = {}
+    for name, tx in TXS.items():
+        params, state = runs[name]["params"], runs[name]["state"]
+        updates, state = tx.update(gradients(params, at), state, params)
+        after[name] = {"params": optax.apply_updates(params, updates), "state": state}
+    return after
+
+
+def trained(runs: Any, start: int, steps: int) -> Any:
+    for at in range(start, start + steps):
+        runs = step(runs, at)
+    return runs
+
+
+def by_orbax(runs: Any, folder: Path) -> Any:
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "saved", runs)
+        checkpointer.wait_until_finished()
+        return checkpointer.restore(folder / "saved", jax.eval_shape(begin))
+
+
+def by_flax(runs: Any, folder: Path) -> Any:
+    (folder / "saved").write_bytes(flax.serialization.to_bytes(runs))
+    return flax.serialization.from_bytes(begin(), (folder / "saved").read_bytes())
+
+
+def by_pickle(runs: Any, folder: Path) -> Any:
+    (folder / "saved").write_bytes(pickle.dumps(runs))
+    return pickle.loads((folder / "saved").read_bytes())
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    """Equal bit for bit, structures and dtypes too."""
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
+    chex.assert_trees_all_equal(found, expected)
+
+
+def test_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """Every state, saved and restored by Orbax, flax and pickle."""
+    runs = trained(begin(), 0, 3)
+    expected = trained(runs, 3, 3)
+    for way in (by_orbax, by_flax, by_pickle):
+        place = tmp_path / way.__name__
+        place.mkdir()
+        restored = way(runs, place)
+        assert_same(restored, runs)
+        for name, tx in TXS.items():
+            checkpoint.check(restored[name]["state"], tx, restored[name]["params"])
+        assert_same(trained(restored, 3, 3), expected)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_sharded_and_onto_another_mesh(tmp_path: Path, kind: AxisType) -> None:
+    """Saved from eight devices; back on them, and on two by two laid out otherwise, training goes on bit for bit."""
+    tx = adam_fn.master_weights(adam_fn.adamw(1e-2, storage=Block(8)))
+    train = adam_fn.make_step(tx)
+    meshes = [
+        (jax.make_mesh((8,), ("a",), axis_types=(kind,)), PartitionSpec("a")),
+        (
+            jax.make_mesh((2, 2), ("a", "b"), axis_types=(kind, kind), devices=jax.devices()[:4]),
+            PartitionSpec("b", "a"),
+        ),
+    ]
+
+    def on(mesh: jax.sharding.Mesh, spec: PartitionSpec, w: Any) -> Any:
+        return {"w": jax.device_put(w, NamedSharding(mesh, spec))}
+
+    def go(params: Any, state: Any) -> Any:
+        for at in range(3):
+            params, state = train(params, state, gradients(params, at))
+        return params, state
+
+    w = np.asarray(jax.random.normal(jax.random.key(0), (256, 64), jnp.bfloat16))
+    params = on(*meshes[0], w)
+    params, state = go(params, tx.init(params))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "saved", {"params": params, "state": state})
+        checkpointer.wait_until_finished()
+        kept = jax.tree.map(np.asarray, {"params": params, "state": state})
+        for mesh, spec in meshes:
+            like = on(mesh, spec, w)
+            like = {"params": like, "state": tx.init(like)}
+            # What would be there without a checkpoint, on this mesh.
+            moved = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), kept, like)
+            restored = checkpointer.restore(tmp_path / "saved", like)
+            assert_same(jax.tree.map(np.asarray, restored), kept)
+            jax.tree.map(lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim) or pytest.fail(), restored, like)
+            checkpoint.check(restored["state"], tx, like["params"])
+            found = go(**restored)
+            assert_same(found, go(**moved))
+            assert found[0]["w"].sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
+
+
+P = {"w": jnp.ones((64, 128)), "b": [jnp.ones(3), jnp.ones(2)]}
+ADAMW = adam_fn.adamw(1e-3, storage=Block(8))
+
+# What goes on in the place of `ADAMW` and `P`, and what the error must say.
+OTHERS: dict[str, tuple[optax.GradientTransformation, Any, list[str]]] = {
+    "another rule with the same slots": (
+        adam_fn.laprop(1e-3, storage=Block(8)),
+        P,
+        ["rules: Adam, expected LaProp"],
+    ),
+    "another rule": (
+        adam_fn.amsgrad(1e-3, storage=Block(8)),
+        P,
+        [
+            "rules: Adam, expected AMSGrad",
+            "state/slots/nu_max/codes/b/0: nothing, expected float32[3]",
+            "state/slots/nu_max/codes/b/1: nothing, expected float32[2]",
+            "state/slots/nu_max/codes/w: nothing, expected uint8[64,128]",
+            "state/slots/nu_max/scales/w: nothing, expected int16[2,128]",
+        ],
+    ),
+    "another storage": (
+        adam_fn.adamw(1e-3, storage=Block(4)),
+        P,
+        [f"state/slots/{slot}/codes/w: uint8[64,128], expected uint8[32,128]" for slot in ("mu", "nu")],
+    ),
+    "another storage of one slot": (
+        adam_fn.adamw(1e-3, storage={"nu": Block(8)}, mu_dtype="bfloat16"),
+        P,
+        [
+            *(f"state/slots/mu/b/{i}: nothing, expected bfloat16[{n}]" for i, n in enumerate((3, 2))),
+            "state/slots/mu/w: nothing, expected bfloat16[64,128]",
+            *(f"state/slots/mu/codes/b/{i}: float32[{n}], expected nothing" for i, n in enumerate((3, 2))),
+            "state/slots/mu/codes/w: uint8[64,128], expected nothing",
+            "state/slots/mu/scales/w: int16[2,128], expected nothing",
+        ],
+    ),
+    "a leaf of another shape": (
+        ADAMW,
+        {**P, "b": [jnp.ones(3), jnp.ones(1)]},
+        ["params/b/1: float32[2], expected float32[1]"]
+        + [f"state/slots/{slot}/codes/b/1: float32[2], expected float32[1]" for slot in ("mu", "nu")],
+    ),
+    "a leaf of another dtype": (
+        ADAMW,
+        {**P, "w": P["w"].astype(jnp.bfloat16)},  # pyright: ignore[reportAttributeAccessIssue]
+        ["params/w: float32[64,128], expected bfloat16[64,128]"],
+    ),
+    "a leaf more and one less": (
+        adam_fn.adamw(1e-3, storage=Block(8), frozen=adam_fn.masks.path("b/0")),
+        {"w": P["w"], "b": [*P["b"], jnp.ones(())]},
+        ["params/b/2: nothing, expected float32[]"]
+        + [f"state/slots/{slot}/codes/b/2: nothing, expected float32[]" for slot in ("mu", "nu")]
+        + [f"state/slots/{slot}/codes/b/0: float32[3], expected nothing" for slot in ("mu", "nu")],
+    ),
+    "another wrapper": (
+        optax.chain(ADAMW, adam_fn.stochastic_rounding()),
+        P,
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_another_checkpoint_is_an_error_that_names_what_differs(other: str) -> None:
+    saved = json.loads(json.dumps(checkpoint.describe(ADAMW, P)))
+    checkpoint.check(saved, ADAMW, P)
+    tx, params, expected = OTHERS[other]
+    with pytest.raises(ValueError, match="not of this transformation and these parameters") as error:
+        checkpoint.check(saved, tx, params)
+    lines = [line.strip() for line in str(error.value).splitlines()[1:]]
+    if not expected:
+        expected = lines
+        assert "state/1/count: nothing, expected int32[]" in lines
+        assert "state/slots/mu/codes/w: uint8[64,128], expected nothing" in lines
+    assert sorted(lines) == sorted(expected)
+
+    # A state alone says as much of itself, but names neither its rule nor its parameters.
+    seen = sorted(line for line in expected if line.startswith("state"))
+    for state in (ADAMW.init(P), flax.serialization.to_state_dict(ADAMW.init(P))):
+        checkpoint.check(state, ADAMW, P)
+        if not seen:
+            checkpoint.check(state, tx, params)
+            continue
+        with pytest.raises(ValueError, match="not of this") as error:
+            checkpoint.check(state, tx, params)
+        assert sorted(line.strip() for line in str(error.value).splitlines()[1:]) == seen
+
+
+def test_what_may_change_between_two_runs() -> None:
+    saved = checkpoint.describe(ADAMW, P)
+    for tx in (
+        adam_fn.adamw(optax.cosine_decay_schedule(1e-2, 9), 0.8, weight_decay=0.1, storage=Block(8)),
+        adam_fn.nadam(1e-3, storage=Block(8)),  # Its moments are Adam's.
+        optax.GradientTransformation(ADAMW.init, ADAMW.update),
+    ):
+        checkpoint.check(saved, tx, jax.eval_shape(lambda: P))
+
+
+@pytest.mark.parametrize(
+    ("make", "rules"),
+    [
+        (lambda tx: tx, ["Adam"]),
+        (lambda tx: optax.chain(optax.clip(1.0), tx, adam_fn.average_params()), ["Adam", "Average"]),
+        (lambda tx: adam_fn.master_weights(optax.MultiSteps(tx, 3).gradient_transformation()), ["Adam"]),
+        (lambda tx: optax.partition({0: tx, 1: adam_fn.lion(1e-3)}, {"w": 0, "b": 1}), ["Adam", "Lion"]),
+        (lambda tx: optax.inject_hyperparams(adam_fn.adan)(1e-3), ["Adan"]),
+        (lambda tx: adam_fn.cautious(adam_fn.swats(1e-3)), ["Adam"]),
+        (lambda tx: optax.GradientTransformation(jax.jit(tx.init), jax.jit(tx.update)), ["Adam"]),
+        (lambda tx: optax.sgd(1e-3, momentum=0.9), []),
+    ],
+)
+def test_rules_are_found_wherever_they_are(make: Callable[[Any], Any], rules: list[str]) -> None:
+    tx = make(ADAMW)
+    tx.init(P)
+    for _ in range(2):  # JAX remembers what it traced before.
+        assert checkpoint.describe(tx, P)["rules"] == rules
+
+
+def test_orbax_keeps_the_description(tmp_path: Path) -> None:
+    """As the documentation has it: what is wrong is said before anything is restored, and by Orbax's own shapes."""
+    handler = ocp.StandardCheckpointHandler()
+    with ocp.CheckpointManager(tmp_path / "run", item_handlers=handler) as manager:
+        saved = {"params": P, "state": ADAMW.init(P)}
+        manager.save(7, args=ocp.args.StandardSave(saved), custom_metadata=checkpoint.describe(ADAMW, P))
+        manager.wait_until_finished()
+        about, shapes = manager.metadata(7).custom_metadata, manager.item_metadata(7)
+    assert about is not None
+    checkpoint.check(about, ADAMW, P)
+    checkpoint.check(shapes["state"], ADAMW, P)
+    with pytest.raises(ValueError, match=r"rules: Adam, expected Yogi$"):
+        checkpoint.check(about, adam_fn.yogi(1e-3, storage=Block(8)), P)
+    with pytest.raises(ValueError, match=r"state/slots/mu/codes/w: uint8\[64,128\], expected uint8\[32,128\]"):
+        checkpoint.check(shapes["state"], adam_fn.adam(1e-3, storage=Block(4)), P)
