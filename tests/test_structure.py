@@ -30,6 +30,9 @@ LAYERS = (
     ("rules.adam",),
     ("rules.adamax", "rules.amsgrad", "rules.momentum", "rules.variance"),
     ("wrapper",),
+    ("write",),
+    ("interop.moments",),
+    ("interop.keras", "interop.optax", "interop.torch"),
 )
 
 
