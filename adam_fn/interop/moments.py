@@ -103,6 +103,11 @@ class Target:
             raise TypeError(f"{framework} has no counterpart of {type(self.rule).__name__}; there are those of {known}")
         return forms[type(self.rule)]
 
+    @property
+    def complex(self) -> list[str]:
+        """The paths of the complex parameters."""
+        return [path for path in self.trained if jnp.iscomplexobj(self._leaves[path])]
+
     def shape(self, path: str) -> tuple[int, ...]:
         return jnp.shape(self._leaves[path])
 

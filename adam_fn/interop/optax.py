@@ -84,11 +84,11 @@ def from_optax(tx: optax.GradientTransformation, params: PyTree, optax_state: op
 
     Raises:
       ValueError: where moments are missing, of another shape or kind, or not of a parameter, with a list of all; where
-        steps are counted differently in two places; where a complex parameter's ν is one real, as optax has it.
+        steps are counted differently in two places; where a complex parameter has a second moment, which in optax is
+        one for both parts.
       TypeError: where `tx` has no counterpart in optax.
     """
-    target = Target(tx, params)
-    form: _Form = target.form(_FORMS, "optax")
+    target, form = _target(tx, params)
     found: list[Any] = []
     counts: dict[str, int] = {}
 
@@ -139,8 +139,7 @@ def to_optax(tx: optax.GradientTransformation, params: PyTree, state: State | Ma
       ValueError: where a parameter has moments in one of the states only, or of another shape, with a list of all.
       TypeError: where `tx` has no counterpart in optax.
     """
-    target = Target(tx, params)
-    form: _Form = target.form(_FORMS, "optax")
+    target, form = _target(tx, params)
     count, slots = target.moments(state)
     slots = dict(slots)
     if "nu_max" in slots and (weight := _corrected(target, count)):
@@ -178,6 +177,14 @@ def to_optax(tx: optax.GradientTransformation, params: PyTree, state: State | Ma
     problems += [f"{path or 'the only leaf'}: has no moments in optax's" for path in target.trained if path not in used]
     fail(problems, "the state does not fit the one of optax")
     return result
+
+
+def _target(tx: optax.GradientTransformation, params: PyTree) -> tuple[Target, _Form]:
+    target = Target(tx, params)
+    form: _Form = target.form(_FORMS, "optax")
+    if "nu" in form.slots:
+        fail(target.complex, "the second moments of complex parameters are |g|² in optax, here of either part")
+    return target, form
 
 
 def _corrected(target: Target, count: int) -> float:
