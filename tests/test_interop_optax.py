@@ -178,7 +178,7 @@ def test_weights_are_those_of_the_count() -> None:
 @pytest.mark.parametrize("name", PAIRS)
 def test_back(name: str, ran: Run) -> None:
     """After 100 steps of ours, optax's state is what 100 steps of optax made of it."""
-    template = PAIRS[name].theirs.init(ran.start[name])
+    template: Any = PAIRS[name].theirs.init(ran.start[name])
     found = to_optax(PAIRS[name].ours, ran.params[name], ran.ours[name], template)
     expected = ran.after[name]
     assert jax.tree.structure(found) == jax.tree.structure(expected)
@@ -195,7 +195,7 @@ def test_back(name: str, ran: Run) -> None:
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_there_and_back_is_exact(name: str, ran: Run) -> None:
-    template = PAIRS[name].theirs.init(ran.start[name])
+    template: Any = PAIRS[name].theirs.init(ran.start[name])
     found = to_optax(PAIRS[name].ours, ran.start[name], ran.converted[name], template)
     again = from_optax(PAIRS[name].ours, ran.start[name], found)
     for x, y in zip(jax.tree.leaves(again), jax.tree.leaves(ran.converted[name]), strict=True):
@@ -290,7 +290,7 @@ def test_errors_list_every_path() -> None:
         "scale: nu is int32, the parameter float32",
         "extra: is not a parameter",
     ]
-    with pytest.raises(ValueError, match=r"(?s)counts steps differently:.*0\.count: 3.*1\.count: 4|: 3.*: 4"):
+    with pytest.raises(ValueError, match=r"(?s)0 ScaleByAdamState\.count: 3.*1 ScaleByScheduleState\.count: 4"):
         from_optax(tx, params, (state, optax.ScaleByScheduleState(jnp.int32(4))))
     with pytest.raises(ValueError, match=r"(?s)mu of one parameter twice.*dense/bias.*dense/kernel.*scale"):
         from_optax(tx, params, (state, state))

@@ -44,6 +44,10 @@ class Moments(NamedTuple):
     count: int  # pyright: ignore[reportIncompatibleMethodOverride]
     slots: Mapping[str, ByPath]
 
+    def array(self, slot: str, path: str) -> Array:
+        """One of them; of the first moment that β₁ = 0 leaves out, and that counts for nothing elsewhere, zeros."""
+        return self.slots[slot][path] if slot in self.slots else jnp.zeros_like(next(iter(self.slots.values()))[path])
+
 
 def path_of(keys: jax.tree_util.KeyPath) -> str:
     """A path as `adam_fn.masks.path` has it: the keys joined by ``/``, less the ``.value`` of a boxed parameter."""
@@ -142,6 +146,12 @@ class Target:
             found = dict(zip(self._paths, self._treedef.flatten_up_to(tree), strict=True))
             slots[name] = {path: self._joined(path, found[path]) for path in self.trained}
         return Moments(int(inner.count), slots)
+
+    def uncovered(self, paths: Iterable[str | None]) -> Iterable[str]:
+        """What differs between some paths and those of the parameters that are trained."""
+        known = {path: None for path in paths if path is not None}
+        yield from (f"{_shown(path)}: is not a trained parameter" for path in known if path not in self.trained)
+        yield from (f"{_shown(path)}: is not among paths" for path in self.trained if path not in known)
 
     def _joined(self, path: str, x: jax.Array) -> jax.Array:
         dtype = jnp.result_type(self._leaves[path])
