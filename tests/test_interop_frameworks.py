@@ -201,7 +201,7 @@ def test_one_of_them_only() -> None:
     saved, tx = torch_state("adam"), OURS["torch/adam"]
     some = [None, None, "head/kernel", "head/bias"]
     head = {"head": params["head"]}
-    found = from_torch(tx, head, saved, paths=some, transpose=FLIP)
+    found: Any = from_torch(tx, head, saved, paths=some, transpose=FLIP)
     same(found.slots["nu"]["head"], state.slots["nu"]["head"])
     back = to_torch(tx, head, found._replace(count=found.count + 1), saved, paths=some, transpose=FLIP)
     assert [int(back["state"][number]["step"]) for number in range(4)] == [BEFORE, BEFORE, BEFORE + 1, BEFORE + 1]
@@ -212,6 +212,26 @@ def test_groups() -> None:
     (first, decaying), (second, others) = torch_groups(saved, paths=path)
     assert (decaying, others) == (["dense/kernel", "head/kernel"], ["dense/bias", "head/bias"])
     assert (first["weight_decay"], second["weight_decay"], second["lr"]) == (2**-3, 0.0, 2**-10)
+
+
+def test_convolutions() -> None:
+    """In torch [out, in, height, width], here [height, width, in, out]; the first pattern that matches counts."""
+    params = {"conv": {"kernel": jnp.zeros((5, 7, 2, 3))}, "dense": {"kernel": jnp.zeros((4, 6))}}
+    moment = np.arange(3 * 2 * 5 * 7, dtype=np.float32).reshape(3, 2, 5, 7)
+    dense = np.arange(24, dtype=np.float32).reshape(6, 4)
+    state = {i: {"step": 1, "exp_avg": x, "exp_avg_sq": 2 * x} for i, x in enumerate((moment, dense))}
+    saved: dict[str, Any] = {"state": state, "param_groups": [{"params": [0, 1]}]}
+    options: dict[str, Any] = {
+        "paths": ["conv/kernel", "dense/kernel"],
+        "transpose": {"conv*": (2, 3, 1, 0), "*kernel": (1, 0)},
+    }
+    tx = presets.torch_adam()
+    found: Any = from_torch(tx, params, saved, **options)
+    kernel = found.slots["mu"]["conv"]["kernel"]
+    assert all(kernel[y, x, i, o] == moment[o, i, y, x] for y, x, i, o in ((1, 2, 0, 1), (4, 6, 1, 2)))
+    back = to_torch(tx, params, found, saved, **options)
+    np.testing.assert_array_equal(back["state"][0]["exp_avg_sq"], 2 * moment)
+    np.testing.assert_array_equal(back["state"][1]["exp_avg"], dense)
 
 
 def test_torch_errors_list_every_path() -> None:

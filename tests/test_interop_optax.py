@@ -14,9 +14,9 @@ import adam_fn
 from adam_fn.interop import from_optax, to_optax
 
 # Their complements are exact in float32: what optax loses elsewhere (`1 - float32(0.999)`) is not what is tested.
-BETAS = {"b1": 0.875, "b2": 0.96875}
+BETAS: dict[str, Any] = {"b1": 0.875, "b2": 0.96875}
 BEFORE, AFTER = 10, 100
-PARAMS = {
+PARAMS: Any = {
     "dense": {"kernel": np.linspace(-1, 1, 3 * 40, dtype=np.float32).reshape(3, 40), "bias": np.ones(40, np.float32)},
     "scale": np.float32(2.0) * np.ones((), np.float32),
 }
@@ -41,7 +41,7 @@ def chained() -> Pair:
 
 
 def partitioned() -> Pair:
-    parts = {"decays": optax.adamw(1e-3, **BETAS, weight_decay=0.02), "stays": optax.adam(1e-3, **BETAS)}
+    parts: Any = {"decays": optax.adamw(1e-3, **BETAS, weight_decay=0.02), "stays": optax.adam(1e-3, **BETAS)}
     return Pair(optax.partition(parts, LABELS), adam_fn.adamw(1e-3, **BETAS, weight_decay=0.02, mask=DECAYS))
 
 
@@ -120,7 +120,7 @@ class Run(NamedTuple):
 def ran() -> Run:
     """10 steps of optax, the conversion, and 100 steps of both."""
     theirs, ours = ({name: pair[i] for name, pair in PAIRS.items()} for i in range(2))
-    params = dict.fromkeys(PAIRS, jax.tree.map(jnp.asarray, PARAMS))
+    params: Any = dict.fromkeys(PAIRS, jax.tree.map(jnp.asarray, PARAMS))
     states = {name: tx.init(params[name]) for name, tx in theirs.items()}
     run = runner(theirs)
     params, before, _ = run(params, states, gradients(BEFORE, 0))
@@ -161,25 +161,30 @@ def adam_state(mu_dtype: Any = None) -> tuple[Any, Any]:
     return params, (optax.ScaleByAdamState(jnp.int32(3), mu, nu), optax.EmptyState())
 
 
+def weights(state: Any) -> Any:
+    return np.asarray(state.weights, np.float64).sum(axis=1)
+
+
 def test_weights_are_those_of_the_count() -> None:
     params, state = adam_state()
     state = state[0]._replace(count=jnp.int32(2000))
     b1, b2, steps = 0.9, 0.9999, np.arange(1, 2001)
-    adam, radam = (from_optax(make(1e-3, b1, b2), params, state) for make in (adam_fn.adam, adam_fn.radam))
+    adam: Any = from_optax(adam_fn.adam(1e-3, b1, b2), params, state)
+    radam: Any = from_optax(adam_fn.radam(1e-3, b1, b2), params, state)
     expected = [1 - b1**2000, 1 - b2**2000, np.sum((1 - b2) * b2 ** (2000 - steps) * (1 - b2**steps))]
-    np.testing.assert_allclose(np.float64(adam.weights).sum(1), expected[:2], rtol=1e-7)
-    np.testing.assert_allclose(np.float64(radam.weights).sum(1), expected, rtol=1e-7)
-    fast = adam_fn.schedules.nadam_momentum(0.9, 1.0)
-    nadam = from_optax(adam_fn.nadam(1e-3, momentum_decay=1.0), params, state._replace(count=jnp.int32(3)))
+    np.testing.assert_allclose(weights(adam), expected[:2], rtol=1e-7)
+    np.testing.assert_allclose(weights(radam), expected, rtol=1e-7)
+    fast: Any = adam_fn.schedules.nadam_momentum(0.9, 1.0)
+    nadam: Any = from_optax(adam_fn.nadam(1e-3, momentum_decay=1.0), params, state._replace(count=jnp.int32(3)))
     product = np.prod([float(fast(i)) for i in range(3)])
-    np.testing.assert_allclose(np.float64(nadam.weights)[0].sum(), 1 - product, rtol=1e-6)
+    np.testing.assert_allclose(weights(nadam)[0], 1 - product, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_back(name: str, ran: Run) -> None:
     """After 100 steps of ours, optax's state is what 100 steps of optax made of it."""
     template: Any = PAIRS[name].theirs.init(ran.start[name])
-    found = to_optax(PAIRS[name].ours, ran.params[name], ran.ours[name], template)
+    found: Any = to_optax(PAIRS[name].ours, ran.params[name], ran.ours[name], template)
     expected = ran.after[name]
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
@@ -190,13 +195,13 @@ def test_back(name: str, ran: Run) -> None:
         if jnp.issubdtype(x.dtype, jnp.integer):
             assert int(x) == int(y), where
         else:
-            assert relative_error(np.asarray(x), np.float64(y)) < 2e-6, where
+            assert relative_error(np.asarray(x), np.asarray(y, np.float64)) < 2e-6, where
 
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_there_and_back_is_exact(name: str, ran: Run) -> None:
     template: Any = PAIRS[name].theirs.init(ran.start[name])
-    found = to_optax(PAIRS[name].ours, ran.start[name], ran.converted[name], template)
+    found: Any = to_optax(PAIRS[name].ours, ran.start[name], ran.converted[name], template)
     again = from_optax(PAIRS[name].ours, ran.start[name], found)
     for x, y in zip(jax.tree.leaves(again), jax.tree.leaves(ran.converted[name]), strict=True):
         np.testing.assert_array_equal(x, y)
@@ -207,11 +212,11 @@ def test_amsgrad_of_corrected_maxima() -> None:
     theirs, ours = optax.amsgrad(1e-3, **BETAS), adam_fn.amsgrad(1e-3, **BETAS)
     params, (adam, _) = adam_state()
     maxima = jax.tree.map(lambda v: 2 * v / (1 - BETAS["b2"] ** 2), adam.nu)
-    optax_state = optax.ScaleByAmsgradState(adam.count, adam.mu, adam.nu, maxima)
-    state = from_optax(ours, params, optax_state)
+    optax_state: Any = optax.ScaleByAmsgradState(adam.count, adam.mu, adam.nu, maxima)
+    state: Any = from_optax(ours, params, optax_state)
     weight = 1 - BETAS["b2"] ** 3
     np.testing.assert_allclose(flat(state.slots["nu_max"]) / weight, flat(optax_state.nu_max), rtol=1e-6)
-    back = to_optax(ours, params, state, theirs.init(params))
+    back: Any = to_optax(ours, params, state, theirs.init(params))
     np.testing.assert_allclose(flat(back[0].nu_max), flat(optax_state.nu_max), rtol=1e-6)
 
 
@@ -219,25 +224,25 @@ def test_into_any_storage() -> None:
     rng = np.random.default_rng(0)
     params = {"w": jnp.ones((64, 64)), "scale": jnp.ones(())}
     mu = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), p.dtype), params)
-    state = optax.ScaleByAdamState(jnp.int32(7), mu, jax.tree.map(jnp.square, mu))
+    state: Any = optax.ScaleByAdamState(jnp.int32(7), mu, jax.tree.map(jnp.square, mu))
     tx = adam_fn.adam(1e-3, storage=adam_fn.Block(8))
-    found = from_optax(tx, params, state)
+    found: Any = from_optax(tx, params, state)
     assert found.slots["mu"]["codes"]["w"].dtype.itemsize == 1
     for slot, theirs in (("mu", state.mu), ("nu", state.nu)):
         decoded = tx.update.decoded(slot, found, params)
         assert 1e-5 < relative_error(np.asarray(decoded["w"]), np.asarray(theirs["w"])) < 0.05
         np.testing.assert_array_equal(decoded["scale"], theirs["scale"])  # Too small for blocks.
     tx.update(params, found, params)
-    short = from_optax(adam_fn.adam(1e-3, mu_dtype="bfloat16"), params, state)
+    short: Any = from_optax(adam_fn.adam(1e-3, mu_dtype="bfloat16"), params, state)
     np.testing.assert_array_equal(short.slots["mu"]["w"], state.mu["w"].astype(jnp.bfloat16))
     np.testing.assert_array_equal(short.slots["nu"]["w"], state.nu["w"])
 
 
 def test_out_of_optax_bfloat16() -> None:
     params, state = adam_state(jnp.bfloat16)
-    found = from_optax(adam_fn.adam(1e-3), params, state)
+    found: Any = from_optax(adam_fn.adam(1e-3), params, state)
     assert found.slots["mu"]["scale"].dtype == jnp.float32
-    back = to_optax(adam_fn.adam(1e-3), params, found, optax.adam(1e-3, mu_dtype="bfloat16").init(params))
+    back: Any = to_optax(adam_fn.adam(1e-3), params, found, optax.adam(1e-3, mu_dtype="bfloat16").init(params))
     assert back[0].mu["scale"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(back[0].mu["dense"]["kernel"], state[0].mu["dense"]["kernel"])
 
@@ -246,11 +251,11 @@ def test_master_weights() -> None:
     params, state = adam_state()
     short = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
     tx = adam_fn.master_weights(adam_fn.adam(1e-3))
-    found = from_optax(tx, short, state)
+    found: Any = from_optax(tx, short, state)
     assert jax.tree.structure(found) == jax.tree.structure(tx.init(short))
     assert not np.any(flat(found.remainder))
     np.testing.assert_array_equal(flat(found.inner.slots["mu"]), flat(state[0].mu))
-    back = to_optax(tx, short, found, optax.adam(1e-3).init(params))
+    back: Any = to_optax(tx, short, found, optax.adam(1e-3).init(params))
     np.testing.assert_array_equal(flat(back), flat(state))
 
 
@@ -260,7 +265,7 @@ def test_the_state_lives_where_the_parameters_live() -> None:
     params, state = adam_state()
     params["dense"]["kernel"] = jax.device_put(params["dense"]["kernel"], sharding)
     tx = adam_fn.adam(1e-3)
-    found = from_optax(tx, params, state)
+    found: Any = from_optax(tx, params, state)
     for slot in ("mu", "nu"):
         assert found.slots[slot]["dense"]["kernel"].sharding.is_equivalent_to(sharding, 2)
     assert found.count.sharding == tx.init(params).count.sharding
@@ -269,9 +274,9 @@ def test_the_state_lives_where_the_parameters_live() -> None:
 def test_leaves_without_moments() -> None:
     params = {"w": jnp.ones(3), "steps": jnp.zeros((), jnp.int32), "none": None}
     theirs = optax.adam(1e-3)
-    found = from_optax(adam_fn.adam(1e-3), params, theirs.init(params))
+    found: Any = from_optax(adam_fn.adam(1e-3), params, theirs.init(params))
     assert jax.tree.structure(found) == jax.tree.structure(adam_fn.adam(1e-3).init(params))
-    back = to_optax(adam_fn.adam(1e-3), params, found, theirs.init(params))
+    back: Any = to_optax(adam_fn.adam(1e-3), params, found, theirs.init(params))
     assert back[0].mu["steps"].dtype == jnp.int32
 
 

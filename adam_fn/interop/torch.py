@@ -1,6 +1,6 @@
 """The state of torch's optimizers, to ours and back. torch is imported only for its files and its tensors."""
 
-# pyright: reportMissingImports=false
+import importlib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -172,17 +172,18 @@ def torch_groups(
 
 def torch_tensors(tree: PyTree) -> PyTree:
     """A tree, such as the result of `to_torch`, with tensors of torch in the place of NumPy arrays."""
-    import torch  # noqa: PLC0415
-
+    torch = _torch()
     return jax.tree.map(lambda x: torch.from_numpy(np.array(x)) if isinstance(x, np.ndarray) else x, tree)
+
+
+def _torch() -> Any:  # noqa: ANN401
+    return importlib.import_module("torch")
 
 
 def _read(source: StateDict | str | os.PathLike[str]) -> StateDict:
     """A state_dict, from a file if need be."""
     if isinstance(source, (str, os.PathLike)):
-        import torch  # noqa: PLC0415
-
-        source = torch.load(source, map_location="cpu", weights_only=True)
+        source = _torch().load(source, map_location="cpu", weights_only=True)
     if not isinstance(source, Mapping) or not {"state", "param_groups"} <= source.keys():
         found = sorted(map(str, source)) if isinstance(source, Mapping) else type(source).__name__
         raise ValueError(f"expected the state_dict of torch's optimizer, with state and param_groups, got {found}")
