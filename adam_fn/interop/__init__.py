@@ -8,3 +8,15 @@ from adam_fn.interop.torch import from_torch as from_torch
 from adam_fn.interop.torch import to_torch as to_torch
 from adam_fn.interop.torch import torch_groups as torch_groups
 from adam_fn.interop.torch import torch_tensors as torch_tensors
+
+# Without it a star would bring the modules too, whose names are those of the frameworks.
+__all__ = [
+    "from_keras",
+    "from_optax",
+    "from_torch",
+    "to_keras",
+    "to_optax",
+    "to_torch",
+    "torch_groups",
+    "torch_tensors",
+]
