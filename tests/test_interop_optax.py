@@ -280,6 +280,18 @@ def test_leaves_without_moments() -> None:
     assert back[0].mu["steps"].dtype == jnp.int32
 
 
+def test_inside_other_wrappers() -> None:
+    params, (state, _) = adam_state()
+    expected: Any = from_optax(adam_fn.adam(1e-3), params, state)
+    steps: Any = optax.MultiSteps(optax.chain(optax.clip(1.0), optax.adam(1e-3)), 2).init(params)
+    steps = steps._replace(inner_opt_state=(optax.EmptyState(), (state, optax.EmptyState())))
+    boxed = {"optimizer": [None, steps]}
+    for holder in (steps, boxed):
+        jax.tree.map(np.testing.assert_array_equal, from_optax(adam_fn.adam(1e-3), params, holder), expected)
+        back: Any = to_optax(adam_fn.adam(1e-3), params, expected, jax.tree.map(jnp.zeros_like, holder))
+        np.testing.assert_array_equal(flat(back), flat(holder))
+
+
 def test_errors_list_every_path() -> None:
     params, (state, rate) = adam_state()
     tx = adam_fn.adam(1e-3)

@@ -68,8 +68,8 @@ def from_optax(tx: optax.GradientTransformation, params: PyTree, optax_state: op
 
     optax's moments are found wherever they are: in a chain, masked, partitioned, under `inject_hyperparams`,
     `MultiSteps` or `apply_if_finite`. They are stored as `tx` stores its moments, and live where the parameters live.
-    What else such wrappers keep (injected hyperparameters, accumulated gradients) is not taken over. `tx` should have
-    the hyperparameters that optax's had: they are no part of a state.
+    What else such wrappers keep (injected hyperparameters, accumulated gradients) is not taken over, nor are moments of
+    leaves that `tx` has frozen. `tx` should have the hyperparameters that optax's had: they are no part of a state.
 
     Those of Adam, AdamW, NAdam, AdaMax, RAdam, AdaBelief, Yogi, Lion, ADOPT and AdEMAMix go on as they would have. Two
     of optax's optimizers are other ones than those of this name here: `optax.amsgrad` takes the maximum of the
