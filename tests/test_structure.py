@@ -31,7 +31,9 @@ LAYERS = (
     ("rules.adam",),
     ("rules.adamax", "rules.amsgrad", "rules.momentum", "rules.variance"),
     ("averaging", "wrapper"),
-    ("parts",),
+    ("parts", "write"),
+    ("interop.moments",),
+    ("interop.keras", "interop.optax", "interop.torch"),
 )
 
 

@@ -1,0 +1,282 @@
+"""What all frameworks' states have in common: a count of steps, and moments by slot and by the parameter's path.
+
+The moments are the raw averages, here as there. The bias weights, which the others compute from powers of the betas,
+are run from the count by the transformation's own rule: they are what it would have come to.
+"""
+
+import fnmatch
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn, TypeAlias, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from numpy.typing import NDArray
+
+from adam_fn.codec import Stored
+from adam_fn.execute.body import as_dtype, as_real
+from adam_fn.execute.store import store
+from adam_fn.leaves import Leaves, PyTree, named
+from adam_fn.rule import Rule, Weight
+from adam_fn.transform import State, Update, _gather, _Spec, _zeros_like
+from adam_fn.write import MasterState, MasterWeights
+
+#: An array of any framework.
+Array: TypeAlias = Any
+#: Arrays by the path of their parameter.
+ByPath: TypeAlias = Mapping[str, Array]
+#: What another framework's parameters, in its order, are called here. See `in_order`.
+Paths: TypeAlias = Sequence[str | None] | Mapping[str, str | None] | Callable[[str], str | None]
+#: Patterns of paths, and the axes of the others' array in the order in which they are here.
+Transpose: TypeAlias = Mapping[str, Sequence[int]]
+
+
+class Moments(NamedTuple):
+    """A state that belongs to no framework.
+
+    Attributes:
+      count: the number of steps made.
+      slots: the raw moments, by slot and by path, each of its parameter's shape.
+    """
+
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
+    slots: Mapping[str, ByPath]
+
+    def array(self, slot: str, path: str) -> Array:
+        """One of them; of the first moment that β₁ = 0 leaves out, and that counts for nothing elsewhere, zeros."""
+        return self.slots[slot][path] if slot in self.slots else jnp.zeros_like(next(iter(self.slots.values()))[path])
+
+
+def path_of(keys: jax.tree_util.KeyPath) -> str:
+    """A path as `adam_fn.masks.path` has it: the keys joined by ``/``, less the ``.value`` of a boxed parameter."""
+    if keys and keys[-1] == jax.tree_util.GetAttrKey("value"):
+        keys = keys[:-1]
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def by_path(tree: PyTree) -> dict[str, Any]:
+    """The leaves of a tree by path; nothing for None and `optax.MaskedNode`."""
+    return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def fail(problems: Iterable[str], what: str) -> None:
+    """Raises one error that lists all problems, where there are any."""
+    if listed := list(problems):
+        raise ValueError("\n  ".join([f"{what}:", *listed]))
+
+
+class Target:
+    """A transformation of this package whose state is made or read, and the parameters that it is for."""
+
+    def __init__(self, tx: optax.GradientTransformation, params: PyTree) -> None:
+        self.tx, self.params = tx, params
+        wrapper = getattr(tx.update, "wrapper", None)
+        self.masters = isinstance(wrapper, MasterWeights)
+        update = wrapper.tx.update if isinstance(wrapper, MasterWeights) else tx.update
+        if not isinstance(update, Update):
+            raise TypeError(
+                "expected an optimizer of adam_fn, such as adam_fn.adam(1e-3), or adam_fn.master_weights around one; "
+                f"got {tx!r}. The state of a link of an optax.chain is converted by itself and put into its place"
+            )
+        self.update = update
+        if self.masters:  # What is inside sees them in float32.
+            self.params = jax.tree.map(lambda p: p.astype(jnp.float32) if p.dtype == jnp.bfloat16 else p, params)
+        self._outer = params
+        leaves = Leaves(self.params)
+        self._treedef = leaves.treedef
+        keys = jax.tree_util.tree_flatten_with_path(self.params, is_leaf=lambda x: x is None)[0]
+        self._paths = [path_of(path) for path, _ in keys]
+        self._leaves = dict(zip(self._paths, leaves.leaves, strict=True))
+        trained = zip(self._paths, update.spec.trained(leaves, self.params), strict=True)
+        self.trained = [path for path, train in trained if train]
+
+    @property
+    def rule(self) -> Rule:
+        """The part of the rule that has the moments."""
+        members = [part for part in self.update.spec.rule.parts() if part.slots]
+        if len(members) != 1:
+            raise TypeError(f"expected a rule with one optimizer in it, got {self.update.spec.rule}")
+        return members[0]
+
+    def form(self, forms: Mapping[type[Rule], Any], framework: str) -> Any:  # noqa: ANN401
+        """The row of the rule in a framework's table."""
+        if type(self.rule) not in forms:
+            known = ", ".join(sorted(kind.__name__ for kind in forms))
+            raise TypeError(f"{framework} has no counterpart of {type(self.rule).__name__}; there are those of {known}")
+        return forms[type(self.rule)]
+
+    @property
+    def complex(self) -> list[str]:
+        """The paths of the complex parameters."""
+        return [path for path in self.trained if jnp.iscomplexobj(self._leaves[path])]
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        return jnp.shape(self._leaves[path])
+
+    def weights(self, count: int) -> NDArray[np.float64]:
+        """The bias weights after `count` steps, ``1 - βᵗ`` where β is constant; shape ``[n]``."""
+        return np.sum(np.asarray(_weights(self.update.spec.rule, count), np.float64), axis=1)
+
+    def state(self, moments: Moments, source: str) -> State | MasterState:
+        """The state of the transformation, or an error that lists everything in `source` that does not fit."""
+        fail(self._problems(moments), f"{source} does not fit the parameters")
+        outer = self.tx.init(self._outer)
+        blank = cast(State, outer.inner if isinstance(outer, MasterState) else outer)
+        slots = {}
+        for name in blank.slots:
+            values = [moments.slots[name][path] if path in self.trained else None for path in self._paths]
+            slots[name] = _stored(self.update.spec, name, values, self.params)
+        # Added to the zeros that are there, so that they live where these live.
+        count = blank.count + np.int32(moments.count)
+        weights = blank.weights
+        if not isinstance(weights, tuple):
+            weights = weights + np.asarray(_weights(self.update.spec.rule, moments.count), weights.dtype)
+        state = State(count, weights, slots)
+        return outer._replace(inner=state) if isinstance(outer, MasterState) else state
+
+    def moments(self, state: State | MasterState) -> Moments:
+        """What a state of the transformation holds."""
+        inner = cast(State, state.inner if isinstance(state, MasterState) else state)
+        self.update._checked(inner)
+        slots = {}
+        for name in inner.slots:
+            tree = self.update.decoded(name, inner, self.params)
+            found = dict(zip(self._paths, self._treedef.flatten_up_to(tree), strict=True))
+            slots[name] = {path: self._joined(path, found[path]) for path in self.trained}
+        return Moments(int(inner.count), slots)
+
+    def uncovered(self, paths: Iterable[str | None]) -> Iterable[str]:
+        """What differs between some paths and those of the parameters that are trained."""
+        known = {path: None for path in paths if path is not None}
+        yield from (f"{_shown(path)}: is not a trained parameter" for path in known if path not in self.trained)
+        yield from (f"{_shown(path)}: is not among paths" for path in self.trained if path not in known)
+
+    def _joined(self, path: str, x: jax.Array) -> jax.Array:
+        dtype = jnp.result_type(self._leaves[path])
+        return as_dtype(x, dtype) if jnp.issubdtype(dtype, jnp.complexfloating) else x
+
+    def _problems(self, moments: Moments) -> Iterable[str]:
+        if moments.count < 0:
+            yield f"the number of steps is {moments.count}"
+        stored = list(self.update.spec.rule.slots)
+        for path in self.trained:
+            if missing := [name for name in stored if path not in moments.slots.get(name, {})]:
+                yield f"{_shown(path)}: no {', '.join(missing)}"
+            for name in stored:
+                if path in moments.slots.get(name, {}):
+                    yield from self._misfit(path, name, moments.slots[name][path])
+        given = {path: None for name in stored for path in moments.slots.get(name, {})}
+        yield from (f"{_shown(path)}: is not a parameter" for path in given if path not in self._leaves)
+
+    def _misfit(self, path: str, name: str, x: Array) -> Iterable[str]:
+        if jnp.shape(x) != self.shape(path):
+            yield f"{_shown(path)}: {name} has shape {jnp.shape(x)}, the parameter {self.shape(path)}"
+        kinds = [jnp.issubdtype(jnp.result_type(y), jnp.complexfloating) for y in (x, self._leaves[path])]
+        if not jnp.issubdtype(jnp.result_type(x), jnp.inexact) or kinds[0] != kinds[1]:
+            yield f"{_shown(path)}: {name} is {jnp.result_type(x)}, the parameter {jnp.result_type(self._leaves[path])}"
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _stored(spec: _Spec, slot: str, values: Sequence[Array | None], params: PyTree) -> PyTree:
+    """A slot of a state, from an array for each leaf that is trained; they get the parameters' shardings."""
+    leaves = Leaves(params)
+    found: list[Stored | None] = [None] * len(values)
+    for i, codecs in enumerate(spec.codecs_of(leaves, params)):
+        if values[i] is not None:
+            with named(leaves.paths[i]):
+                zeros = _zeros_like(jnp.asarray(leaves.leaves[i]))
+                found[i] = store(codecs[slot], zeros + as_real(jnp.asarray(values[i])).astype(zeros.dtype))
+    return _gather(leaves, dict(spec.codecs)[slot], found)
+
+
+def _shown(path: str) -> str:
+    return path or "the only leaf"
+
+
+@jax.jit
+def _run(rule: Rule, count: jax.Array, weights: jax.Array) -> jax.Array:
+    def step(i: jax.Array, weights: jax.Array) -> jax.Array:
+        return jnp.stack([jnp.stack(new) for new in rule.at(i).weigh([Weight(*row) for row in weights], i)])
+
+    return jax.lax.fori_loop(0, count, step, weights)
+
+
+def _weights(rule: Rule, count: int) -> jax.Array:
+    """The bias weights as a state has them, ``[n, 2]``, after `count` steps."""
+    blank = jnp.zeros((rule.weights, 2), float)
+    return _run(rule, np.int32(count), blank) if rule.weights else blank
+
+
+def in_order(paths: Paths, names: Sequence[str] | None, number: int, framework: str) -> list[str | None]:
+    """The paths of another framework's parameters, in its order.
+
+    Args:
+      paths: the paths in that order, None for a parameter that has no counterpart here; or by the others' names, in a
+        mapping or a function.
+      names: those names in that order.
+      number: of the parameters.
+      framework: for errors.
+    """
+    if isinstance(paths, str):
+        raise TypeError(f"paths is a sequence of paths, a mapping or a function, got {paths!r}")
+    if isinstance(paths, Sequence):
+        found = list(paths)
+    else:
+        if names is None:
+            _no_names(framework)
+        unknown = [name for name in names if name not in paths] if isinstance(paths, Mapping) else []
+        fail(
+            (f"{name}: paths has no entry for it (None would leave it out)" for name in unknown), "paths is incomplete"
+        )
+        found = [paths[name] if isinstance(paths, Mapping) else paths(name) for name in names]
+    if len(found) != number:
+        raise ValueError(f"{framework}'s optimizer has {number} parameters, but paths has {len(found)}")
+    listed = [path for path in found if path is not None]
+    fail((f"{path}: more than once" for path in dict.fromkeys(listed) if listed.count(path) > 1), "paths is ambiguous")
+    return found
+
+
+def _no_names(framework: str) -> NoReturn:
+    raise ValueError(
+        f"paths by name needs the names of {framework}'s parameters in the order of its optimizer: give names=, or "
+        "paths in that order"
+    )
+
+
+class Axes:
+    """The transpositions that the user asked for; every pattern must be of some path."""
+
+    def __init__(self, transpose: Transpose | None, paths: Iterable[str | None]) -> None:
+        self._rules = {pattern: tuple(axes) for pattern, axes in (transpose or {}).items()}
+        known = [path for path in paths if path is not None]
+        unused = [pattern for pattern in self._rules if not any(fnmatch.fnmatchcase(path, pattern) for path in known)]
+        fail((f"{pattern}: matches no path" for pattern in unused), "transpose does not fit the parameters")
+
+    def _of(self, path: str, rank: int) -> tuple[int, ...] | None:
+        for pattern, axes in self._rules.items():
+            if fnmatch.fnmatchcase(path, pattern):
+                if sorted(axes) != list(range(rank)):
+                    raise ValueError(f"transpose[{pattern!r}] = {axes} are not the axes of {path}, which has {rank}")
+                return axes
+        return None
+
+    def ours(self, path: str, x: Array) -> Array:
+        """The others' array as it is here."""
+        axes = self._of(path, np.ndim(x))
+        return x if axes is None else np.transpose(x, axes)
+
+    def theirs(self, path: str, x: Array) -> Array:
+        """The inverse of `ours`."""
+        axes = self._of(path, np.ndim(x))
+        return x if axes is None else np.transpose(x, np.argsort(axes))
+
+
+def as_array(x: Array) -> NDArray[Any]:
+    """An array of torch, Keras, JAX or NumPy as one of NumPy, without importing any of them."""
+    for method in ("detach", "cpu"):
+        x = getattr(x, method)() if hasattr(x, method) else x
+    if str(getattr(x, "dtype", "")) == "torch.bfloat16":  # NumPy's own dtypes are all that torch knows.
+        x = x.float()
+    return np.asarray(x.numpy() if hasattr(x, "numpy") else x)

@@ -1,0 +1,221 @@
+"""The state of optax's optimizers, to ours and back."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+
+from adam_fn.interop.moments import ByPath, Moments, Target, by_path, fail, path_of
+from adam_fn.leaves import PyTree
+from adam_fn.rule import Rule
+from adam_fn.rules.adam import Adam
+from adam_fn.rules.adamax import AdaMax
+from adam_fn.rules.amsgrad import AMSGrad
+from adam_fn.rules.momentum import ADOPT, AdamAtan2, Adan, AdEMAMix, Lion
+from adam_fn.rules.variance import AdaBelief, RAdam, Yogi
+from adam_fn.transform import State
+from adam_fn.write import MasterState
+
+S = TypeVar("S")
+
+
+class _Form(NamedTuple):
+    """Where optax keeps what.
+
+    Attributes:
+      state: its type.
+      slots: the fields of the moments, by our slots.
+      counts: the fields of the number of steps.
+    """
+
+    state: type[Any]
+    slots: Mapping[str, str]
+    counts: tuple[str, ...] = ("count",)
+
+
+_MOMENTS = {"mu": "mu", "nu": "nu"}
+_ADAM = _Form(optax.ScaleByAdamState, _MOMENTS)
+_FORMS: Mapping[type[Rule], _Form] = {
+    **dict.fromkeys((Adam, AdamAtan2, AdaMax, RAdam, Yogi, ADOPT), _ADAM),
+    AMSGrad: _Form(optax.ScaleByAmsgradState, {**_MOMENTS, "nu_max": "nu_max"}),
+    AdaBelief: _Form(optax.ScaleByBeliefState, _MOMENTS),
+    Lion: _Form(optax.ScaleByLionState, {"mu": "mu"}),
+    Adan: _Form(optax.ScaleByAdanState, {"mu": "m", "delta": "v", "nu": "n", "grad": "g"}, ("t",)),
+    AdEMAMix: _Form(optax.contrib.ScaleByAdemamixState, {"mu": "m1", "slow": "m2", "nu": "nu"}, ("count", "count_m2")),
+}
+#: The states that count steps for schedules; some of optax's are not public.
+_SCHEDULES = {
+    "InjectHyperparamsState",
+    "InjectStatefulHyperparamsState",
+    "ScaleByScheduleState",
+    "WeightDecaySchedule",
+    "WrappedScheduleState",
+}
+
+
+def from_optax(tx: optax.GradientTransformation, params: PyTree, optax_state: optax.OptState) -> State | MasterState:
+    """The state with which `tx` goes on where an optimizer of optax stopped.
+
+    ::
+
+        tx = adam_fn.adamw(1e-3, storage=adam_fn.Block(8))
+        state = adam_fn.interop.from_optax(tx, params, optax_state)
+
+    optax's moments are found wherever they are: in a chain, masked, partitioned, under `inject_hyperparams`,
+    `MultiSteps` or `apply_if_finite`. They are stored as `tx` stores its moments, and live where the parameters live.
+    What else such wrappers keep (injected hyperparameters, accumulated gradients) is not taken over, nor are moments of
+    leaves that `tx` has frozen. `tx` should have the hyperparameters that optax's had: they are no part of a state.
+
+    Those of Adam, AdamW, NAdam, AdaMax, RAdam, AdaBelief, Yogi, Lion, ADOPT and AdEMAMix go on as they would have. Two
+    of optax's optimizers are other ones than those of this name here: `optax.amsgrad` takes the maximum of the
+    corrected v, `AMSGrad` (and torch) corrects the maximum. ``nu_max`` is converted so that the two agree now; later
+    only where ``β₂ᵗ`` is negligible, or without ``bias_correction_nu``, where they are the same. `optax.adan` has 1-β₂
+    in the place of β₂ (see `adam_fn.adan`).
+
+    Args:
+      tx: an optimizer of this package, or `adam_fn.master_weights` around one (its remainders are 0 then).
+      params: the parameters, now.
+      optax_state: the state of an optimizer of optax for parameters of this structure.
+
+    Raises:
+      ValueError: where moments are missing, of another shape or kind, or not of a parameter, with a list of all; where
+        steps are counted differently in two places; where a complex parameter has a second moment, which in optax is
+        one for both parts.
+      TypeError: where `tx` has no counterpart in optax.
+    """
+    target, form = _target(tx, params)
+    found: list[Any] = []
+    counts: dict[str, int] = {}
+
+    def look(keys: jax.tree_util.KeyPath, node: Any) -> Any:  # noqa: ANN401
+        for field in _counted(node, form):
+            counts[f"{path_of(keys)} {type(node).__name__}.{field}".strip()] = int(getattr(node, field))
+        if isinstance(node, form.state):
+            found.append(node)
+        return node
+
+    _map_nodes(look, optax_state, form)
+    if not found:
+        raise ValueError(
+            f"no {form.state.__name__} in the state of optax, which {type(target.rule).__name__} goes on from"
+        )
+    if len(set(counts.values())) > 1:
+        fail((f"{where}: {count}" for where, count in counts.items()), "the state of optax counts steps differently")
+    slots: dict[str, ByPath] = {}
+    for name, field in form.slots.items():
+        trees = [by_path(getattr(node, field)) for node in found]
+        merged = {path: x for tree in trees for path, x in tree.items()}
+        twice = [path for path in merged if sum(path in tree for tree in trees) > 1]
+        fail((f"{path}: more than once" for path in twice), f"the state of optax has {field} of one parameter twice")
+        slots[name] = merged
+    count = next(iter(counts.values()))
+    if "nu_max" in slots:
+        weight = _corrected(target, count)
+        slots["nu_max"] = {path: jnp.asarray(x) * weight for path, x in slots["nu_max"].items()}
+    return target.state(Moments(count, slots), "the state of optax")
+
+
+def to_optax(tx: optax.GradientTransformation, params: PyTree, state: State | MasterState, optax_state: S) -> S:
+    """The state with which an optimizer of optax goes on where `tx` stopped: the inverse of `from_optax`.
+
+    ::
+
+        optax_tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
+        optax_state = adam_fn.interop.to_optax(tx, params, state, optax_tx.init(params))
+
+    Args:
+      tx: the transformation whose state it is.
+      params: the parameters, now.
+      state: the state of `tx`.
+      optax_state: a state of optax's optimizer, as its `init` returns it. Moments and counts of steps are replaced, in
+        its dtypes; everything else stays.
+
+    Raises:
+      ValueError: where a parameter has moments in one of the states only, or of another shape, with a list of all.
+      TypeError: where `tx` has no counterpart in optax.
+    """
+    target, form = _target(tx, params)
+    count, slots = target.moments(state)
+    slots = dict(slots)
+    if "nu_max" in slots and (weight := _corrected(target, count)):
+        slots["nu_max"] = {path: x / weight for path, x in slots["nu_max"].items()}
+    problems: list[str] = []
+    used: set[str] = set()
+
+    def moved(name: str, keys: jax.tree_util.KeyPath, old: jax.Array) -> jax.Array:
+        path = path_of(keys)
+        if not jnp.issubdtype(jnp.result_type(old), jnp.inexact):
+            return old
+        used.add(path)
+        if name not in slots:  # Of β₁ = 0: optax keeps a first moment that counts for nothing.
+            return jnp.zeros_like(old)
+        if path not in slots[name]:
+            problems.append(f"{path or 'the only leaf'}: {name} is not in the state")
+            return old
+        new = slots[name][path]
+        if new.shape != jnp.shape(old) or jnp.iscomplexobj(new) != jnp.iscomplexobj(old):
+            theirs = f"{jnp.result_type(old)}{list(jnp.shape(old))}"
+            problems.append(f"{path or 'the only leaf'}: {name} is {new.dtype}{list(new.shape)}, optax's {theirs}")
+            return old
+        return new.astype(jnp.result_type(old))
+
+    def replaced(keys: jax.tree_util.KeyPath, node: Any) -> Any:  # noqa: ANN401
+        del keys
+        new = {field: _as_count(getattr(node, field), count) for field in _counted(node, form)}
+        if isinstance(node, form.state):
+            for name, field in form.slots.items():
+                move = functools.partial(moved, name)
+                new[field] = jax.tree_util.tree_map_with_path(move, getattr(node, field))
+        return node._replace(**new) if new else node
+
+    result = _map_nodes(replaced, optax_state, form)
+    problems += [f"{path or 'the only leaf'}: has no moments in optax's" for path in target.trained if path not in used]
+    fail(problems, "the state does not fit the one of optax")
+    return result
+
+
+def _target(tx: optax.GradientTransformation, params: PyTree) -> tuple[Target, _Form]:
+    target = Target(tx, params)
+    form: _Form = target.form(_FORMS, "optax")
+    if "nu" in form.slots:
+        fail(target.complex, "the second moments of complex parameters are |g|² in optax, here of either part")
+    return target, form
+
+
+def _corrected(target: Target, count: int) -> float:
+    """What optax's maximum of v is divided by."""
+    rule = target.rule
+    assert isinstance(rule, AMSGrad)
+    return float(target.weights(count)[1]) if rule.bias_correction_nu else 1.0
+
+
+def _counted(node: object, form: _Form) -> tuple[str, ...]:
+    """The fields of a state of optax in which it counts steps."""
+    if isinstance(node, form.state):
+        return form.counts
+    return ("count",) if type(node).__name__ in _SCHEDULES else ()
+
+
+def _as_count(old: Any, count: int) -> jax.Array:  # noqa: ANN401
+    return jnp.asarray(old) * 0 + np.int32(count)
+
+
+def _map_nodes(
+    function: Callable[[jax.tree_util.KeyPath, Any], Any],
+    node: Any,  # noqa: ANN401
+    form: _Form,
+    keys: jax.tree_util.KeyPath = (),
+) -> Any:  # noqa: ANN401
+    """A tree with what `function` makes of every node, from the outside in, down to the states of a form."""
+    node = function(keys, node)
+    if isinstance(node, form.state):
+        return node
+    children, treedef = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
+    if jax.tree_util.treedef_is_leaf(treedef):
+        return node
+    return treedef.unflatten(_map_nodes(function, child, form, (*keys, *key)) for key, child in children)
