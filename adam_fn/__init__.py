@@ -54,6 +54,7 @@ from adam_fn.rules.variance import Yogi as Yogi
 from adam_fn.rules.variance import adabelief as adabelief
 from adam_fn.rules.variance import radam as radam
 from adam_fn.rules.variance import yogi as yogi
+from adam_fn.sharding import state_shardings as state_shardings
 from adam_fn.step import make_step as make_step
 from adam_fn.swats import SwatsState as SwatsState
 from adam_fn.swats import swats as swats
@@ -64,3 +65,5 @@ from adam_fn.write import MasterState as MasterState
 from adam_fn.write import RoundingState as RoundingState
 from adam_fn.write import master_weights as master_weights
 from adam_fn.write import stochastic_rounding as stochastic_rounding
+from adam_fn.zero1 import undivided as undivided
+from adam_fn.zero1 import zero1 as zero1

@@ -30,6 +30,7 @@ LAYERS = (
     ("rules.adam",),
     ("rules.adamax", "rules.amsgrad", "rules.momentum", "rules.variance"),
     ("wrapper",),
+    ("sharding",),
 )
 
 
