@@ -12,6 +12,7 @@ from adam_fn.codec import Cast as Cast
 from adam_fn.codec import Codec as Codec
 from adam_fn.diagnostics import state_bytes as state_bytes
 from adam_fn.lamb import lamb as lamb
+from adam_fn.offload import offload as offload
 from adam_fn.options import Storage as Storage
 from adam_fn.rule import Beta as Beta
 from adam_fn.rule import Clock as Clock

@@ -121,6 +121,7 @@ def test_gradients_are_reduced_once_and_parameters_gathered(name: str, kind: Axi
     assert {kind for kind, _ in found} == {"all-reduce", "all-gather"}, found
     # What a device is given: its parameters, an eighth of the state and of the batch.
     memory = compiled.memory_analysis()
+    assert memory is not None
     given = _bytes(params) + (_bytes(state) + batch.nbytes) / 8
     assert memory.argument_size_in_bytes <= given + 400
 
@@ -271,3 +272,32 @@ def test_shardings_where_jit_finds_none() -> None:
     with pytest.raises(ValueError, match=r"\['w'\] has no sharding"):
         adam_fn.state_shardings(adam, {"w": np.ones(3)})
     assert adam_fn.state_shardings(adam, {"w": jnp.ones(3)})[0].mu["w"] == jnp.ones(3).sharding
+
+
+# --- the memory of the host ---
+
+
+@KINDS
+def test_the_state_on_the_host(kind: AxisType) -> None:
+    """Large arrays alone, divided as they were; steps are those of the devices, and leave the state there."""
+    mesh = _mesh(kind)
+    params = _put(mesh, _values())
+    inner = adam_fn.zero1(adam_fn.adamw(1e-2), params, mesh)
+    tx = adam_fn.offload(inner)
+    state, expected = jax.jit(tx.init)(params), jax.jit(inner.init)(params)
+    step, plain = adam_fn.make_step(tx), adam_fn.make_step(inner)
+    for seed in range(2):
+        for x, place in zip(jax.tree.leaves(state), jax.tree.leaves(adam_fn.state_shardings(tx, params)), strict=True):
+            assert x.sharding.is_equivalent_to(place, x.ndim)
+            assert x.sharding.memory_kind == ("pinned_host" if x.size >= 4096 else "device") == place.memory_kind
+        grads = _put(mesh, _values(seed=seed))
+        found = step(jax.tree.map(jnp.copy, params), state, grads)
+        wanted = plain(jax.tree.map(jnp.copy, params), expected, grads)
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), found, wanted)
+        (params, state), expected = found, wanted[1]
+    assert all(x.sharding.memory_kind == "device" for x in params.values())
+    updates, state = jax.jit(tx.update)(params, state, params)
+    assert state.slots["mu"]["kernel"].sharding.memory_kind == "pinned_host"
+    assert updates["kernel"].sharding.memory_kind == "device"
+    with pytest.raises(ValueError, match="offload must be outermost"):
+        adam_fn.state_shardings(optax.chain(tx), params)
