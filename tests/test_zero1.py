@@ -269,6 +269,9 @@ def test_shardings_where_jit_finds_none() -> None:
     adam = optax.adam(1e-3)
     state = jax.jit(adam.init, out_shardings=adam_fn.state_shardings(adam, real))(real)
     assert state[0].mu["w"].sharding.is_equivalent_to(place, 2)
+    whole = {"w": jax.device_put(jnp.ones((64, 128)), NamedSharding(mesh, P()))}
+    spread = jax.jit(adam_fn.zero1(adam, whole, mesh).init)(whole)
+    assert spread[0].mu["w"].sharding.is_equivalent_to(place, 2)
     with pytest.raises(ValueError, match=r"\['w'\] has no sharding"):
         adam_fn.state_shardings(adam, {"w": np.ones(3)})
     assert adam_fn.state_shardings(adam, {"w": jnp.ones(3)})[0].mu["w"] == jnp.ones(3).sharding
