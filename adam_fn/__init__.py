@@ -5,6 +5,9 @@ from adam_fn import diagnostics as diagnostics
 from adam_fn import masks as masks
 from adam_fn import presets as presets
 from adam_fn import schedules as schedules
+from adam_fn.arithmetic import Weight as Weight
+from adam_fn.arithmetic import ema as ema
+from adam_fn.arithmetic import weigh as weigh
 from adam_fn.averaging import Average as Average
 from adam_fn.averaging import average_params as average_params
 from adam_fn.averaging import averaged_params as averaged_params
@@ -19,6 +22,7 @@ from adam_fn.groups import Groups as Groups
 from adam_fn.guard import GuardState as GuardState
 from adam_fn.guard import skip_nonfinite as skip_nonfinite
 from adam_fn.lamb import lamb as lamb
+from adam_fn.offload import offload as offload
 from adam_fn.options import Storage as Storage
 from adam_fn.rule import Beta as Beta
 from adam_fn.rule import Clock as Clock
@@ -29,10 +33,7 @@ from adam_fn.rule import Rate as Rate
 from adam_fn.rule import Rule as Rule
 from adam_fn.rule import Slot as Slot
 from adam_fn.rule import Slots as Slots
-from adam_fn.rule import Weight as Weight
 from adam_fn.rule import WeightDecay as WeightDecay
-from adam_fn.rule import ema as ema
-from adam_fn.rule import weigh as weigh
 from adam_fn.rules.adam import Adam as Adam
 from adam_fn.rules.adam import adam as adam
 from adam_fn.rules.adam import adamw as adamw
@@ -61,6 +62,7 @@ from adam_fn.rules.variance import Yogi as Yogi
 from adam_fn.rules.variance import adabelief as adabelief
 from adam_fn.rules.variance import radam as radam
 from adam_fn.rules.variance import yogi as yogi
+from adam_fn.sharding import state_shardings as state_shardings
 from adam_fn.step import make_step as make_step
 from adam_fn.swats import SwatsState as SwatsState
 from adam_fn.swats import swats as swats
@@ -71,6 +73,8 @@ from adam_fn.write import MasterState as MasterState
 from adam_fn.write import RoundingState as RoundingState
 from adam_fn.write import master_weights as master_weights
 from adam_fn.write import stochastic_rounding as stochastic_rounding
+from adam_fn.zero1 import undivided as undivided
+from adam_fn.zero1 import zero1 as zero1
 
 __all__ = [
     "ADOPT",
@@ -122,7 +126,9 @@ __all__ = [
     "average_params",
     "averaged_params",
     "cautious",
+    "checkpoint",
     "clip_by_global_norm",
+    "diagnostics",
     "ema",
     "lamb",
     "laprop",
@@ -132,14 +138,18 @@ __all__ = [
     "master_weights",
     "nadam",
     "nadamw",
+    "offload",
     "presets",
     "radam",
     "schedules",
     "skip_nonfinite",
     "state_bytes",
+    "state_shardings",
     "stochastic_rounding",
     "swats",
     "transform",
+    "undivided",
     "weigh",
     "yogi",
+    "zero1",
 ]

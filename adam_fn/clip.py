@@ -8,9 +8,9 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
+from adam_fn.arithmetic import safe_sqrt
 from adam_fn.execute.body import as_dtype, as_real, compute_dtype
 from adam_fn.leaves import PyTree
-from adam_fn.rule import safe_sqrt
 from adam_fn.wrapper import Wrapper, is_trained, map_trained
 
 

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from adam_fn.arithmetic import safe_sqrt
 from adam_fn.leaves import Mask, PyTree
 from adam_fn.options import MuOptions, alias, codecs, links
-from adam_fn.rule import Hyper, safe_sqrt
+from adam_fn.rule import Hyper
 from adam_fn.rules.adam import Adam
 from adam_fn.transform import State, Transformation, transform
 from adam_fn.wrapper import Wrapper, check_state, inner, map_trained

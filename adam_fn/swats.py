@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from adam_fn.arithmetic import one_minus
 from adam_fn.execute.body import as_dtype, compute_dtype
 from adam_fn.leaves import PyTree
 from adam_fn.options import MomentOptions, alias, optimizer
-from adam_fn.rule import Hyper, Rate, one_minus
+from adam_fn.rule import Hyper, Rate
 from adam_fn.rules.adam import Adam
 from adam_fn.transform import State, Transformation
 from adam_fn.wrapper import Wrapper, check_state, inner, is_trained, map_trained

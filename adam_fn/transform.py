@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import jax
@@ -18,14 +18,16 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from adam_fn.codec import Cast, Codec, Stored, Uncoded
+from adam_fn.arithmetic import Weight
+from adam_fn.codec import Cast, Codec, Stored
 from adam_fn.execute.body import PARAMETERS, UPDATES, Inputs, Write, as_real, compute_dtype
 from adam_fn.execute.run import run_leaf
-from adam_fn.execute.store import load, store, stored_spec, structure
+from adam_fn.execute.store import load, store, stored_spec
 from adam_fn.groups import Group, Groups, rules_of
 from adam_fn.leaves import Leaves, Mask, PyTree, fixed_mask, named
-from adam_fn.rule import Clock, Range, Rule, Weight, checked
 from adam_fn.observe import Call, note
+from adam_fn.rule import Clock, Range, Rule, checked
+from adam_fn.spec import Spec, gather, scatter, zeros_like
 
 
 class State(NamedTuple):
@@ -45,80 +47,8 @@ class State(NamedTuple):
     slots: dict[str, PyTree]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Spec:
-    """Everything that defines a transformation. A pytree: its leaves are the hyperparameters given as arrays.
-
-    Compared by value, but arrays by identity: they may be tracers.
-    """
-
-    rule: Rule
-    codecs: tuple[tuple[str, Codec], ...] = dataclasses.field(metadata={"static": True})
-    mask: Hashable = dataclasses.field(metadata={"static": True})
-    frozen: Hashable = dataclasses.field(metadata={"static": True})
-    storage_mask: Hashable = dataclasses.field(metadata={"static": True})
-    groups: Groups | None = dataclasses.field(metadata={"static": True})
-    kernel: bool = dataclasses.field(metadata={"static": True})
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Spec):
-            return NotImplemented
-        (ours, treedef), (theirs, other_treedef) = jax.tree.flatten(self), jax.tree.flatten(other)
-        return treedef == other_treedef and all(a is b for a, b in zip(ours, theirs, strict=True))
-
-    def __hash__(self) -> int:
-        return hash(jax.tree.structure(self))
-
-    def trained(self, leaves: Leaves, tree: PyTree) -> list[bool]:
-        """Which leaves are trained: floating or complex, and not frozen."""
-        frozen = leaves.spread("frozen", self.frozen, tree) if self.frozen is not None else [False] * len(leaves.leaves)
-        if self.groups is not None:
-            frozen = [fixed or group.frozen for fixed, group in zip(frozen, self.groups.of(tree), strict=True)]
-        return [
-            x is not None and not fixed and jnp.issubdtype(jnp.result_type(x), jnp.inexact)
-            for x, fixed in zip(leaves.leaves, frozen, strict=True)
-        ]
-
-    def codecs_of(self, leaves: Leaves, tree: PyTree) -> list[dict[str, Codec]]:
-        """The codecs of each leaf."""
-        coded = dict(self.codecs)
-        if self.storage_mask is None:
-            return [coded] * len(leaves.leaves)
-        kinds = {True: coded, False: {name: Uncoded(codec=codec) for name, codec in self.codecs}}
-        return [kinds[kept] for kept in leaves.spread("storage_mask", self.storage_mask, tree)]
-
-
-def _zeros_like(p: jax.Array) -> jax.Array:
-    """Zeros of the parameter's (real) shape and arithmetic dtype that live where the parameter lives.
-
-    They are computed from its bits. A constant would be placed on one device under `jit`, would not vary over the mesh
-    inside `shard_map`, and XLA would merge the equal constants of leaves that are laid out differently. The barrier
-    keeps ``x ^ x`` from being folded to one.
-    """
-    p = as_real(p)
-    bits = jax.lax.bitcast_convert_type(p, f"uint{jnp.finfo(p.dtype).bits}")
-    return (bits ^ jax.lax.optimization_barrier(bits)).astype(compute_dtype(p.dtype))
-
-
-def _gather(leaves: Leaves, codec: Codec, stored: Sequence[Stored | None]) -> PyTree:
-    """What the codec made of each leaf, as its structure of trees: slots outside, the parameters' structure inside."""
-    outer = structure(codec)
-    blank = [None if x is None else optax.MaskedNode() for x in leaves.leaves]
-    rows = [b if x is None else outer.flatten_up_to(x) for b, x in zip(blank, stored, strict=True)]
-    columns = [[row[i] if isinstance(row, list) else row for row in rows] for i in range(outer.num_leaves)]
-    return outer.unflatten([leaves.treedef.unflatten(column) for column in columns])
-
-
-def _scatter(leaves: Leaves, codec: Codec, slot: PyTree, what: str) -> list[Stored]:
-    """The inverse of `_gather`."""
-    outer = structure(codec)
-    columns = [leaves.match(column, what, "the parameters") for column in outer.flatten_up_to(slot)]
-    return [outer.unflatten(row) for row in zip(*columns, strict=True)]
-
-
 @jax.jit
-def _init(spec: _Spec, params: PyTree) -> State:
+def _init(spec: Spec, params: PyTree) -> State:
     leaves = Leaves(params)
     trained = spec.trained(leaves, params)
     if spec.mask is not None:
@@ -130,8 +60,8 @@ def _init(spec: _Spec, params: PyTree) -> State:
         stored: list[Stored | None] = []
         for path, p, train, codecs in zip(leaves.paths, leaves.leaves, trained, own, strict=True):
             with named(path):
-                stored.append(store(codecs[name], _zeros_like(jnp.asarray(p)) + initial) if train else None)
-        slots[name] = _gather(leaves, codec, stored)
+                stored.append(store(codecs[name], zeros_like(jnp.asarray(p)) + initial) if train else None)
+        slots[name] = gather(leaves, codec, stored)
     double = any(compute_dtype(jnp.result_type(p)) == jnp.float64 for p in itertools.compress(leaves.leaves, trained))
     shape = (spec.rule.weights, 2)
     weights = jnp.zeros(shape, jnp.float64 if double else jnp.float32) if shape[0] else ()
@@ -181,7 +111,7 @@ def _no_update(g: ArrayLike | None, p: ArrayLike) -> jax.Array | None:
 
 @functools.partial(jax.jit, static_argnames="write")
 def _update(
-    spec: _Spec,
+    spec: Spec,
     grads: PyTree,
     state: State,
     params: PyTree | None,
@@ -196,7 +126,7 @@ def _update(
     gradients = leaves.match(grads, "the gradients", "the parameters")
     trained = spec.trained(leaves, reference)
     own = spec.codecs_of(leaves, reference)
-    slots = {name: _scatter(leaves, codec, state.slots[name], f"the state's {name}") for name, codec in spec.codecs}
+    slots = {name: scatter(leaves, codec, state.slots[name], f"the state's {name}") for name, codec in spec.codecs}
 
     rule = spec.rule.at(state.count)
     decays = [True] * len(trained) if spec.mask is None else leaves.spread("mask", spec.mask, reference)
@@ -228,7 +158,7 @@ def _update(
         stored.append(done.stored)
         lows[i] = lows[i] if done.low is None else done.low
     new_slots = {
-        name: _gather(leaves, codec, [None if x is None else x[name] for x in stored]) for name, codec in spec.codecs
+        name: gather(leaves, codec, [None if x is None else x[name] for x in stored]) for name, codec in spec.codecs
     }
     new_weights = jnp.stack([jnp.stack(weight) for weight in weights]) if weights else state.weights
     new_low = None if low is None else leaves.treedef.unflatten(lows)
@@ -237,9 +167,9 @@ def _update(
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _decoded(spec: _Spec, slot: str, state: State, params: PyTree) -> PyTree:
+def _decoded(spec: Spec, slot: str, state: State, params: PyTree) -> PyTree:
     leaves = Leaves(params)
-    stored = _scatter(leaves, dict(spec.codecs)[slot], state.slots[slot], f"the state's {slot}")
+    stored = scatter(leaves, dict(spec.codecs)[slot], state.slots[slot], f"the state's {slot}")
     found: list[jax.Array | optax.MaskedNode | None] = []
     for p, x, train, codecs in zip(
         leaves.leaves, stored, spec.trained(leaves, params), spec.codecs_of(leaves, params), strict=True
@@ -269,7 +199,7 @@ def _rate(learning_rate: ArrayLike | None) -> jax.Array | None:
 class Init:
     """``init(params) -> State``: the state before the first step, sharded like the parameters."""
 
-    spec: _Spec
+    spec: Spec
 
     def __call__(self, params: PyTree) -> State:
         note(self.spec.rule)
@@ -280,7 +210,7 @@ class Init:
 class Update:
     """``update(grads, state, params) -> (updates, state)``; `learning_rate` replaces the rate for this step."""
 
-    spec: _Spec
+    spec: Spec
 
     def __call__(
         self,
@@ -393,5 +323,5 @@ def transform(
         raise TypeError(f"kernel must be a bool, got {kernel!r}")
     masks = {"mask": mask, "frozen": frozen, "storage_mask": storage_mask}
     fixed = {name: fixed_mask(name, value) for name, value in masks.items()}
-    spec = _Spec(rule, codecs, **fixed, groups=None if groups is None else Groups.made_of(groups), kernel=kernel)
+    spec = Spec(rule, codecs, **fixed, groups=None if groups is None else Groups.made_of(groups), kernel=kernel)
     return Transformation(Init(spec), Update(spec))

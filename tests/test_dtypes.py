@@ -177,7 +177,7 @@ def test_meta_gradient_at_zero_is_finite() -> None:
 
 
 def test_safe_sqrt_is_sqrt() -> None:
-    from adam_fn.rule import safe_sqrt
+    from adam_fn.arithmetic import safe_sqrt
 
     x = jnp.asarray([0.0, 1e-30, 0.25, 3.0])
     np.testing.assert_array_equal(safe_sqrt(x), jnp.sqrt(x))

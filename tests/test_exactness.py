@@ -44,7 +44,7 @@ def test_the_measure_sees_an_inexact_optimizer() -> None:
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 0.999, 0.999999, 1 - 2**-24])
 def test_bias_weights(beta: float) -> None:
     """``1 - βᵗ`` to float32 rounding, and the remainder beyond it, over 100,000 steps."""
-    from adam_fn.rule import Weight, weigh
+    from adam_fn.arithmetic import Weight, weigh
 
     @jax.jit
     def run() -> Any:
@@ -62,7 +62,7 @@ def test_bias_weights(beta: float) -> None:
 
 
 def test_bias_weight_of_a_changing_beta() -> None:
-    from adam_fn.rule import Weight, weigh
+    from adam_fn.arithmetic import Weight, weigh
 
     betas = np.concatenate([np.linspace(0, 0.999, 500), np.full(500, 0.99999), np.linspace(0.999, 0.1, 100)])
     betas = betas.astype(np.float32)

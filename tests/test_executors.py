@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import adam_fn
 from adam_fn import Block, Cast, Storage
+from adam_fn.arithmetic import Weight
 from adam_fn.execute import cpu, kernel, run, tiles
 from adam_fn.execute.body import PARAMETERS, UPDATES, Inputs, Write
 from adam_fn.execute.mesh import on_mesh
@@ -23,7 +24,7 @@ from adam_fn.execute.step import Step, in_blocks, in_one, in_rows, whole
 from adam_fn.execute.store import Form, store
 from adam_fn.layout import layout
 from adam_fn.noise import Part, random_bits
-from adam_fn.rule import Clock, Weight
+from adam_fn.rule import Clock
 from adam_fn.write import Masters
 
 TX = adam_fn.adamw(1e-2, storage=Storage(mu=Block(8), nu=Block(4)), weight_decay=0.1)

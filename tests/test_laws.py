@@ -13,9 +13,10 @@ from cases import CASES, MEMBERS, Case
 from helpers import random_gradients, trajectories, trajectory
 
 import adam_fn
+from adam_fn.arithmetic import Weight
 from adam_fn.execute.body import UPDATES, Coded, Inputs, body
 from adam_fn.execute.run import run_leaf
-from adam_fn.rule import Clock, Weight
+from adam_fn.rule import Clock
 
 SIZE = 64
 GRADS = random_gradients(8, SIZE)

@@ -12,7 +12,7 @@ ROOT = Path(adam_fn.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 # From the bottom up; a module imports only from layers above it in this list. Whatever is not listed is the last layer.
 LAYERS = (
-    ("schedules",),
+    ("arithmetic", "schedules"),
     ("rule",),
     ("noise", "layout"),
     ("codec",),
@@ -25,13 +25,14 @@ LAYERS = (
     ("execute.cpu", "execute.kernel", "execute.tiles"),
     ("execute.mesh",),
     ("execute.run", "observe"),
+    ("spec",),
     ("transform",),
     ("options",),
     ("rules",),
     ("rules.adam",),
     ("rules.adamax", "rules.amsgrad", "rules.momentum", "rules.variance"),
     ("averaging", "wrapper"),
-    ("parts", "write"),
+    ("parts", "sharding", "write"),
     ("interop.moments",),
     ("interop.keras", "interop.optax", "interop.torch"),
 )

@@ -15,12 +15,14 @@ import numpy as np
 import optax
 from numpy.typing import NDArray
 
+from adam_fn.arithmetic import Weight
 from adam_fn.codec import Stored
 from adam_fn.execute.body import as_dtype, as_real
 from adam_fn.execute.store import store
 from adam_fn.leaves import Leaves, PyTree, named
-from adam_fn.rule import Rule, Weight
-from adam_fn.transform import State, Update, _gather, _Spec, _zeros_like
+from adam_fn.rule import Rule
+from adam_fn.spec import Spec, gather, zeros_like
+from adam_fn.transform import State, Update
 from adam_fn.write import MasterState, MasterWeights
 
 #: An array of any framework.
@@ -179,16 +181,16 @@ class Target:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _stored(spec: _Spec, slot: str, values: Sequence[Array | None], params: PyTree) -> PyTree:
+def _stored(spec: Spec, slot: str, values: Sequence[Array | None], params: PyTree) -> PyTree:
     """A slot of a state, from an array for each leaf that is trained; they get the parameters' shardings."""
     leaves = Leaves(params)
     found: list[Stored | None] = [None] * len(values)
     for i, codecs in enumerate(spec.codecs_of(leaves, params)):
         if values[i] is not None:
             with named(leaves.paths[i]):
-                zeros = _zeros_like(jnp.asarray(leaves.leaves[i]))
+                zeros = zeros_like(jnp.asarray(leaves.leaves[i]))
                 found[i] = store(codecs[slot], zeros + as_real(jnp.asarray(values[i])).astype(zeros.dtype))
-    return _gather(leaves, dict(spec.codecs)[slot], found)
+    return gather(leaves, dict(spec.codecs)[slot], found)
 
 
 def _shown(path: str) -> str:

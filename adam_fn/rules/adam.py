@@ -8,27 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from adam_fn.arithmetic import Scalar, Weight, ema, one_minus, plain, quotient, safe_sqrt, shifted, square, weigh
 from adam_fn.leaves import Mask
 from adam_fn.options import CommonOptions, DecayOptions, alias, optimizer
-from adam_fn.rule import (
-    Beta,
-    Clock,
-    Hyper,
-    NonNegative,
-    Rule,
-    Scalar,
-    Slot,
-    Slots,
-    Weight,
-    ema,
-    one_minus,
-    plain,
-    quotient,
-    safe_sqrt,
-    shifted,
-    square,
-    weigh,
-)
+from adam_fn.rule import Beta, Clock, Hyper, NonNegative, Rule, Slot, Slots
 from adam_fn.schedules import nadam_momentum
 from adam_fn.transform import Transformation
 

@@ -7,9 +7,10 @@ from typing import Unpack
 import jax
 import jax.numpy as jnp
 
+from adam_fn.arithmetic import Weight, ema, quotient, shifted, weigh
 from adam_fn.leaves import Mask
 from adam_fn.options import MuOptions, Options, alias, optimizer
-from adam_fn.rule import Beta, Clock, Hyper, NonNegative, Rule, Slot, Slots, Weight, ema, quotient, shifted, weigh
+from adam_fn.rule import Beta, Clock, Hyper, NonNegative, Rule, Slot, Slots
 from adam_fn.transform import Transformation
 
 

@@ -9,23 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from adam_fn.arithmetic import Weight, ema, plain, safe_sqrt, square, weigh
 from adam_fn.leaves import Mask
 from adam_fn.options import CommonOptions, DecayOptions, MuOptions, Options, alias, optimizer
-from adam_fn.rule import (
-    Beta,
-    Clock,
-    Hyper,
-    NonNegative,
-    Rule,
-    Slot,
-    Slots,
-    Weight,
-    ema,
-    plain,
-    safe_sqrt,
-    square,
-    weigh,
-)
+from adam_fn.rule import Beta, Clock, Hyper, NonNegative, Rule, Slot, Slots
 from adam_fn.rules.adam import Adam, Moments
 from adam_fn.transform import Transformation
 

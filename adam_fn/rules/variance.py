@@ -7,8 +7,9 @@ from typing import Unpack
 import jax
 import jax.numpy as jnp
 
+from adam_fn.arithmetic import Weight, ema, one_minus, square, weigh
 from adam_fn.options import Options, alias, optimizer
-from adam_fn.rule import Clock, Hyper, NonNegative, Slot, Slots, Weight, ema, one_minus, square, weigh
+from adam_fn.rule import Clock, Hyper, NonNegative, Slot, Slots
 from adam_fn.rules.adam import Adam
 from adam_fn.transform import Transformation
 

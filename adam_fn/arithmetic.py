@@ -1,0 +1,88 @@
+"""The arithmetic that rules share: moving averages, bias weights, roots and quotients, accurate and finite."""
+
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+Scalar: TypeAlias = float | jax.Array
+
+
+class Weight(NamedTuple):
+    """A bias weight: the moving average of the constant one, and the part of it that its last rounding dropped."""
+
+    value: jax.Array
+    rest: jax.Array
+
+
+class OneMinus(NamedTuple):
+    """β by ``1 - β``: what a schedule with a method ``one_minus(count)`` gives of a β, exact however near to 1."""
+
+    rest: jax.Array
+
+
+def one_minus(beta: "Scalar | OneMinus") -> Scalar:
+    """``1 - β``, in Python's float64 when β is a number: ``1 - float32(0.99999)`` is off by 1.4e-3."""
+    return beta.rest if isinstance(beta, OneMinus) else 1 - beta
+
+
+def plain(beta: "Scalar | OneMinus") -> Scalar:
+    """β itself, where it is not near 1 that matters."""
+    return 1 - beta.rest if isinstance(beta, OneMinus) else beta
+
+
+def ema(beta: Scalar | OneMinus, old: jax.Array, new: jax.Array | float) -> jax.Array:
+    """One step of the moving average ``β·old + (1 - β)·new``, accurate for every β in [0, 1].
+
+    It is computed from the nearer end, ``old + (1 - β)(new - old)`` or ``new - β(new - old)``: the rounding of β then
+    scales with the small coefficient, and β = 0 gives `new` exactly.
+    """
+    change = new - old
+    if isinstance(beta, (int, float)):
+        return old + one_minus(beta) * change if beta >= 0.5 else new - beta * change
+    late = one_minus(beta) <= 0.5
+    return jnp.where(late, old, new) + jnp.where(late, one_minus(beta), -plain(beta)) * change
+
+
+def weigh(beta: Scalar | OneMinus, weight: Weight, target: jax.Array | float = 1.0) -> Weight:
+    """`ema` of a bias weight, with the rounding errors carried along (Knuth's two-sum).
+
+    Without the second word, 10,000 equal increments of ``1 - 0.999999`` would all round the same way.
+    """
+    dtype = weight.value.dtype
+    beta = beta if isinstance(beta, (int, float)) else jax.tree.map(lambda x: x.astype(dtype), beta)
+    old, rest = weight
+    change = one_minus(beta) * (target - old) + plain(beta) * rest
+    value = old + change
+    shown = value - old
+    return Weight(value, (old - (value - shown)) + (change - shown))
+
+
+@jax.custom_jvp
+def safe_sqrt(x: jax.Array) -> jax.Array:
+    """``√x`` whose derivative at 0 is 0, so that gradients through an optimizer stay finite at g = 0."""
+    return jnp.sqrt(x)
+
+
+@safe_sqrt.defjvp
+def _safe_sqrt_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    root = safe_sqrt(primals[0])
+    return root, jnp.where(root == 0, 0, tangents[0] / jnp.where(root == 0, 1, 2 * root))
+
+
+def quotient(numerator: jax.Array, denominator: jax.Array, eps: Scalar) -> jax.Array:
+    """``numerator/(denominator + ε)``; where that is 0 (all gradients so far were 0), the numerator itself."""
+    denominator = shifted(denominator, eps)
+    if isinstance(eps, float) and eps > 0:
+        return numerator / denominator
+    return numerator / jnp.where(denominator == 0, 1, denominator)
+
+
+def square(x: jax.Array) -> jax.Array:
+    """``x²``, at most a quarter of the largest number: once v is infinite, ``v + (1-β)(g² - v)`` is nan for ever."""
+    return jnp.minimum(x * x, 2.0 ** (jnp.finfo(x.dtype).maxexp - 2))
+
+
+def shifted(x: jax.Array, constant: Scalar) -> jax.Array:
+    """``x + constant``, without the addition where the constant is the number 0 (XLA has to keep ``x + 0``)."""
+    return x if isinstance(constant, float) and constant == 0 else x + constant

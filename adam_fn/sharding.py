@@ -1,0 +1,154 @@
+"""Where the state lives on a mesh: beside its parameters."""
+
+import contextvars
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+
+from adam_fn.leaves import Leaves, PyTree
+
+Shape: TypeAlias = tuple[int, ...]
+#: The axes of a mesh that each axis of an array is divided over.
+Division: TypeAlias = tuple[tuple[str, ...], ...]
+T = TypeVar("T")
+
+#: Whether the state is asked for to find where its parts belong.
+searching: contextvars.ContextVar[bool] = contextvars.ContextVar("searching", default=False)
+
+
+def division(sharding: Sharding | None, rank: int) -> Division:
+    """How an array is divided; what is not on a mesh counts as whole."""
+    spec = sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()
+    found = [() if x is None else (x,) if isinstance(x, str) else tuple(x) for x in spec]
+    return tuple(found + [()] * (rank - len(found)))
+
+
+def divided(mesh: Mesh, over: Division) -> NamedSharding:
+    """The inverse of `division`."""
+    spec = (None if not names else names[0] if len(names) == 1 else names for names in over)
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def devices(mesh: Mesh, names: Sequence[str]) -> int:
+    """How many devices there are along axes of the mesh."""
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def check_mesh(who: str, path: str, sharding: NamedSharding, mesh: Mesh) -> None:
+    """Raises where a leaf lives on another mesh."""
+    if dict(sharding.mesh.shape) != dict(mesh.shape):
+        raise ValueError(f"{who}: {path} lives on the mesh {dict(sharding.mesh.shape)}, expected {dict(mesh.shape)}")
+
+
+def real_shape(p: jax.ShapeDtypeStruct) -> Shape:
+    """The shape of what is remembered of a parameter: that of two reals where it is complex."""
+    return (2, *p.shape) if jnp.issubdtype(p.dtype, jnp.complexfloating) else p.shape
+
+
+class Slots:
+    """The state of a transformation as shapes and dtypes, and which of its arrays belong to which parameter.
+
+    Attributes:
+      leaves: the parameters.
+      shapes: of the parameters.
+      state: shapes and dtypes of the state.
+    """
+
+    def __init__(self, tx: optax.GradientTransformation, params: PyTree) -> None:
+        self.leaves = Leaves(params)
+        self.shapes = [
+            None if x is None else jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in self.leaves.leaves
+        ]
+        self._tx = tx
+        token = searching.set(True)
+        try:
+            self.state = jax.eval_shape(tx.init, self.leaves.treedef.unflatten(self.shapes))
+        finally:
+            searching.reset(token)
+
+    def map(self, own: Callable[[int, jax.ShapeDtypeStruct], T], other: Callable[[Any], T]) -> PyTree:
+        """The state with `own` of each array of a parameter, which a number tells, and `other` of what has none."""
+        numbers = self.leaves.treedef.unflatten(None if x is None else i for i, x in enumerate(self.shapes))
+        token = searching.set(True)
+        try:
+            return optax.tree_utils.tree_map_params(
+                self._tx,
+                lambda x, number: x if _is_blank(x) else own(number, x),
+                self.state,
+                numbers,
+                transform_non_params=other,
+                is_leaf=_is_blank,
+            )
+        finally:
+            searching.reset(token)
+
+    def shardings(self, mesh: Mesh, over: Sequence[Division]) -> PyTree:
+        """The shardings of the state, each array as its parameter is divided.
+
+        Along an axis that does not divide evenly (of few scales) it is whole; one of another rank is whole altogether.
+        """
+
+        def beside(i: int, x: jax.ShapeDtypeStruct) -> NamedSharding:
+            p = self.shapes[i]
+            assert p is not None
+            if len(x.shape) != len(real_shape(p)):
+                return NamedSharding(mesh, PartitionSpec())
+            wanted = ((),) * (len(x.shape) - len(p.shape)) + over[i]
+            even = (names if n % devices(mesh, names) == 0 else () for n, names in zip(x.shape, wanted, strict=True))
+            return divided(mesh, tuple(even))
+
+        return self.map(beside, lambda _: NamedSharding(mesh, PartitionSpec()))
+
+
+def _is_blank(x: object) -> bool:
+    return x is None or isinstance(x, optax.MaskedNode)
+
+
+def state_shardings(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
+    """The shardings of ``tx.init(params)``, as a tree of the state's structure: ``jit(tx.init, out_shardings=…)``.
+
+    What is remembered of a parameter lives where the parameter lives: moments, codes, their scales, remainders of
+    masters, averages, and what transformations of optax remember too, which `jit` alone would put on one device. Scales
+    that are too few to be divided are whole on every device, and so are counts and whatever belongs to no parameter.
+    With `jax.eval_shape` it tells a checkpointer where to restore a state::
+
+        shardings = adam_fn.state_shardings(tx, params)
+        state = jax.jit(tx.init, out_shardings=shardings)(params)
+        wanted = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(tx.init, params), shardings
+        )
+
+    Args:
+      tx: any transformation of this package or of optax, or a chain of both. `zero1` and `offload` must be outermost.
+      params: arrays, or `jax.ShapeDtypeStruct` with shardings. Leaves without a `NamedSharding` count as whole on the
+        mesh of the others; if none has one, everything lives where the first leaf does.
+
+    Raises:
+      ValueError: if a leaf has no sharding at all, or lives on another mesh than those before it.
+    """
+    if (own := getattr(getattr(tx.init, "wrapper", None), "state_shardings", None)) is not None:
+        return own(params)
+    slots = Slots(tx, params)
+    places: list[Sharding | None] = []
+    mesh: Mesh | None = None
+    for path, x in zip(slots.leaves.paths, slots.leaves.leaves, strict=True):
+        place = getattr(x, "sharding", None)
+        if x is not None and place is None:
+            raise ValueError(
+                f"state_shardings: {path} has no sharding; expected an array or a ShapeDtypeStruct with one"
+            )
+        places.append(place)
+        if isinstance(place, NamedSharding):
+            mesh = mesh or place.mesh  # pyright: ignore[reportAssignmentType]
+            assert mesh is not None
+            check_mesh("state_shardings", path, place, mesh)
+    if mesh is None:
+        first = next((place for place in places if place is not None), None)
+        return jax.tree.map(lambda _: first, slots.state)
+    over = [division(place, 0 if p is None else len(p.shape)) for place, p in zip(places, slots.shapes, strict=True)]
+    return slots.shardings(mesh, over)

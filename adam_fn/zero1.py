@@ -1,0 +1,324 @@
+"""ZeRO, stage 1: the state divided over the axis of the data, while the parameters stay as they are."""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from adam_fn.layout import SMALL, layout
+from adam_fn.leaves import Leaves, PyTree, named
+from adam_fn.sharding import Division, Shape, Slots, check_mesh, devices, divided, division, real_shape, searching
+from adam_fn.wrapper import Wrapper
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a parameter lives.
+
+    Attributes:
+      path: its name in errors.
+      shape: of the whole.
+      own: between the steps.
+      spread: during a step; equal to `own` where the leaf is not divided further.
+      axis: the one along which it is divided further.
+    """
+
+    path: str
+    shape: Shape
+    own: NamedSharding
+    spread: NamedSharding
+    axis: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tree:
+    """A tree of hashable leaves, compared by value."""
+
+    leaves: tuple[Any, ...]
+    treedef: Any  # JAX has no public type for it.
+
+    def tree(self) -> PyTree:
+        return self.treedef.unflatten(self.leaves)
+
+
+def _placed(x: jax.Array, *shardings: NamedSharding) -> jax.Array:
+    """An array that is to live there, one after the other, as far as the axes are not those of a `shard_map` around."""
+    now = jax.sharding.get_abstract_mesh()
+    mesh: Any = now if now.manual_axes else shardings[-1].mesh
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+
+    def along(sharding: NamedSharding, kind: AxisType) -> NamedSharding:
+        own = (tuple(name for name in names if kinds[name] == kind) for names in division(sharding, x.ndim))
+        return divided(mesh, tuple(own))
+
+    if AxisType.Explicit in kinds.values():
+        x = jax.sharding.reshard(x, along(shardings[-1], AxisType.Explicit))
+    if AxisType.Auto in kinds.values():
+        for sharding in shardings:
+            x = jax.lax.with_sharding_constraint(x, along(sharding, AxisType.Auto))
+    return x
+
+
+def _is_array(x: object) -> bool:
+    return hasattr(x, "dtype") and jnp.result_type(x) != jax.dtypes.float0
+
+
+def _varying(x: jax.Array, names: Sequence[str]) -> tuple[str, ...]:
+    """The axes of a `shard_map` along which devices may hold different values."""
+    kind: Any = jax.typeof(x)
+    varying = kind.mat.varying if hasattr(kind, "mat") else kind.vma
+    return tuple(name for name in names if name in varying)
+
+
+@dataclasses.dataclass(frozen=True)
+class Zero1(Wrapper):
+    """See `zero1`.
+
+    Attributes:
+      places: a `_Place` for each parameter, or None.
+      state: the shardings of the state.
+      whole: of the parameters whose state is not divided, path and number of elements.
+    """
+
+    tx: optax.GradientTransformation
+    mesh: Mesh
+    names: tuple[str, ...]
+    places: _Tree
+    state: _Tree
+    whole: tuple[tuple[str, int], ...]
+
+    def init(self, params: PyTree) -> PyTree:
+        if searching.get():
+            raise ValueError("state_shardings: zero1 must be outermost, zero1(optax.chain(…), …)")
+        if not Leaves(params).leaves:  # A placeholder for the parameters, as of `optax.tree_map_params`.
+            return self.tx.init(params)
+        state = self._within(self.tx.init, self.state.tree(), self._each(params, "parameters", self._part))
+        if self._inside() and jax.tree.structure(state) != self.state.treedef:
+            raise ValueError(
+                "zero1: inside shard_map a part of a leaf is a leaf, and one is too small here to be stored in codes "
+                "as the whole is; call the transformation outside of shard_map"
+            )
+        return self._kept(state)
+
+    def update(
+        self, updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        update = optax.with_extra_args_support(self.tx).update
+        return self._step(update, updates, state, params, extra_args)
+
+    def write(self, grads: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
+        own = getattr(self.tx.update, "write", None)
+        return super().write(grads, state, params) if own is None else self._step(own, grads, state, params, {})
+
+    def state_shardings(self, params: PyTree) -> PyTree:
+        """Of the state of these parameters, which must be like those it was made for."""
+        self._each(params, "parameters", lambda _, x: x)
+        return self.state.tree()
+
+    def _step(
+        self, run: Callable[..., Any], grads: PyTree, state: PyTree, params: PyTree, extra_args: dict[str, PyTree]
+    ) -> tuple[PyTree, PyTree]:
+        grads = self._each(grads, "gradients", self._reduced)
+        if params is not None:
+            params = self._each(params, "parameters", self._part)
+        spread = self.places.treedef.unflatten(None if x is None else x.spread for x in self.places.leaves)
+        new, state = self._within(run, (spread, self.state.tree()), grads, self._kept(state), params, **extra_args)
+        return self._each(new, "results", self._gathered), self._kept(state)
+
+    def _within(self, run: Callable[..., Any], results: PyTree, *args: PyTree, **extra_args: PyTree) -> Any:  # noqa: ANN401
+        """`run`, whose results live where `results` says. Inside, XLA divides the work over explicit axes as well."""
+        kinds = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
+        explicit = [x for x, kind in kinds.items() if kind == AxisType.Explicit and x not in _manual()]
+        if not explicit:
+            return run(*args, **extra_args)
+        arrays, treedef = jax.tree.flatten((args, extra_args))
+        given = [i for i, x in enumerate(arrays) if _is_array(x)]
+
+        def flat(*own: jax.Array) -> Any:  # noqa: ANN401
+            values = dict(zip(given, own, strict=True))
+            args, extra_args = treedef.unflatten([values.get(i, x) for i, x in enumerate(arrays)])
+            return run(*args, **extra_args)
+
+        own = [arrays[i] for i in given]
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in own]
+        places = jax.tree.map(lambda _, place: place, jax.eval_shape(flat, *shapes), results)
+        return jax.sharding.auto_axes(flat, axes=tuple(explicit), out_sharding=places)(*own)
+
+    def _matched(self, tree: PyTree, what: str) -> Iterator[tuple[_Place | None, Any]]:
+        """The place of each leaf, and what a tree has there."""
+        try:
+            return zip(self.places.leaves, self.places.treedef.flatten_up_to(tree), strict=True)
+        except (ValueError, TypeError) as error:
+            ours, theirs = Leaves(self.places.tree()).paths, Leaves(tree).paths
+            odd = [x for x in ours if x not in theirs] + [x for x in theirs if x not in ours]
+            difference = f"{odd[0]} is in one of them only" if odd else str(error)
+            raise ValueError(
+                f"zero1: the {what} must have the structure of the parameters it was made for: {difference}"
+            ) from error
+
+    def _each(self, tree: PyTree, what: str, function: Callable[[_Place, jax.Array], jax.Array]) -> PyTree:
+        """A tree of the parameters' structure with `function` of each leaf that is an array."""
+        found, inside = [], self._inside()
+        for leaf, x in self._matched(tree, what):
+            if leaf is None or not _is_array(x):
+                found.append(x)
+                continue
+            if not inside and jnp.shape(x) != leaf.shape:
+                raise ValueError(f"zero1: {leaf.path} of the {what} has shape {jnp.shape(x)}, expected {leaf.shape}")
+            with named(leaf.path):
+                found.append(function(leaf, x))
+        return self.places.treedef.unflatten(found)
+
+    def _part(self, leaf: _Place, x: jax.Array) -> jax.Array:
+        """A parameter, divided."""
+        if not self._inside():
+            return _placed(x, leaf.spread)
+        if leaf.axis is None:
+            return x
+        length = x.shape[leaf.axis] // devices(self.mesh, self.names)
+        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(self.names) * length, length, leaf.axis)
+
+    def _reduced(self, leaf: _Place, x: jax.Array) -> jax.Array:
+        """A gradient, divided; in a `shard_map`, the sum of what devices hold."""
+        if not self._inside():
+            # Without the first constraint XLA carries the second one into the backward pass.
+            return _placed(x, leaf.own, leaf.spread)
+        own = {name for names in division(leaf.own, len(leaf.shape)) for name in names}  # Of FSDP: no sum of parts.
+        over = tuple(name for name in _varying(x, self.names) if name not in own)
+        if over == self.names and leaf.axis is not None:
+            return jax.lax.psum_scatter(x, over, scatter_dimension=leaf.axis, tiled=True)
+        return self._part(leaf, jax.lax.psum(x, over) if over else x)
+
+    def _gathered(self, leaf: _Place, x: jax.Array) -> jax.Array:
+        """What a step makes of a parameter, where that lives."""
+        if not self._inside():
+            return _placed(x, leaf.spread, leaf.own)  # The result and nothing that leads to it.
+        if leaf.axis is None:
+            return x
+        return jax.lax.all_gather(x, self.names, axis=leaf.axis, tiled=True, to="invarying")
+
+    def _kept(self, state: PyTree) -> PyTree:
+        """The state, where it lives."""
+        if jax.tree.structure(state) != self.state.treedef:
+            raise ValueError("zero1 expected its own state: was it made by this transformation from these parameters?")
+        return state if self._inside() else jax.tree.map(_placed, state, self.state.tree())
+
+    def _inside(self) -> bool:
+        """Whether this is the inside of a `shard_map` over the axis."""
+        found = [name for name in self.names if name in _manual()]
+        if found and len(found) < len(self.names):
+            raise ValueError(f"zero1: a shard_map over {found} must be over all of {list(self.names)}")
+        return bool(found)
+
+
+def _manual() -> tuple[str, ...]:
+    """The axes of the `shard_map` around."""
+    return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def zero1(
+    tx: optax.GradientTransformation, params: PyTree, mesh: Mesh, axis: str | Sequence[str] = "data"
+) -> optax.GradientTransformationExtraArgs:
+    """Divides the state, and the work of a step, over an axis along which the parameters are copies (ZeRO, stage 1).
+
+    ::
+
+        tx = adam_fn.zero1(adam_fn.adamw(3e-4), params, mesh, "data")
+        state = jax.jit(tx.init)(params)  # The rest as before, with `tx.update` or `make_step`.
+
+    Each of the n devices has 1/n of the moments, codes, scales and masters and steps 1/n of the parameters (Rajbhandari
+    et al., arXiv 1910.02054, section 5.1). Where the gradients in the same program are of a batch that is divided over
+    the axis, their all-reduce becomes a reduce-scatter, and the updates are gathered; in `make_step` it is the new
+    parameters, which are shorter in bfloat16. Results are those of `tx` alone, random streams included.
+
+    A leaf is divided along the first of its axes that the n devices divide evenly, on top of what divides it already
+    (tensor parallelism); the axis of the blocks of codes only between blocks. A leaf that is divided over the axis
+    already (FSDP) stays as it is. What cannot be divided stays whole: `undivided` names it, and a warning those of 4096
+    elements or more.
+
+    It must be outermost: ``zero1(optax.chain(optax.clip_by_global_norm(1.0), adamw(3e-4)), …)``. Axes may be automatic
+    or explicit. Inside a `shard_map` over the axis it takes whole parameters; gradients that vary over it are summed,
+    by a reduce-scatter: divide the loss by n. (With ``check_vma=False`` JAX does not know which vary, and all must be
+    the same on every device.)
+
+    Args:
+      tx: any optax transformation; in a `shard_map`, one whose work is elementwise.
+      params: arrays, or `jax.ShapeDtypeStruct`, with their shardings; without one they are whole on every device.
+      mesh: the one that the parameters live on.
+      axis: its axis, or axes, of data parallelism.
+
+    Raises:
+      ValueError: if the mesh has no such axis, or a parameter lives on another mesh.
+    """
+    names = (axis,) if isinstance(axis, str) else tuple(axis)
+    for name in names:
+        if name not in mesh.shape:
+            raise ValueError(f"zero1: the mesh has the axes {tuple(mesh.axis_names)}, not {name!r}")
+    slots = Slots(tx, params)
+    stored: list[list[Shape]] = [[] for _ in slots.shapes]
+    slots.map(lambda i, x: stored[i].append(x.shape), lambda _: None)
+    places: list[_Place | None] = []
+    whole: dict[str, Shape] = {}
+    for path, x, p, kept in zip(slots.leaves.paths, slots.leaves.leaves, slots.shapes, stored, strict=True):
+        if p is None:
+            places.append(None)
+            continue
+        sharding = getattr(x, "sharding", None)
+        if isinstance(sharding, NamedSharding):
+            check_mesh("zero1", path, sharding, mesh)
+        own = division(sharding, len(p.shape))
+        free = not any(set(names) & set(other) for other in own)
+        place = divided(mesh, own)
+        found = _axis(mesh, names, own, p, kept) if kept and free else None
+        if found is None:
+            places.append(_Place(path, p.shape, place, place))
+            if kept and free:
+                whole[path] = p.shape
+        else:
+            spread = divided(mesh, (*own[:found], (*own[found], *names), *own[found + 1 :]))
+            places.append(_Place(path, p.shape, place, spread, found))
+    large = [f"{path} of shape {shape}" for path, shape in whole.items() if math.prod(shape) >= SMALL]
+    if large:
+        warnings.warn(
+            f"zero1: the state stays whole on each of the {devices(mesh, names)} devices of {axis!r}, which divide no "
+            f"axis evenly (and between blocks of codes), of {', '.join(large)}",
+            stacklevel=2,
+        )
+    over = [() if place is None else division(place.spread, len(place.shape)) for place in places]
+    leaves, treedef = jax.tree.flatten(slots.shardings(mesh, over))
+    sizes = tuple((path, math.prod(shape)) for path, shape in whole.items())
+    tree = _Tree(tuple(places), slots.leaves.treedef)
+    return Zero1(tx, mesh, names, tree, _Tree(tuple(leaves), treedef), sizes).transformation()
+
+
+def _axis(
+    mesh: Mesh, names: Sequence[str], own: Division, p: jax.ShapeDtypeStruct, stored: Sequence[Shape]
+) -> int | None:
+    """The first axis along which a leaf can be divided with all arrays of its state, whose shapes are `stored`."""
+    whole = real_shape(p)
+    blocks, before = layout(whole), len(whole) - len(p.shape)
+
+    def divides(axis: int, parts: int, shape: Shape) -> bool:
+        if len(shape) != len(whole) or shape[axis] == whole[axis]:
+            return True  # One of another rank stays whole.
+        return blocks is not None and axis == blocks.axis and blocks.even and blocks.blocks % parts == 0
+
+    for axis, length in enumerate(p.shape):
+        parts = devices(mesh, (*own[axis], *names))
+        if length and length % parts == 0 and all(divides(before + axis, parts, shape) for shape in stored):
+            return axis
+    return None
+
+
+def undivided(tx: optax.GradientTransformation) -> dict[str, int]:
+    """The parameters whose state `zero1` leaves whole on every device: by path, their elements."""
+    wrapper = getattr(tx.init, "wrapper", None)
+    if not isinstance(wrapper, Zero1):
+        raise TypeError("undivided expected a transformation that zero1 made")
+    return dict(wrapper.whole)

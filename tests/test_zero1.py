@@ -1,0 +1,306 @@
+"""The state divided over the axis of the data, on a mesh of eight host devices."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import MEMBERS
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+import adam_fn
+from adam_fn import Block
+
+P = PartitionSpec
+KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+BF16 = jnp.bfloat16
+
+
+def _mesh(kind: AxisType = AxisType.Auto, shape: tuple[int, ...] = (8,)) -> Mesh:
+    names = ("data", "model")[: len(shape)]
+    return jax.make_mesh(shape, names, axis_types=(kind,) * len(shape))
+
+
+def _values(dtype: Any = jnp.float32, seed: int = 0) -> dict[str, jax.Array]:
+    """A kernel whose blocks are 8, a bias, a stack whose second axis alone is divided, and a leaf that is not."""
+    rng = np.random.default_rng(seed)
+    shapes = {"kernel": (256, 32), "bias": (32,), "stack": (3, 16, 5), "odd": (5, 3)}
+    return {name: jnp.asarray(rng.standard_normal(shape), dtype) for name, shape in shapes.items()}
+
+
+def _put(mesh: Mesh, tree: Any, specs: dict[str, PartitionSpec] | None = None) -> Any:
+    return {key: jax.device_put(x, NamedSharding(mesh, (specs or {}).get(key, P()))) for key, x in tree.items()}
+
+
+def _collectives(text: str) -> list[tuple[str, int]]:
+    """Of each operation between devices what it is, and how many bytes it makes."""
+    kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    found = []
+    for shapes, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text):
+        arrays = re.findall(r"([a-z]+)(\d*)\[([\d,]*)\]", shapes)
+        size = sum(
+            int(bits or 8) // 8 * int(np.prod([int(n) for n in dims.split(",") if n])) for _, bits, dims in arrays
+        )
+        found.append((kind, size))
+    return found
+
+
+def _bytes(state: Any, device: int | None = None) -> int:
+    arrays = jax.tree.leaves(state)
+    if device is None:
+        return sum(x.nbytes for x in arrays)
+    return sum(shard.data.nbytes for x in arrays for shard in x.addressable_shards if shard.device.id == device)
+
+
+TXS: dict[str, tuple[optax.GradientTransformation, Any]] = {
+    "adamw": (adam_fn.adamw(1e-2), jnp.float32),
+    "Block(8)": (adam_fn.adam(1e-2, storage=Block(8)), jnp.float32),
+    "Block(4)": (adam_fn.adam(1e-2, storage=Block(4)), jnp.float32),
+    "masters": (adam_fn.master_weights(adam_fn.adam(1e-2, storage=Block(8))), BF16),
+    "rounded, averaged": (
+        optax.chain(adam_fn.lion(1e-2), adam_fn.average_params(0.9), adam_fn.stochastic_rounding(0)),
+        BF16,
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), [*((name, AxisType.Auto) for name in TXS), ("Block(4)", AxisType.Explicit)])
+def test_the_same_steps_with_an_eighth_of_the_state(name: str, kind: AxisType) -> None:
+    """Of the same gradients the same numbers, bit for bit; the parameters stay whole."""
+    tx, dtype = TXS[name]
+    mesh = _mesh(kind)
+    alone, params = _values(dtype), _put(mesh, _values(dtype))
+    spread = adam_fn.zero1(tx, params, mesh)
+    state, expected = jax.jit(spread.init)(params), jax.jit(tx.init)(alone)
+    assert adam_fn.undivided(spread) == {"['odd']": 15}
+    small = _bytes({"odd": alone["odd"]}) * 8 + 200  # Counts, weights and the leaf that is not divided.
+    assert _bytes(state, 0) <= _bytes(state) / 8 + small
+    assert _bytes(state) - _bytes(expected) == 0
+    step, reference = (adam_fn.make_step(x) for x in (spread, tx))
+    for seed in range(1, 4):
+        grads = _values(dtype, seed)
+        params, state = step(params, state, _put(mesh, grads))
+        alone, expected = reference(alone, expected, grads)
+        jax.tree.map(np.testing.assert_array_equal, (params, state), (alone, expected))
+        for x, place in zip(
+            jax.tree.leaves(state), jax.tree.leaves(adam_fn.state_shardings(spread, params)), strict=True
+        ):
+            assert x.sharding.is_equivalent_to(place, x.ndim)
+        assert all(x.sharding.is_fully_replicated for x in params.values())
+    assert _bytes(state, 0) <= _bytes(state) / 8 + small
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("adamw", AxisType.Auto), ("adamw", AxisType.Explicit), ("Block(4)", AxisType.Auto), ("masters", AxisType.Auto)],
+)
+def test_gradients_are_reduced_once_and_parameters_gathered(name: str, kind: AxisType) -> None:
+    """A whole step of training. (XLA for CPUs has all-reduce and slice in the place of reduce-scatter.)"""
+    tx, dtype = TXS[name]
+    mesh = _mesh(kind)
+    params = _put(mesh, {"first": jnp.ones((256, 32), dtype), "bias": jnp.ones(32, dtype)})
+    batch = jax.device_put(jnp.ones((1024, 256), dtype), NamedSharding(mesh, P("data")))
+    spread = adam_fn.zero1(tx, params, mesh)
+
+    def loss(params: Any, batch: jax.Array) -> jax.Array:
+        return jnp.mean(jnp.tanh(batch @ params["first"] + params["bias"][None]).astype(jnp.float32) ** 2)
+
+    @jax.jit
+    def step(params: Any, state: Any, batch: jax.Array) -> Any:
+        return adam_fn.make_step(spread)(params, state, jax.grad(loss)(params, batch))
+
+    state = jax.jit(spread.init)(params)
+    compiled = step.lower(params, state, batch).compile()
+    found = _collectives(compiled.as_text() or "")
+    size = 4 * (256 * 32 + 32)  # On a CPU in float32, whatever the parameters are.
+    for kind_of, allowed in (("all-reduce", size), ("all-gather", size)):
+        assert sum(n for kind, n in found if kind == kind_of) in (allowed, allowed // 2), found
+    assert {kind for kind, _ in found} == {"all-reduce", "all-gather"}, found
+    # What a device is given: its parameters, an eighth of the state and of the batch.
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    given = _bytes(params) + (_bytes(state) + batch.nbytes) / 8
+    assert memory.argument_size_in_bytes <= given + 400
+
+
+def test_inside_shard_map() -> None:
+    """Local gradients are summed by a reduce-scatter, and all else is as outside."""
+    mesh = _mesh()
+    tx = adam_fn.adamw(1e-2)
+    params = _put(mesh, _values())
+    spread = adam_fn.zero1(tx, params, mesh)
+    places = jax.tree.map(lambda x: x.spec, adam_fn.state_shardings(spread, params))
+    batch = jnp.asarray(np.random.default_rng(1).standard_normal((16, 256)), jnp.float32)
+
+    def loss(params: Any, batch: jax.Array) -> jax.Array:
+        small = sum(jnp.sum(params[x] ** 2) for x in ("stack", "odd"))
+        return jnp.mean(jnp.tanh(batch @ params["kernel"] + params["bias"][None]) ** 2) + small
+
+    def step(params: Any, state: Any, batch: jax.Array) -> Any:
+        varying = jax.tree.map(lambda p: jax.lax.pcast(p, "data", to="varying"), params)
+        grads = jax.grad(lambda p: loss(p, batch) / 8)(varying)
+        updates, state = spread.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    init = jax.jit(jax.shard_map(spread.init, mesh=mesh, in_specs=P(), out_specs=places))
+    run = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P(), places, P("data")), out_specs=(P(), places)))
+    state = init(params)
+    text = run.lower(params, state, batch).compile().as_text() or ""
+    assert {kind for kind, _ in _collectives(text)} == {"reduce-scatter", "all-gather", "all-reduce"}
+    assert sum(n for kind, n in _collectives(text) if kind == "all-reduce") == 15 * 4  # Of the leaf that stays whole.
+    alone, expected = _values(), jax.jit(tx.init)(_values())
+    for _ in range(3):
+        params, state = run(params, state, batch)
+        updates, expected = jax.jit(tx.update)(jax.grad(loss)(alone, batch), expected, alone)
+        alone = optax.apply_updates(alone, updates)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), (params, state), (alone, expected)
+    )
+
+
+@KINDS
+def test_on_top_of_other_divisions(kind: AxisType) -> None:
+    """Tensor parallelism is kept and divided further; what is divided over the axis already is left alone."""
+    mesh = _mesh(kind, (4, 2))
+    specs = {"kernel": P(None, "model"), "stack": P(None, ("data", "model")), "bias": P("model")}
+    tx = adam_fn.adam(1e-2)
+    params = _put(mesh, _values(), specs)
+    spread = adam_fn.zero1(tx, params, mesh)
+    found = jax.tree.map(lambda x: x.spec, adam_fn.state_shardings(spread, params).slots["mu"])
+    assert found["kernel"] == P("data", "model")
+    assert found["bias"] == P(("model", "data"))
+    assert found["stack"] == P(None, ("data", "model"), None)
+    assert found["odd"] == P(None, None)
+    assert adam_fn.undivided(spread) == {"['odd']": 15}
+    updates, state = jax.jit(spread.update)(params, jax.jit(spread.init)(params), params)
+    expected = jax.jit(tx.update)(_values(), tx.init(_values()), _values())
+    jax.tree.map(np.testing.assert_array_equal, (updates, state), expected)
+    for name, x in updates.items():
+        assert x.sharding.is_equivalent_to(params[name].sharding, x.ndim)
+
+
+def test_blocks_are_not_cut_and_what_stays_whole_is_named() -> None:
+    """Along the blocks 4 of them cannot be divided by 8, and 10 columns cannot either."""
+    params = {"w": jax.ShapeDtypeStruct((128, 490), "float32"), "v": jax.ShapeDtypeStruct((128, 64), "float32")}
+    with pytest.warns(
+        UserWarning, match=r"stays whole on each of the 8 devices of 'data'.*\['w'\] of shape \(128, 490\)"
+    ):
+        tx = adam_fn.zero1(adam_fn.adam(1e-3, storage=Block(8)), params, _mesh())
+    assert adam_fn.undivided(tx) == {"['w']": 128 * 490}
+    places = adam_fn.state_shardings(tx, params).slots["mu"]
+    assert places["codes"]["v"].spec == places["scales"]["v"].spec == P(None, "data")
+    plain = adam_fn.zero1(adam_fn.adam(1e-3), params, _mesh())  # Without blocks rows are rows.
+    assert adam_fn.undivided(plain) == {}
+
+
+def test_equal_ones_compare_equal() -> None:
+    one, other = (adam_fn.zero1(adam_fn.adam(1e-3), _values(), _mesh()) for _ in range(2))
+    assert one == other
+    assert hash(one) == hash(other)
+    assert one != adam_fn.zero1(adam_fn.adam(1e-2), _values(), _mesh())
+
+
+def test_errors_name_what_is_wrong() -> None:
+    mesh, params = _mesh(), _values()
+    with pytest.raises(ValueError, match=r"the mesh has the axes \('data',\), not 'batch'"):
+        adam_fn.zero1(adam_fn.adam(1e-3), params, mesh, "batch")
+    other = _put(_mesh(shape=(4, 2)), params)
+    with pytest.raises(ValueError, match=r"zero1: \['bias'\] lives on the mesh .*, expected \{'data': 8\}"):
+        adam_fn.zero1(adam_fn.adam(1e-3), other, mesh)
+    tx = adam_fn.zero1(adam_fn.adam(1e-3), params, mesh)
+    state = tx.init(params)
+    with pytest.raises(ValueError, match=r"\['kernel'\] of the gradients has shape \(3,\), expected \(256, 32\)"):
+        tx.update({**params, "kernel": jnp.ones(3)}, state, params)
+    with pytest.raises(ValueError, match=r"structure of the parameters it was made for: \['odd'\]"):
+        tx.update({key: x for key, x in params.items() if key != "odd"}, state, params)
+    with pytest.raises(ValueError, match="expected its own state"):
+        tx.update(params, optax.adam(1e-3).init(params), params)
+    with pytest.raises(ValueError, match="zero1 must be outermost"):
+        adam_fn.state_shardings(optax.chain(optax.clip(1.0), tx), _put(mesh, params))
+    with pytest.raises(TypeError, match="that zero1 made"):
+        adam_fn.undivided(adam_fn.adam(1e-3))
+    coded = adam_fn.zero1(adam_fn.adam(1e-3, storage=Block(8)), params, mesh)
+    with pytest.raises(ValueError, match="too small here to be stored in codes"):
+        jax.eval_shape(jax.shard_map(coded.init, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False), params)
+
+
+# --- shardings of the state ---
+
+
+@KINDS
+def test_shardings_of_any_state(kind: AxisType) -> None:
+    """Those that `jit` finds by itself, for every member and wrapper."""
+    mesh = _mesh(kind, (4, 2))
+    params = _put(mesh, _values(), {"kernel": P("data", "model"), "bias": P("model"), "stack": P(None, "data")})
+    txs = {case.name: case.make(1e-3, weight_decay=0.1) for case in MEMBERS}
+    txs |= {
+        "Block(8)": adam_fn.adam(
+            1e-3, storage=Block(8), frozen={"kernel": False, "bias": True, "stack": True, "odd": True}
+        ),
+        "lamb": adam_fn.lamb(1e-3),
+        "swats": adam_fn.swats(1e-3),
+        "masters": adam_fn.master_weights(adam_fn.cautious(adam_fn.adam(1e-3))),
+        "chain": optax.chain(optax.clip(1.0), adam_fn.adam(1e-3), adam_fn.average_params(0.9)),
+    }
+    asked = {name: adam_fn.state_shardings(tx, params) for name, tx in txs.items()}
+    states = jax.jit(lambda params: {name: tx.init(params) for name, tx in txs.items()})(params)
+    for (path, x), place in zip(jax.tree_util.tree_leaves_with_path(states), jax.tree.leaves(asked), strict=True):
+        assert x.ndim == 0 or "weights" in str(path) or x.sharding.is_equivalent_to(place, x.ndim), (path, x.sharding)
+
+
+def test_shardings_where_jit_finds_none() -> None:
+    """What optax remembers, fewer scales than devices, complex and integer leaves, shapes alone."""
+    mesh = _mesh()
+    place = NamedSharding(mesh, P("data"))
+    shapes = {"w": ((64, 128), "float32"), "c": ((8, 3), "complex64"), "i": ((8,), "int32")}
+    params = {name: jax.ShapeDtypeStruct(*x, sharding=place) for name, x in shapes.items()} | {"none": None}
+    tx = optax.chain(optax.trace(0.9), adam_fn.adam(1e-3, storage=Block(4)))
+    found = adam_fn.state_shardings(tx, params)
+    assert found[0].trace["w"].spec == P("data", None)
+    assert found[1].slots["mu"]["codes"]["w"].spec == P("data", None)
+    assert found[1].slots["mu"]["scales"]["w"].spec == P(None, None)  # 2 of a column.
+    assert found[1].slots["mu"]["codes"]["c"].spec == P(None, "data", None)
+    assert found[1].count.spec == P()
+    assert jax.tree.structure(found) == jax.tree.structure(jax.eval_shape(tx.init, params))
+    real = {"w": jax.device_put(jnp.ones((64, 128)), place)}
+    adam = optax.adam(1e-3)
+    state = jax.jit(adam.init, out_shardings=adam_fn.state_shardings(adam, real))(real)
+    assert state[0].mu["w"].sharding.is_equivalent_to(place, 2)
+    whole = {"w": jax.device_put(jnp.ones((64, 128)), NamedSharding(mesh, P()))}
+    spread = jax.jit(adam_fn.zero1(adam, whole, mesh).init)(whole)
+    assert spread[0].mu["w"].sharding.is_equivalent_to(place, 2)
+    with pytest.raises(ValueError, match=r"\['w'\] has no sharding"):
+        adam_fn.state_shardings(adam, {"w": np.ones(3)})
+    assert adam_fn.state_shardings(adam, {"w": jnp.ones(3)})[0].mu["w"] == jnp.ones(3).sharding
+
+
+# --- the memory of the host ---
+
+
+@KINDS
+def test_the_state_on_the_host(kind: AxisType) -> None:
+    """Large arrays alone, divided as they were; steps are those of the devices, and leave the state there."""
+    mesh = _mesh(kind)
+    params = _put(mesh, _values())
+    inner = adam_fn.zero1(adam_fn.adamw(1e-2), params, mesh)
+    tx = adam_fn.offload(inner)
+    state, expected = jax.jit(tx.init)(params), jax.jit(inner.init)(params)
+    step, plain = adam_fn.make_step(tx), adam_fn.make_step(inner)
+    for seed in range(2):
+        for x, place in zip(jax.tree.leaves(state), jax.tree.leaves(adam_fn.state_shardings(tx, params)), strict=True):
+            assert x.sharding.is_equivalent_to(place, x.ndim)
+            assert x.sharding.memory_kind == ("pinned_host" if x.size >= 4096 else "device") == place.memory_kind
+        grads = _put(mesh, _values(seed=seed))
+        found = step(jax.tree.map(jnp.copy, params), state, grads)
+        wanted = plain(jax.tree.map(jnp.copy, params), expected, grads)
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), found, wanted)
+        (params, state), expected = found, wanted[1]
+    assert all(x.sharding.memory_kind == "device" for x in params.values())
+    updates, state = jax.jit(tx.update)(params, state, params)
+    assert state.slots["mu"]["kernel"].sharding.memory_kind == "pinned_host"
+    assert updates["kernel"].sharding.memory_kind == "device"
+    with pytest.raises(ValueError, match="offload must be outermost"):
+        adam_fn.state_shardings(optax.chain(tx), params)
