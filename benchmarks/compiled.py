@@ -320,7 +320,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="part of a step's name; repeatable")
     parser.add_argument("--target", action="append", choices=[*TPU, *GPU], help="repeatable; all by default")
     parser.add_argument("--family", action="store_true", help="also every member x storage x write; takes minutes")
-    parser.add_argument("--out", type=pathlib.Path, help="folder for compiled.json")
+    parser.add_argument("--out", type=pathlib.Path, help="folder for compiled.json; its other rows stay")
     parser.add_argument("--environments", type=pathlib.Path, help="where the compilers are installed; a cache folder")
     options = parser.parse_args()
     options.target = options.target or [*TPU, *GPU]
@@ -349,8 +349,11 @@ def main() -> None:
     if options.out and rows:
         options.out.mkdir(parents=True, exist_ok=True)
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        found = {"ran": False, "date": date, "versions": versions, "rows": rows}
-        (options.out / "compiled.json").write_text(json.dumps(found, indent=1) + "\n")
+        file = options.out / "compiled.json"
+        before = json.loads(file.read_text()) if file.exists() else {"versions": {}, "rows": []}
+        found = {"ran": False, "date": date, "versions": before["versions"] | versions}
+        found["rows"] = list(({label(row): row for row in before["rows"]} | {label(row): row for row in rows}).values())
+        file.write_text(json.dumps(found, indent=1) + "\n")
     wrong += exceeded(rows)
     if not options.only:
         there = [target for name in versions for target in COMPILERS[name].targets if target in options.target]

@@ -156,6 +156,10 @@ class Program:
         """What all kernels read and write, each its whole operands and results."""
         return sum(times * array.bytes for _, arrays, times in self.kernels() for array in arrays)
 
+    def loops(self) -> bool:
+        """Whether there are any."""
+        return any(each.opcode == "while" for each, _, _ in self.run())
+
     def cycles(self) -> int:
         """The TPU compiler's estimates, added."""
         return sum(times * each.cycles for each, _, times in self.run())
