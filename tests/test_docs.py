@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-#: Code, and the output that may follow it.
+#: Code, and the output that may follow it; a single line stands behind the `print` that makes it.
 BLOCKS = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
 
 
@@ -27,6 +27,7 @@ def test_code_runs_and_prints_what_is_shown(page: Path) -> None:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(compile(code, str(page), "exec"), names)
+        shown = shown or "".join(f"{line}\n" for line in re.findall(r"^ *print\(.*\)  # (.*)$", code, re.MULTILINE))
         assert printed.getvalue() == shown, code
 
 
