@@ -27,8 +27,8 @@ def test_code_runs_and_prints_what_is_shown(page: Path) -> None:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(compile(code, str(page), "exec"), names)
-        shown = shown or "".join(f"{line}\n" for line in re.findall(r"^ *print\(.*\)  # (.*)$", code, re.MULTILINE))
-        assert printed.getvalue() == shown, code
+        beside = re.findall(r"^ *print\(.*\)  # (.*)$", code, re.MULTILINE)
+        assert printed.getvalue() == (shown or "".join(f"{line}\n" for line in beside)), code
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "examples/README.md"], ids=str)
