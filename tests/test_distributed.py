@@ -1,0 +1,104 @@
+"""Training on real processes: the course of one process, the end when one is lost, and the way on from there."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import distributed_mnist
+import jax
+import numpy as np
+import pytest
+
+SCRIPT = Path(distributed_mnist.__file__)
+OPTIONS = ("--data", "digits", "--quick", "--epochs", "4", "--timeout", "6")
+
+
+def start(place: Path, name: str, *options: str) -> subprocess.Popen[bytes]:
+    """The script with four host devices; what it says goes to the file of that name."""
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(SCRIPT), *OPTIONS, "--out", str(place), *options]
+    with (place / name).open("w") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=env)
+
+
+def wait_for(pattern: str, log: Path, job: list[subprocess.Popen[bytes]]) -> re.Match[str]:
+    deadline = time.monotonic() + 120
+    while (found := re.search(pattern, log.read_text())) is None:
+        assert time.monotonic() < deadline, log.read_text()
+        assert all(process.poll() is None for process in job), log.read_text()
+        time.sleep(0.02)
+    return found
+
+
+def test_a_job_that_loses_a_process_ends_and_goes_on_as_one_process_would(tmp_path: Path) -> None:
+    """Process 1 of 2 is killed in its third epoch or its fourth; then two new ones finish the run."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    saved = ("--checkpoint", str(tmp_path / "run"))
+    each = ("--coordinator", coordinator, "--processes", "2", *saved)
+    job = [start(tmp_path, f"killed{i}", *each, "--process", str(i)) for i in range(2)]
+    try:
+        wait_for(r"ZeRO-1 2/4:", tmp_path / "killed0", job)
+        job[1].kill()
+        assert job[0].wait(timeout=120) != 0
+    finally:
+        for process in job:
+            process.kill()
+            process.wait()
+    said = (tmp_path / "killed0").read_text()
+    assert re.search(r"tasks are unhealthy[^\n]*:\n1\n", said), said
+    assert "wrote" not in said
+
+    with start(tmp_path, "resumed", "--local", "2", *saved) as launcher:
+        assert launcher.wait(timeout=120) == 0, (tmp_path / "resumed").read_text()
+    said = (tmp_path / "resumed").read_text()
+    assert re.search(r"resumed from .* after epoch [23]/4", said), said
+    assert "4 of the 8 devices" in said
+    assert said.count("ZeRO-1 4/4:") == 1  # Of one process alone.
+    assert (tmp_path / "distributed_mnist.png").exists()
+
+    alone = distributed_mnist.main([*OPTIONS, "--out", str(tmp_path / "alone")])
+    # Nothing is left to be done: these are the parameters and the state that two processes saved.
+    both = distributed_mnist.main([*OPTIONS, "--out", str(tmp_path / "both"), *saved])
+    assert len(both.run.step_costs) == len(alone.run.step_costs) == 4 * (1437 // 128)
+    assert alone.run.step_costs[-1] < 0.9 * alone.run.step_costs[0]
+    np.testing.assert_allclose(both.run.step_costs, alone.run.step_costs, rtol=1e-5)
+    # Adam makes whole steps of gradients that are next to nothing, whose rounding differs: one of 1e-3 at most.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), both.params, alone.params)
+    moment = both.state.slots["mu"]["hidden1"]["kernel"]
+    assert moment.addressable_shards[0].data.size == moment.size // 8
+    np.testing.assert_allclose(both.run.epochs[-1].test_cost, alone.run.epochs[-1].test_cost, rtol=1e-5)
+
+
+def test_the_launcher_names_the_process_that_was_lost_and_ends_the_others(tmp_path: Path) -> None:
+    with start(tmp_path, "log", "--local", "2") as launcher:
+        pids = [
+            int(wait_for(rf"process {i} of 2: started here, pid (\d+)", tmp_path / "log", [launcher])[1])
+            for i in (0, 1)
+        ]
+        os.kill(pids[1], signal.SIGKILL)
+        assert launcher.wait(timeout=60) == 1
+    said = (tmp_path / "log").read_text()
+    assert "error: process 1 of 2 was lost: killed by SIGKILL" in said, said
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch", "100"], "--batch 100 cannot be divided by the 8 devices"),
+        (["--coordinator", "localhost:1"], "--coordinator, --processes and --process are given together"),
+        (["--cluster", "--local", "2"], "--local, --cluster and --coordinator exclude one another"),
+    ],
+)
+def test_bad_options(options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        distributed_mnist.main([*OPTIONS, "--out", str(tmp_path), *options])
+    assert message in f"{error.value} {capsys.readouterr().err}"
