@@ -6,9 +6,11 @@ optimizer's state (ZeRO-1).
     srun python examples/distributed_mnist.py --cluster --checkpoint run    # Slurm, Open MPI, Cloud TPU, Kubernetes
     python examples/distributed_mnist.py --coordinator host0:1234 --processes 2 --process 0    # any others, one by one
 
-The course of a run is that of one device, up to the rounding of the sums over a batch. If a process is lost, all others
-end with an error that names it; the same command again goes on from the last complete checkpoint, on as many processes
-and devices as there are then. `--checkpoint` is a folder that all processes see.
+The course of a run is that of one device, up to the rounding of the sums over a batch. If a process is lost, JAX's
+runtime ends the others, which else would wait for ever, within `--timeout` seconds; it gives the number of the lost one
+("The following tasks are unhealthy"), or says that it was the leader, process 0. The same command again goes on from
+the last complete checkpoint, on as many processes and devices as there are then. `--checkpoint` is a folder that all
+processes see.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ import mnist_data
 import mnist_report
 import numpy as np
 import optax
-from checkpoints import Checkpoints
+from checkpoints import Checkpoints, OtherRunError
 from command_line import Parser, real, whole
 from flax import nnx
 from jax.experimental import multihost_utils
@@ -241,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> Trained:
         )
     device = jax.devices()[0].device_kind
     me, processes, devices = jax.process_index(), jax.process_count(), jax.device_count()
-    # The number that the runtime gives when it loses a process, and where that one was.
+    # By this number the runtime calls a process that it has lost; here is where that one was.
     print(f"process {me} of {processes}: {socket.gethostname()}, pid {os.getpid()}, {jax.local_device_count()} of the "
           f"{devices} devices, {device}", flush=True)  # fmt: skip
     try:
@@ -252,15 +254,18 @@ def main(argv: Sequence[str] | None = None) -> Trained:
             raise ValueError(f"--batch {options.batch} cannot be divided by the {devices} devices")
         check_same(dataset, options)
         options.out.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{NAME}: error: process {me} of {processes}: {error}")
+    try:
         trained = train(dataset, options)
-    except (OSError, ValueError) as error:  # OtherRunError among them.
+    except OtherRunError as error:
         sys.exit(f"{NAME}: error: process {me} of {processes}: {error}")
     except jax.errors.JaxRuntimeError as error:
         if processes == 1:
             raise
         print(f"{NAME}: error: process {me} of {processes}: {error}", file=sys.stderr, flush=True)
-        # The others may be gone. If this one went now, it would count as lost itself: wait until the runtime has found
-        # out which one was, says so and ends this process.
+        # Probably another one is gone. If this one went too, it would itself count as lost: the runtime needs a while
+        # to find out which one was, says so and ends this process.
         time.sleep(2 * options.timeout)
         raise
     if me == 0:
