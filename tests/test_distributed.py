@@ -73,9 +73,9 @@ def test_a_job_that_loses_a_process_ends_and_goes_on_as_one_process_would(tmp_pa
     both = distributed_mnist.main([*OPTIONS, "--out", str(tmp_path / "both"), *saved])
     assert len(both.run.step_costs) == len(alone.run.step_costs) == 4 * (1437 // 128)
     assert alone.run.step_costs[-1] < 0.9 * alone.run.step_costs[0]
-    np.testing.assert_allclose(both.run.step_costs, alone.run.step_costs, rtol=1e-5)
-    # Adam makes whole steps of gradients that are next to nothing, whose rounding differs: one of 1e-3 at most.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), both.params, alone.params)
+    np.testing.assert_allclose(both.run.step_costs, alone.run.step_costs, rtol=3e-6)
+    # After 44 steps of up to 1e-3 they differ by 3e-8.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), both.params, alone.params)
     state: Any = both.state
     moment = state.slots["mu"]["hidden1"]["kernel"]
     assert moment.addressable_shards[0].data.size == moment.size // 8
