@@ -93,7 +93,7 @@ LIMITS = (
     Limit(GPU, LEAF, ("Block(4)",), "passes", 2, ways=("make_step",)),
     Limit(GPU, LEAF, ("Block(4)",), "temporaries", 0.30, ways=("update",)),  # 0.10: results of two shapes.
     Limit(GPU, LEAF, ("float32",), "kernels", 1.7, times=True, ways=("make_step",)),  # 1: scalars of the bias weights.
-    Limit(TPU, LEAF, (*MOST, "Block(4)"), "temporaries", 0.05),
+    Limit(TPU, LEAF, (*MOST, "Block(4)"), "temporaries", 0.05, ways=("make_step", "update")),
     Limit(TPU, LEAF, (ROUNDED,), "temporaries", 1.05, ways=("make_step",)),  # 0.05: the update is stored.
     Limit(TPU, LEAF, ("Block(8)",), "cycles", 1.7, times=True),
     Limit(TPU, LEAF, ("Block(4)",), "cycles", 1.9, times=True),  # 1.7: 16 rows of bytes fill half a register.
