@@ -13,7 +13,6 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
 from adam_fn.execute.body import Inputs, compute_dtype
 from adam_fn.execute.step import Done, Step, in_blocks
@@ -33,12 +32,12 @@ class Machine:
       tile: the shape of a tile of a leaf, of whole blocks; None where no kernel suits the leaf.
       divisible: whether JAX can be told how to divide a kernel among devices (`on_mesh`). It cannot on a TPU (JAX issue
         38196), and raises: there the step belongs inside `shard_map`.
-      options: of `pallas_call`.
+      options: makes those of `pallas_call`.
     """
 
     tile: Callable[[Layout], Shape | None]
     divisible: bool
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    options: Callable[[], Mapping[str, Any]] = dict
 
 
 def _tpu_tile(blocks: Layout) -> Shape | None:
@@ -68,8 +67,14 @@ def _gpu_tile(blocks: Layout) -> Shape | None:
     return tuple({blocks.axis: BLOCK, len(blocks.shape) - 1: wide}.get(axis, 1) for axis in range(len(blocks.shape)))
 
 
+def _gpu_options() -> dict[str, Any]:
+    from jax.experimental.pallas import triton  # noqa: PLC0415 (not every jaxlib has it)
+
+    return {"compiler_params": triton.CompilerParams(num_warps=4, num_stages=1)}
+
+
 TPU = Machine(_tpu_tile, divisible=False)
-GPU = Machine(_gpu_tile, divisible=True, options={"compiler_params": triton.CompilerParams(num_warps=4, num_stages=1)})
+GPU = Machine(_gpu_tile, divisible=True, options=_gpu_options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +205,7 @@ def in_kernel(
         input_output_aliases=_replaced(step, inputs, stored, done.result, arrays, len(scalars)),
         interpret=interpret,
         name="adam_fn",
-        **machine.options,
+        **machine.options(),
     )(*scalars, *arrays)
     return results_tree.unflatten(found)
 
