@@ -171,7 +171,7 @@ class Layout:
     def pack(self, codes: Mapping[str, jax.Array], packed: int) -> dict[str, jax.Array]:
         """Codes as they are stored, `packed` of them in a byte, of those of a byte each, split.
 
-        One reduction for all of them, as in `largest`.
+        One reduction for all of them, as in `largest`; a sum, which XLA can also make between devices.
         """
         bits, axis = 8 // packed, self.axis + 1
 
@@ -186,7 +186,7 @@ class Layout:
 
         values = {name: shifted(x) for name, x in codes.items()}
         zeros = dict.fromkeys(values, jnp.uint8(0))
-        found = jax.lax.reduce(values, zeros, lambda a, b: jax.tree.map(jax.lax.bitwise_or, a, b), (axis,))
+        found = jax.lax.reduce(values, zeros, lambda a, b: jax.tree.map(jax.lax.add, a, b), (axis,))
         return {name: self.merge(x) for name, x in found.items()}
 
     def unpack_rows(self, codes: jax.Array, packed: int) -> jax.Array:

@@ -128,3 +128,16 @@ def test_inside_shard_map(kind: AxisType) -> None:
     p = jax.device_put(jnp.arange(1.0, 17.0), NamedSharding(mesh, spec))
     found = jax.jit(jax.shard_map(train, mesh=mesh, in_specs=spec, out_specs=spec))(p)
     np.testing.assert_allclose(found, train(jnp.arange(1.0, 17.0)), rtol=1e-6)
+
+
+def test_packed_codes_of_blocks_that_devices_share() -> None:
+    """Communication is needed then; the codes are the same."""
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
+    tx = adam_fn.adam(1e-2, storage=adam_fn.Block(4))
+    p = jax.random.normal(jax.random.key(0), (64, 256))
+    found, expected = (
+        jax.jit(tx.update)(x, jax.jit(tx.init)(x))
+        for x in (jax.device_put(p, NamedSharding(mesh, PartitionSpec("a"))), p)
+    )
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=1e-6)
