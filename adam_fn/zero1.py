@@ -317,8 +317,14 @@ def _axis(
 
 
 def undivided(tx: optax.GradientTransformation) -> dict[str, int]:
-    """The parameters whose state `zero1` leaves whole on every device: by path, their elements."""
+    """The parameters whose state `zero1` leaves whole on every device: by path, their elements.
+
+    `tx` is what `zero1` returned, or a wrapper of this package around it (`offload`).
+    """
     wrapper = getattr(tx.init, "wrapper", None)
-    if not isinstance(wrapper, Zero1):
-        raise TypeError("undivided expected a transformation that zero1 made")
+    while not isinstance(wrapper, Zero1):
+        inner = getattr(wrapper, "tx", None)
+        if inner is None:
+            raise TypeError("undivided expected a transformation that zero1 made")
+        wrapper = getattr(inner.init, "wrapper", None)
     return dict(wrapper.whole)

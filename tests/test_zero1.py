@@ -190,6 +190,7 @@ def test_blocks_are_not_cut_and_what_stays_whole_is_named() -> None:
     ):
         tx = adam_fn.zero1(adam_fn.adam(1e-3, storage=Block(8)), params, _mesh())
     assert adam_fn.undivided(tx) == {"['w']": 128 * 490}
+    assert adam_fn.undivided(adam_fn.offload(tx)) == {"['w']": 128 * 490}
     places = adam_fn.state_shardings(tx, params).slots["mu"]
     assert places["codes"]["v"].spec == places["scales"]["v"].spec == P(None, "data")
     plain = adam_fn.zero1(adam_fn.adam(1e-3), params, _mesh())  # Without blocks rows are rows.
