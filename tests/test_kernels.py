@@ -1,6 +1,7 @@
 """Kernels on several devices, and how they are asked for. `test_executors` compares them with the other ways."""
 
 import functools
+import re
 from typing import Any
 
 import jax
@@ -91,6 +92,16 @@ def test_inside_shard_map(machine: str) -> None:
         own = jax.jit(run)(*part)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(own), strict=True):
             np.testing.assert_allclose(jnp.split(a, 2)[i].astype(float), b.astype(float), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_nothing_of_64_bits_in_a_kernel(machine: str) -> None:
+    """TPUs have none: not even where `jax_enable_x64` makes them of Python's numbers."""
+    run, given = step_of(MACHINES[machine], (256, 256))
+    with jax.enable_x64(True):
+        text = str(jax.make_jaxpr(run)(*given))
+    assert "pallas_call" in text
+    assert not re.search(r"[fiu]64\[\d", text[text.index("pallas_call") :])
 
 
 def test_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

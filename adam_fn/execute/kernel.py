@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.typing import ArrayLike
 
 from adam_fn.execute.body import Inputs, compute_dtype
 from adam_fn.execute.step import Done, Step, in_blocks
@@ -101,7 +102,7 @@ class Tile(Layout):
             values = self._kept(x.astype(jnp.int32) & 2**bits - 1)
             values = values.reshape(*values.shape[:axis], packed, -1, *values.shape[axis + 1 :])
             values = values << bits * jax.lax.broadcasted_iota(jnp.int32, values.shape, axis)
-            found[name] = self.merge(values.sum(axis)).astype(x.dtype)
+            found[name] = self.merge(values.sum(axis, dtype=jnp.int32)).astype(x.dtype)
         return found
 
     def _kept(self, x: jax.Array) -> jax.Array:
@@ -194,8 +195,8 @@ def in_kernel(
     # Numbers are arrays of one element, of the rank of what is split into blocks: vector units compute with them what
     # scalar ones cannot.
     ones = (1,) * (rank + 1)
-    scalars = [jnp.reshape(x, ones) for x in numbers]
-    scalar = pl.BlockSpec(ones, lambda *_: (0,) * (rank + 1))
+    scalars = [_short(x).reshape(ones) for x in numbers]
+    scalar = pl.BlockSpec(ones, lambda *index: (index[0] * 0,) * (rank + 1))  # Of the index's own 32 bits.
     found = pl.pallas_call(
         run,
         grid=tuple(-(-whole // one) for whole, one in zip(blocks.shape, shape, strict=True)),
@@ -208,6 +209,12 @@ def in_kernel(
         **machine.options(),
     )(*scalars, *arrays)
     return results_tree.unflatten(found)
+
+
+def _short(number: ArrayLike) -> jax.Array:
+    """A number of 32 bits: those of 64 that `jax_enable_x64` makes are more than a kernel computes with, or can."""
+    x = jnp.asarray(number)
+    return x.astype(jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else jnp.int32)
 
 
 def _block(shape: Sequence[int], blocks: Layout, tile: Shape) -> pl.BlockSpec:
