@@ -41,8 +41,8 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from mnist_data import Dataset
-from mnist_mlp import CLASSES, MLP, Metrics, Parameters, cost_and_metrics, means
-from mnist_report import Epoch, Run
+from mnist_mlp import CLASSES, MLP, Metrics, Parameters, cost_and_metrics, epoch_of
+from mnist_report import Run
 from numpy.typing import NDArray
 
 import adam_fn
@@ -128,21 +128,11 @@ def train(dataset: Dataset, options: Namespace) -> Trained:
             images, labels = spread(dataset.train_images, batch), spread(dataset.train_labels, batch)
             params, state, seen = train_step(params, state, images, labels, graph=graph, tx=tx)
             metrics.append(seen)
-        cost, accuracy = means(metrics)
+        jax.block_until_ready(metrics)
         seconds = time.perf_counter() - start
         tested = evaluate(params, *test, graph=graph)
         run.step_costs += [float(seen.cost) for seen in metrics]
-        run.epochs.append(
-            Epoch(
-                epoch=epoch,
-                train_cost=cost,
-                train_accuracy=accuracy,
-                test_cost=float(tested.cost),
-                test_accuracy=float(tested.accuracy),
-                seconds=seconds,
-                images_per_second=steps * options.batch / seconds,
-            )
-        )
+        run.epochs.append(epoch_of(epoch, metrics, tested, seconds, steps * options.batch))
         if checkpoints is not None:
             checkpoints.save(epoch, (params, state), asdict(run))
         say(mnist_report.epoch_line(run, options.epochs))

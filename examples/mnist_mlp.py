@@ -238,20 +238,9 @@ def train(dataset: Dataset, name: str, options: Options) -> Run:
                     bar.set_postfix_str(f"cost {cost:.4f}, accuracy {accuracy:.2%}", refresh=False)
                     bar.update(len(metrics) * options.batch - bar.n)
         seconds = time.perf_counter() - start
-        cost, accuracy = means(metrics)
         tested = evaluate(params, *test, graph=graph)
         run.step_costs += [float(seen.cost) for seen in jax.device_get(metrics)]
-        run.epochs.append(
-            Epoch(
-                epoch=epoch,
-                train_cost=cost,
-                train_accuracy=accuracy,
-                test_cost=float(tested.cost),
-                test_accuracy=float(tested.accuracy),
-                seconds=seconds,
-                images_per_second=steps * options.batch / seconds,
-            )
-        )
+        run.epochs.append(epoch_of(epoch, metrics, tested, seconds, steps * options.batch))
         print(mnist_report.epoch_line(run, options.epochs), flush=True)
         if checkpoints is not None:
             checkpoints.save(epoch, (params, state), asdict(run))
@@ -261,6 +250,12 @@ def train(dataset: Dataset, name: str, options: Options) -> Run:
 def means(metrics: Sequence[Metrics]) -> tuple[float, float]:
     cost, accuracy = np.asarray(jax.device_get(metrics), np.float64).T
     return float(cost.mean()), float(accuracy.mean())
+
+
+def epoch_of(epoch: int, metrics: Sequence[Metrics], tested: Metrics, seconds: float, images: int) -> Epoch:
+    """What a pass over the training images gave, of the metrics of its steps and of the test images."""
+    cost, accuracy = means(metrics)
+    return Epoch(epoch, cost, accuracy, float(tested.cost), float(tested.accuracy), seconds, images / seconds)
 
 
 def progress(text: str, images: int) -> tqdm[NoReturn]:

@@ -55,12 +55,14 @@ PLACES = [
 ]
 
 
-@pytest.mark.parametrize("machine", MACHINES)
-@pytest.mark.parametrize(("shape", "spec", "apart"), PLACES, ids=str)
+#: On a GPU there is no kernel for blocks that are not full.
+MACHINES_AND_PLACES = [(machine, *place) for machine in MACHINES for place in PLACES
+                       if machine == "TPU" or place[0][-2:][0] != 100]  # fmt: skip
+
+
+@pytest.mark.parametrize(("machine", "shape", "spec", "apart"), MACHINES_AND_PLACES, ids=str)
 def test_each_device_steps_its_own_part(machine: str, shape: Any, spec: Any, apart: bool) -> None:
     """The same as on one device, random numbers included; nothing is communicated where no block is divided."""
-    if machine == "GPU" and shape[-2:][0] == 100:
-        pytest.skip("no kernel for blocks that are not full")
     run, (p, g, stored) = step_of(MACHINES[machine], shape)
     expected = jax.jit(run)(p, g, stored)
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto, AxisType.Auto))

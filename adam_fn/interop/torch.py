@@ -32,6 +32,12 @@ _FORMS: Mapping[type[Rule], Mapping[str, str]] = {
 }
 
 
+def _target(tx: optax.GradientTransformation, params: PyTree) -> tuple[Target, Mapping[str, str]]:
+    """Whose state it is, and what torch calls its slots."""
+    target = Target(tx, params)
+    return target, target.form(_FORMS, "torch")
+
+
 def from_torch(
     tx: optax.GradientTransformation,
     params: PyTree,
@@ -74,8 +80,7 @@ def from_torch(
         torch's parameters have made different numbers of steps.
       TypeError: where `tx` has no counterpart in torch.
     """
-    target = Target(tx, params)
-    form: Mapping[str, str] = target.form(_FORMS, "torch")
+    target, form = _target(tx, params)
     saved = _read(state_dict)
     order = _order(saved, paths, names)
     axes = Axes(transpose, order.values())
@@ -129,8 +134,7 @@ def to_torch(
       ValueError: where one of torch's parameters has no moments here, or the reverse, with a list of all.
       TypeError: where `tx` has no counterpart in torch.
     """
-    target = Target(tx, params)
-    form: Mapping[str, str] = target.form(_FORMS, "torch")
+    target, form = _target(tx, params)
     saved = _read(state_dict)
     order = _order(saved, paths, names)
     axes = Axes(transpose, order.values())
