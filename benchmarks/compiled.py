@@ -28,7 +28,7 @@ import rich.console
 import rich.table
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-WORKER = pathlib.Path(__file__).resolve().parent / "compiled_worker.py"
+WORKER = pathlib.Path(__file__).resolve().parent / "compilers" / "worker.py"
 Row = dict[str, typing.Any]
 
 
@@ -213,7 +213,8 @@ def run(name: str, options: argparse.Namespace, console: rich.console.Console) -
     # One target of a compiler says whether the family compiles.
     flags = (("--target", targets), ("--only", options.only), ("--family", targets[:1] if options.family else []))
     command += [part for flag, values in flags for value in values for part in (flag, value)]
-    settings = {**os.environ, **SETTINGS, **COMPILERS[name].settings, "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "benchmarks")))
+    settings = {**os.environ, **SETTINGS, **COMPILERS[name].settings, "PYTHONPATH": path}
     versions, rows, begun = {}, [], {}
     with tempfile.TemporaryFile("w+") as errors, console.status(name) as status:
         worker = subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=errors, text=True)

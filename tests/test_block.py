@@ -13,7 +13,7 @@ import pytest
 from cases import MEMBERS, Case, name
 from flax import nnx
 from flax.training.train_state import TrainState
-from helpers import compilations
+from helpers.runs import compilations
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import adam_fn

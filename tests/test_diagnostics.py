@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
-from helpers import Array, compilations, random_gradients, relative_error
+from helpers.runs import Array, compilations, random_gradients, relative_error
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import adam_fn

@@ -13,7 +13,7 @@ import optax
 import pytest
 from cases import CASES, MEMBERS, Case, name, rule_of
 from flax import nnx
-from helpers import compilations, random_gradients, trajectory
+from helpers.runs import compilations, random_gradients, trajectory
 
 import adam_fn
 from adam_fn.schedules import inverse_sqrt

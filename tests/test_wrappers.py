@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracles_global as oracles
 import pytest
 from flax.training.train_state import TrainState
-from helpers import compilations, relative_error
+from helpers.runs import compilations, relative_error
+from oracles import wrappers as oracles
 
 import adam_fn
 from adam_fn import schedules
