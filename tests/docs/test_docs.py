@@ -47,11 +47,16 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_index_names_every_page() -> None:
     index = (ROOT / "docs/README.md").read_text()
     assert re.findall(r"^- \[.*?\]\((.*?)\)", index, re.MULTILINE) == [
+        "optimizers.md",
+        "optax.md",
+        "precision.md",
+        "accelerators.md",
         "checkpoints.md",
         "moving.md",
         "devices.md",
         "groups.md",
         "guard.md",
         "diagnostics.md",
+        "benchmarks.md",
     ]
     assert {page.name for page in PAGES} == {"README.md", *re.findall(r"\]\((\w+\.md)\)", index)}

@@ -13,8 +13,10 @@ from cases import CASES
 import adam_fn
 from adam_fn import presets
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-FAMILY = README.split("## The family")[1].split("\n## ")[0]
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+OPTIMIZERS = (ROOT / "docs" / "optimizers.md").read_text()
+FAMILY = OPTIMIZERS.split("## The family")[1].split("\n## ")[0]
 ROWS = {
     name: row
     for row in re.findall(r"^\| `.*$", FAMILY, re.MULTILINE)
@@ -51,7 +53,7 @@ def test_family_table_is_complete_and_its_bytes_are_true(name: str) -> None:
 
 
 def test_presets_table_names_every_preset() -> None:
-    section = README.split("## Other frameworks' Adam")[1].split("\n## ")[0]
+    section = OPTIMIZERS.split("## Other frameworks' Adam")[1].split("\n## ")[0]
     named = {name for name in re.findall(r"`(\w+)`", section) if "_" in name and name not in ("adam_fn",)}
     public = {
         name
@@ -71,8 +73,16 @@ def test_code_runs(block: str) -> None:
     exec(block, names)
 
 
+def test_two_screens() -> None:
+    """The tables belong into docs."""
+    assert len(README.splitlines()) <= 200
+    assert len(README.encode()) <= 12_000
+    missing = {case.alias.__name__ for case in CASES} - set(re.findall(r"`(\w+)`", README))
+    assert not missing, "the short table of the family"
+
+
 def test_pictures_of_the_examples_are_there_and_small() -> None:
-    folder = Path(__file__).parents[2] / "examples"
+    folder = ROOT / "examples"
     named = re.findall(r"!\[.*?\]\((.*?)\)", (folder / "README.md").read_text())
     assert {folder / name for name in named} == set((folder / "results").glob("*.png"))
     assert all((folder / name).stat().st_size < 150_000 for name in named)
