@@ -605,7 +605,7 @@ def test_errors_name_the_leaf(kind: str) -> None:
     p = {"a": jnp.ones(2, BF16)}
     with pytest.raises(ValueError, match="needs the parameters"):
         tx.update(p, tx.init(p))
-    with pytest.raises(ValueError, match=r"gradients? of a has shape \(3,\), its parameter \(2,\)"):
+    with pytest.raises(ValueError, match=r"of a has shape \(3,\), its parameter \(2,\)"):
         tx.update({"a": jnp.ones(3)}, tx.init(p), p)
 
 
