@@ -1,5 +1,6 @@
 """optax's states to ours and back: training goes on as if nothing had happened."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -7,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
+import orbax.checkpoint as ocp
 import pytest
+from flax import serialization
 from helpers.runs import relative_error
 
 import adam_fn
@@ -324,6 +327,34 @@ def test_errors_list_every_path() -> None:
         from_optax(tx, w, optax.adam(1e-3).init(w))
     with pytest.raises(ValueError, match=r"(?s)complex.*w"):
         to_optax(tx, w, tx.init(w), optax.adam(1e-3).init(w))
+
+
+def restored_by_flax(state: Any, target: Any, folder: Path) -> tuple[Any, Any]:
+    """Without the target, and with it."""
+    found: Any = serialization.msgpack_restore(serialization.to_bytes(state))
+    return found, serialization.from_state_dict(target, found)
+
+
+def restored_by_orbax(state: Any, target: Any, folder: Path) -> tuple[Any, Any]:
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "state", state)
+        checkpointer.wait_until_finished()
+        return checkpointer.restore(folder / "state"), checkpointer.restore(folder / "state", target)
+
+
+@pytest.mark.parametrize("restored", [restored_by_flax, restored_by_orbax])
+def test_a_checkpoint_without_its_types(restored: Any, tmp_path: Path) -> None:
+    """Dictionaries and lists are an error that says how to restore it; done so, it is the state."""
+    params, state = adam_state()
+    tx = adam_fn.adam(1e-3)
+    plain, typed = restored(state, optax.adam(1e-3).init(params), tmp_path)
+    with pytest.raises(
+        ValueError, match=r"plain containers: restore it into optax_tx\.init\(params\).*from_state_dict"
+    ):
+        from_optax(tx, params, plain)
+    jax.tree.map(np.testing.assert_array_equal, from_optax(tx, params, typed), from_optax(tx, params, state))
+    with pytest.raises(ValueError, match=r"which Adam goes on from$"):
+        from_optax(tx, params, optax.sgd(1e-3).init(params))
 
 
 def test_errors_on_the_way_back() -> None:
