@@ -83,6 +83,16 @@ def square(x: jax.Array) -> jax.Array:
     return jnp.minimum(x * x, 2.0 ** (jnp.finfo(x.dtype).maxexp - 2))
 
 
+def bounded(x: jax.Array, times: float) -> jax.Array:
+    """`x`, its finite elements clipped to where differences of two are finite, and `square` of `times` as much exact.
+
+    That is ``2¹²⁶`` in float32 for ``times = 0``, ``2⁶³/times`` for others; inf and nan stay, for guards to see.
+    """
+    exponent = jnp.finfo(x.dtype).maxexp - 2
+    bound = 2.0 ** (exponent // 2) / times if times else 2.0**exponent
+    return jnp.where(jnp.abs(x) < jnp.inf, jnp.clip(x, -bound, bound), x)
+
+
 def shifted(x: jax.Array, constant: Scalar) -> jax.Array:
     """``x + constant``, without the addition where the constant is the number 0 (XLA has to keep ``x + 0``)."""
     return x if isinstance(constant, float) and constant == 0 else x + constant

@@ -11,14 +11,14 @@ import functools
 import math
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple, Self, TypeAlias, TypeVar
+from typing import Annotated, Any, ClassVar, NamedTuple, Self, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from adam_fn.arithmetic import OneMinus, Scalar, Weight
+from adam_fn.arithmetic import OneMinus, Scalar, Weight, bounded
 
 Schedule: TypeAlias = Callable[[jax.Array], ArrayLike]
 Hyper: TypeAlias = ArrayLike | Schedule
@@ -112,7 +112,13 @@ class Rule(abc.ABC):
     A subclass is a frozen dataclass of its hyperparameters (annotated `Beta` or `NonNegative`, which checks their
     range) that defines `leaf` and, where it has a memory, `slots` and `weigh`. Rules are pytrees whose leaves are the
     hyperparameters given as arrays.
+
+    Attributes:
+      squares: the largest number that `leaf` squares, in units of the largest gradient: 1 where it is the gradient
+        itself, 2 where it is the difference of two, 0 where nothing is squared.
     """
+
+    squares: ClassVar[float] = 0.0
 
     def __init_subclass__(cls) -> None:
         jax.tree_util.register_pytree_node(cls, _flatten, functools.partial(_unflatten, cls))
@@ -141,6 +147,15 @@ class Rule(abc.ABC):
     def weigh(self, weights: Sequence[Weight], count: jax.Array) -> Sequence[Weight]:
         """The bias weights after step `count`; called once a step, on scalars, after `at`."""
         return weights
+
+    def bounded(self, g: jax.Array) -> jax.Array:
+        """The gradient as `leaf` gets it: the largest finite ones clipped, so that what is remembered stays finite.
+
+        A rule that squares gets no more than ``2⁶³/squares`` (float64: ``2⁵¹¹/squares``), whose square a float holds:
+        beyond it v would no longer grow with m, nor the update be bounded. Others with a memory get up to a quarter of
+        the largest number, those without get all. inf and nan stay what they are.
+        """
+        return bounded(g, self.squares) if self.slots else g
 
     @abc.abstractmethod
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
@@ -265,10 +280,13 @@ class Chain(Rule):
             own = {name: slots[full] for name, full in names.items()}
             yield part, names, own, dataclasses.replace(clock, weights=weights)
 
+    def bounded(self, g: jax.Array) -> jax.Array:
+        return g  # Each part has a bound of its own.
+
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
         new: dict[str, jax.Array] = {}
         for part, names, own, now in self._own(slots, clock):
-            g, after = part.leaf(g, p, own, now)
+            g, after = part.leaf(part.bounded(g), p, own, now)
             new |= {names[name]: value for name, value in after.items()}
         return g, new
 

@@ -100,19 +100,6 @@ def as_dtype(x: jax.Array, dtype: np.dtype) -> jax.Array:
     return (jax.lax.complex(x[0], x[1]) if jnp.issubdtype(dtype, jnp.complexfloating) else x).astype(dtype)
 
 
-def _widened(g: jax.Array, dtype: np.dtype) -> jax.Array:
-    """The gradient in the dtype of the arithmetic.
-
-    A low-precision gradient whose square would overflow there (bfloat16 above 9e18) counts as the largest that does
-    not, so that any finite one gives a finite update; inf and nan stay what they are.
-    """
-    exponent = jnp.finfo(dtype).maxexp // 2 - 1
-    wide = g.astype(dtype)
-    if jnp.finfo(g.dtype).bits >= 32 or jnp.finfo(g.dtype).maxexp <= exponent:
-        return wide
-    return jnp.where(jnp.isfinite(wide), jnp.clip(wide, -(2.0**exponent), 2.0**exponent), wide)
-
-
 def body(
     rule: Rule, codecs: Codecs, inputs: Inputs, stored: Mapping[str, Coded], clock: Clock
 ) -> tuple[jax.Array, Slots]:
@@ -124,9 +111,9 @@ def body(
     dtype = compute_dtype((g if p is None else p).dtype)
     rule = rule.cast(dtype)
     clock = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, clock)
-    gradient, param = _widened(g, dtype), None if p is None else p.astype(dtype)
+    gradient, param = g.astype(dtype), None if p is None else p.astype(dtype)
     slots = {name: codecs[name].decode(x.codes, x.scale, dtype) for name, x in stored.items()}
-    u, new = rule.leaf(gradient, param, slots, clock)
+    u, new = rule.leaf(rule.bounded(gradient), param, slots, clock)
     found = {"update": u.shape} | {name: x.shape for name, x in new.items()}
     expected = {"update": gradient.shape} | {name: x.shape for name, x in slots.items()}
     if found != expected:

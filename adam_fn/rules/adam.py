@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Unpack
+from typing import ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,8 @@ class Moments(Rule):
 
     b1: Beta = 0.9
     b2: Beta = 0.999
+
+    squares: ClassVar[float] = 1.0
 
     @property
     def slots(self) -> Mapping[str, Slot]:

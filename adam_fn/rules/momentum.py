@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Unpack
+from typing import ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -141,6 +141,8 @@ class Adan(Adam):
     b2: Beta = 0.92
     b3: Beta = 0.99
 
+    squares: ClassVar[float] = 3.0  # g + β₂(g - g₋)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.nesterov:
@@ -216,6 +218,8 @@ class ADOPT(Rule):
     nesterov: bool = False
     use_clipping: bool = True
     clip_value_fn: NonNegative = fourth_root
+
+    squares: ClassVar[float] = 1.0
 
     @property
     def slots(self) -> Mapping[str, Slot]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Unpack
+from typing import ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -101,6 +101,8 @@ class AdaBelief(Adam):
 
     eps: NonNegative = 1e-16
     eps_each: NonNegative = 1e-16
+
+    squares: ClassVar[float] = 2.0  # g - m
 
     def second_moment(self, nu: jax.Array, g: jax.Array, mu: jax.Array) -> jax.Array:
         return ema(self.b2, nu, square(g - mu)) + self.eps_each

@@ -1,0 +1,134 @@
+"""Gradients of any finite magnitude: those whose square a float cannot hold count as the largest whose square it can."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import CASES, MEMBERS, Case, name
+from helpers import relative_error, trajectories, trajectory
+
+import adam_fn
+from adam_fn.rule import Clock
+
+SQUARING = [case for case in CASES if case.member.squares]
+LINEAR = [case for case in CASES if not case.member.squares]
+STEPS, LARGEST = 12, float(np.finfo(np.float32).max)
+PARAMS = np.linspace(-0.7, 0.7, 6).astype(np.float32)
+
+
+def _gradients(magnitudes: list[float]) -> np.ndarray[Any, Any]:
+    """``[steps, 6]``: constant, of changing sign, growing, falling, a spike among small ones, small among large."""
+    sign = np.where(np.arange(STEPS) % 3 == 1, -1, 1)
+    among = np.resize(magnitudes, STEPS)
+    spike = np.where(np.arange(STEPS) == 4, -magnitudes[0], 1.0)
+    rows = [np.full(STEPS, magnitudes[0]), sign * magnitudes[0], among[::-1], sign * among, spike, -1 / spike]
+    return np.stack(rows, 1).astype(np.float32)
+
+
+HUGE = _gradients([3e38, 1e30, 1e20, 3.0])
+
+
+def test_the_rules_that_square_are_known() -> None:
+    """Each of the family but these: a new one that squares must say so."""
+    assert {type(case.member).__name__ for case in LINEAR} == {"AdaMax", "Lion"}
+
+
+def test_what_is_squared_is_clipped() -> None:
+    """The float64 transcription of gradients clipped to 2⁶³ (2⁶²: of differences; 2⁶³/3: of Adan's), and no others."""
+    _, found = trajectories([case.make() for case in SQUARING], HUGE, PARAMS)
+    for case, updates in zip(SQUARING, found, strict=True):
+        bound = 2.0**63 / {"AdaBelief": 2, "Adan": 3}.get(type(case.member).__name__, 1)
+        grads = np.clip(HUGE.astype(np.float64), -bound, bound)
+        expected = case.oracle(grads, PARAMS.astype(np.float64), 1e-3, **case.options).updates
+        assert np.isfinite(updates).all(), case.name
+        for i in range(len(PARAMS)):
+            assert relative_error(updates[:, i], expected[:, i]) < 10 * case.tolerance, (case.name, i)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_step_bound_holds(dtype: str) -> None:
+    """|Δ| ≤ α (1-β₁)/(1-β₁ᵗ) √((1-β₂ᵗ)/(1-β₂)) √((1-rᵗ)/(1-r)), r = β₁²/β₂, at any magnitude; and v is finite."""
+    b1, b2, t = 0.9, 0.999, np.arange(1, STEPS + 1)
+    r = b1**2 / b2
+    bound = (1 - b1) / (1 - b1**t) * np.sqrt((1 - b2**t) / (1 - b2)) * np.sqrt((1 - r**t) / (1 - r))
+    with jax.enable_x64(True):
+        largest = float(np.finfo(dtype).max)
+        root = largest**0.5
+        grads = np.stack(
+            [x * np.sign(HUGE[:, i].astype(float)) for i, x in enumerate([largest, largest, largest, root, root, 1.0])]
+        )
+        grads[2] *= 10.0 ** np.linspace(-30, 0, STEPS)
+        tx = adam_fn.adam(1.0, b1, b2, eps=0.0)
+        _, updates = trajectory(tx, grads.T, np.zeros(6), jnp.dtype(dtype))
+        assert updates.dtype == dtype
+    assert (np.abs(updates).max(axis=1) <= bound * (1 + 1e-5)).all()
+    assert np.abs(updates[-1, 0]) == pytest.approx(1, rel=1e-5)  # Of a constant gradient, however large.
+
+
+@pytest.mark.parametrize("case", MEMBERS, ids=name)
+def test_nothing_overflows(case: Case) -> None:
+    tx = case.make()
+    grads = jnp.asarray([LARGEST, -LARGEST, 1e30, LARGEST / 2, 1e-30, 1.0])
+    params, state = jnp.asarray(PARAMS), tx.init(jnp.asarray(PARAMS))
+    for sign in (1, -1, -1, 1):
+        updates, state = jax.jit(tx.update)(sign * grads, state, params)
+        assert jnp.isfinite(jnp.asarray(updates)).all(), updates
+        assert all(jnp.isfinite(slot).all() for slot in state.slots.values())
+
+
+def test_what_is_linear_is_exact() -> None:
+    grads = _gradients([8e37, 1e30, 1e20, 3.0])
+    _, found = trajectories([case.make() for case in LINEAR], grads, PARAMS)
+    for case, updates in zip(LINEAR, found, strict=True):
+        expected = case.oracle(grads.astype(np.float64), PARAMS.astype(np.float64), 1e-3, **case.options).updates
+        assert relative_error(updates, expected) < case.tolerance, case.name
+    largest = jnp.asarray([LARGEST, -LARGEST, 1e30])
+    updates, _ = adam_fn.transform(adam_fn.Rate(0.5)).update(
+        largest, adam_fn.transform(adam_fn.Rate(0.5)).init(largest)
+    )
+    np.testing.assert_array_equal(updates, -0.5 * largest)
+    decay = adam_fn.transform(adam_fn.Decay(0.5))
+    np.testing.assert_array_equal(decay.update(largest, decay.init(largest), jnp.ones(3))[0], largest)
+
+
+@dataclasses.dataclass(frozen=True)
+class Momentum(adam_fn.Rule):
+    """Of a user: linear, and with a memory."""
+
+    @property
+    def slots(self) -> Any:
+        return {"mu": adam_fn.Slot()}
+
+    def leaf(self, g: jax.Array, p: jax.Array | None, slots: adam_fn.Slots, clock: Clock) -> Any:
+        mu = adam_fn.ema(0.5, slots["mu"], g)
+        return mu, {"mu": mu}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_each_rule_of_a_chain_has_its_own_bound(dtype: str) -> None:
+    rules = [Momentum(), Momentum() >> adam_fn.Adam(), adam_fn.Decay(1.0) >> adam_fn.Adam() >> Momentum()]
+    txs: list[optax.GradientTransformation] = [adam_fn.transform(rule) for rule in rules]
+    txs += [optax.chain(*map(adam_fn.transform, rule.parts())) for rule in rules]
+    grads = jnp.asarray(_gradients([1e30, 1e20, 3.0]), dtype)
+    found = [jnp.asarray(x, jnp.float32) for x in trajectories(txs, np.asarray(grads), PARAMS, jnp.dtype(dtype))[1]]
+    wide, mu = np.asarray(grads, np.float64), np.zeros(len(PARAMS))
+    for g, u in zip(wide, found[0], strict=True):
+        mu = 0.5 * mu + 0.5 * g
+        np.testing.assert_allclose(u, mu, rtol=1e-6 if dtype == "float32" else 4e-3)
+    for one, other in zip(found[:3], found[3:], strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6 if dtype == "float32" else 2e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", MEMBERS, ids=name)
+def test_inf_and_nan_stay(case: Case) -> None:
+    lost = jnp.asarray([jnp.inf, -jnp.inf, jnp.nan, 1.0, -0.0])
+    np.testing.assert_array_equal(case.member.bounded(lost), lost)
+    tx, params = case.make(), jnp.ones(5)
+    updates, state = tx.update(lost, tx.init(params), params)
+    seen = np.logical_or.reduce([~np.isfinite(np.asarray(x)) for x in (updates, *state.slots.values())])
+    hidden = getattr(case.member, "use_clipping", False)  # ADOPT clips what is infinite.
+    np.testing.assert_array_equal(seen, [not hidden, not hidden, True, False, False])
