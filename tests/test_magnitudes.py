@@ -1,4 +1,4 @@
-"""Gradients of any finite magnitude: those whose square a float cannot hold count as the largest whose square it can."""
+"""Gradients of any finite magnitude: those whose square a float cannot hold count as the largest that has one."""
 
 import dataclasses
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from cases import CASES, MEMBERS, Case, name
-from helpers import relative_error, trajectories, trajectory
+from helpers.runs import relative_error, trajectories, trajectory
 
 import adam_fn
 from adam_fn.rule import Clock
