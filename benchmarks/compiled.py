@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 
 import rich.console
 import rich.table
-from compilers.limits import BASE, GPU, LEAF, TPU, TREE, Row, exceeded, label, unmeasured
+from compilers.limits import BASE, GPU, LEAF, OFFLOAD, TPU, TREE, ZERO1, Row, exceeded, label, unmeasured
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 WORKER = pathlib.Path(__file__).resolve().parent / "compilers" / "worker.py"
@@ -206,7 +206,8 @@ def remarks(rows: Sequence[Row]) -> Iterator[str]:
         text = ", ".join(f"{kind} {size}" for kind, size in kinds)
         text += f", all-reduce {of('all-reduce', '.4f', ZERO1)}, others {of('other exchanges', 'g', ZERO1)}"
         count = sum(row["part"] == ZERO1 for row in there)
-        yield f"`zero1`, {count} training steps on four devices, bytes a parameter: {text}; of the state a device has {state}"
+        text = f"`zero1`, {count} training steps on four devices, bytes a parameter: {text}"
+        yield f"{text}; a device's part of the state: {state}"
     if own := of("peak", ".1f", OFFLOAD, step=TREE):
         saved = (f"{of('saved', '.1f', OFFLOAD, way=way)} as {way}" for way in ("one program", "two programs"))
         text = f"`offload`, bytes a parameter less at the peak of a training step: {', '.join(saved)}"

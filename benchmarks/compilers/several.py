@@ -90,7 +90,8 @@ def zero1(tx: Tx, dtype: str, way: str, every: Sequence[Device]) -> Row:
     with unittest.mock.patch("adam_fn.execute.run.alone", lambda: False):  # As where there are four devices.
         compiled = jax.jit(run, donate_argnums=(0, 1)).lower(params, state, batch).compile()
     exchanges = Program(compiled.as_text() or "").exchanges()
-    own = compiled.memory_analysis().argument_size_in_bytes - held(params) - held(batch) // len(every)
+    memory: typing.Any = compiled.memory_analysis()
+    own = memory.argument_size_in_bytes - held(params) - held(batch) // len(every)
     moved = {kind: sum(size for other, size in exchanges if other == kind) / elements(NET) for kind in KINDS}
     return {
         **moved,
@@ -150,7 +151,8 @@ def offload(tx: Tx, dtype: str, tree: Shapes, way: str, device: Device) -> Row:
         if way == "make_step":
             return found, peak(found)
         gradients = jax.jit(jax.grad(deep)).lower(params, batch).compile()
-        resident = found.memory_analysis().argument_size_in_bytes - 2 * held(params)
+        memory: typing.Any = found.memory_analysis()
+        resident = memory.argument_size_in_bytes - 2 * held(params)
         return found, max(peak(gradients) + resident, peak(found) + held(batch))
 
     _, most = compiled(tx)
