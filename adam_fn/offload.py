@@ -69,7 +69,7 @@ def offload(tx: optax.GradientTransformation) -> optax.GradientTransformationExt
         state = jax.jit(tx.init)(params)
 
     Arrays of fewer than 4096 elements stay where they are. Results are those of `tx`, and so are the shardings, but for
-    the kind of memory: `state_shardings` tells both. Each step moves the state to the devices and back, over a bus that
+    the kind of memory: `state_shardings` tells both. Once there are gradients, each step moves the state to the devices and back, over a bus that
     is far slower than their memory: it pays with few steps of large batches, as of accumulated gradients. It must be
     outermost.
 
