@@ -195,6 +195,17 @@ def test_blocks_are_not_cut_and_what_stays_whole_is_named() -> None:
     assert adam_fn.undivided(plain) == {}
 
 
+def test_the_state_is_fetched_after_the_gradients() -> None:
+    """XLA may not move the copies before the backward pass, whose activations need the memory."""
+    params = {"w": jnp.ones((64, 64))}
+    tx = adam_fn.offload(adam_fn.adam(1e-3))
+    program = jax.make_jaxpr(lambda g, s: tx.update(g, s, params))(params, jax.eval_shape(tx.init, params)).jaxpr
+    (barrier,) = (x for x in program.eqns if x.primitive.name == "optimization_barrier")
+    assert program.invars[0] in barrier.invars  # The gradients.
+    fetched = [x.invars[0] for x in program.eqns if x.primitive.name == "device_put"][:2]
+    assert len(fetched) == 2 and all(x in barrier.outvars for x in fetched)
+
+
 def test_equal_ones_compare_equal() -> None:
     one, other = (adam_fn.zero1(adam_fn.adam(1e-3), _values(), _mesh()) for _ in range(2))
     assert one == other

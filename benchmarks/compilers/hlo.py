@@ -12,15 +12,21 @@ FREE |= {"partition-id", "replica-id", "while", "conditional", "call", "async-st
 FREE |= {f"{name}-{end}" for name in ("copy", "slice", "dynamic-slice") for end in ("start", "done")}
 FREE_CALLS = {"ConcatBitcast", "AllocateBuffer", "Sharding"}
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-", "ragged-all-to-all", "reduce-scatter")
+HOST = 5
 BITS = {"pred": 8, "f8e4m3fn": 8, "f8e5m2": 8}
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """The type of an array."""
+    """The type of an array.
+
+    Attributes:
+      space: the memory that it is in; a device's main one is 0, the host's `HOST`.
+    """
 
     dtype: str
     shape: tuple[int, ...]
+    space: int = dataclasses.field(default=0, compare=False)
 
     @property
     def size(self) -> int:
@@ -94,8 +100,8 @@ def instruction(line: str) -> Instruction | None:
     opened = line.index("(", end)
     closed = _closing(line, opened)
     result = (
-        Array(dtype, tuple(int(n) for n in shape.split(",") if n))
-        for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", line[start:end])
+        Array(dtype, tuple(int(n) for n in shape.split(",") if n), int(space or 0))
+        for dtype, shape, space in re.findall(r"(\w+)\[([\d,]*)\](?:\{[^}S]*(?:S\((\d+)\))?)?", line[start:end])
     )
     operands = re.findall(r"%([\w.-]+)", line[opened:closed])
     # A constant's "operand" is its value.
@@ -168,3 +174,39 @@ class Program:
         """The operations between devices, whether they run or not."""
         every = (each.opcode for body in self.computations.values() for each in body.values())
         return sorted({opcode for opcode in every if opcode.startswith(COLLECTIVES) and not opcode.endswith("-done")})
+
+    def exchanges(self) -> list[tuple[str, float]]:
+        """Each operation between devices, whether it runs or not: its kind, and the bytes of the whole that is summed
+        or gathered.
+
+        One that is asynchronous counts where it starts, one in a loop once. For TPUs XLA writes a reduce-scatter as a
+        fusion `%all-reduce-scatter`, of an all-reduce and a slice, and what is asynchronous again in each of the
+        kernels that it runs beside, with the same `chain_id`.
+        """
+        found: dict[tuple[str, ...], tuple[str, float]] = {}
+        for name, body in self.computations.items():
+            for each in body.values():
+                if not each.opcode.startswith(COLLECTIVES) or each.opcode.endswith("-done"):
+                    continue
+                kind, started = each.opcode.removesuffix("-start"), each.opcode.endswith("-start")
+                given = sum(array.bytes for operand in each.operands for array in body[operand].result)
+                made = sum(array.bytes for array in each.result)
+                whole = given if kind in ("all-reduce", "reduce-scatter") else made - given * started
+                if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+                    kind = "reduce-scatter"
+                chain = re.search(r'chain_id="(\d+)"', each.rest)
+                found[(kind, chain.group(1)) if chain else (name, each.name)] = kind, whole
+        return list(found.values())
+
+    def bus(self) -> tuple[float, float]:
+        """Bytes read from the host's memory, by copies and by kernels that read it where it is, and stored there."""
+        read = stored = 0.0
+        for each, beside, times in self.run():
+            if not each.is_kernel and each.opcode != "copy-start":
+                continue
+            # What starts a copy has the copy, what it copies and a number.
+            results = each.result[:1] if each.opcode == "copy-start" else each.result
+            given = [array for operand in each.operands for array in beside[operand].result]
+            read += times * sum(array.bytes for array in given if array.space == HOST)
+            stored += times * sum(array.bytes for array in results if array.space == HOST)
+        return read, stored

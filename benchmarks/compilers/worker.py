@@ -19,7 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from compilers import several
 from compilers.hlo import Program
+from compilers.several import placed
 from jax.experimental import topologies
 from measure import workloads
 
@@ -238,13 +240,6 @@ def family(member: str) -> dict[str, Step]:
 HASTY: typing.Any = {"exec_time_optimization_effort": -1.0}
 
 
-def placed(tree: object, place: object) -> typing.Any:  # noqa: ANN401 (any pytree)
-    """Shapes with a sharding, the same for all or a tree of them."""
-    if isinstance(place, jax.sharding.Sharding):
-        place = jax.tree.map(lambda _: place, tree)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, place)
-
-
 def measured(function: Jitted, arguments: Sequence[object], parameters: int, largest: int) -> Row:
     """What a jitted function's program needs and runs: bytes a parameter, but the temporaries in float32 leaves."""
     jax.clear_caches()
@@ -354,6 +349,7 @@ def jobs(target: str, with_family: bool) -> Iterator[tuple[Row, Callable[[], Row
     for name, step in STEPS.items():
         if step.ways[0] == "make_step":
             yield {"part": "sharded", "step": name, "way": "make_step"}, functools.partial(sharded, step, every)
+    yield from several.jobs(every)
     for name in MEMBERS if with_family else ():
         yield {"part": "family", "step": name, "way": "make_step"}, functools.partial(member, name)
 

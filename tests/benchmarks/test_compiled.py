@@ -3,6 +3,7 @@
 import importlib.metadata
 import math
 import pathlib
+import types
 from typing import Any
 
 import compiled
@@ -10,7 +11,7 @@ import jax
 import pytest
 import tables
 from cases import CASES
-from compilers import worker
+from compilers import limits, several, worker
 from compilers.hlo import Array, Program, instruction
 
 TARGETS = [*compiled.TPU, *compiled.GPU]
@@ -81,6 +82,95 @@ def test_collectives() -> None:
     assert Program(HLO.replace("  ROOT %sine", f"{line}  ROOT %sine")).collectives() == ["all-gather-start"]
 
 
+# As XLA for TPUs writes exchanges: two reduce-scatters in a fusion, an asynchronous all-gather in two kernels, one
+# that is not, and what is summed whole.
+EXCHANGES_TPU = """\
+%gather.1 (param_0.1: f32[1,1,512]) -> f32[4,1,512] {
+  %param_0.1 = f32[1,1,512]{2,1,0:T(1,128)S(1)} parameter(0)
+  ROOT %all-gather.14 = f32[4,1,512]{2,1,0:T(1,128)} all-gather(%param_0.1), channel_id=1, dimensions={0}, \
+frontend_attributes={chain_id="0"}
+}
+
+%async_collective_fusion.16 (param_0.2: f32[1,1,512]) -> f32[4,1,512] {
+  %param_0.2 = f32[1,1,512]{2,1,0:T(1,128)S(1)} parameter(0)
+  ROOT %all-gather.16 = f32[4,1,512]{2,1,0:T(1,128)S(1)} all-gather(%param_0.2), channel_id=1, dimensions={0}, \
+frontend_attributes={chain_id="0"}
+}
+
+%all-reduce-scatter.2 (input_0: bf16[512,2048], input_1: bf16[2048,512]) -> (bf16[128,2048], bf16[512,512]) {
+  %input_0 = bf16[512,2048]{1,0:T(8,128)(2,1)} parameter(0)
+  %input_1 = bf16[2048,512]{1,0:T(8,128)(2,1)} parameter(1)
+  ROOT %all-reduce.6 = (bf16[512,2048]{1,0:T(8,128)(2,1)}, bf16[2048,512]{1,0:T(8,128)(2,1)}) \
+all-reduce(%input_0, %input_1), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add.clone
+}
+
+ENTRY %main.8_spmd (p: f32[2048], q: f32[128,2048], s: f32[]) -> f32[512,2048] {
+  %p = f32[2048]{0:T(1024)S(1)} parameter(0)
+  %q = f32[128,2048]{1,0:T(8,128)} parameter(1)
+  %s = f32[]{:T(128)} parameter(2)
+  %all-reduce.1 = (f32[2048]{0:T(1024)S(1)}, f32[]{:T(128)}) all-reduce(%p, %s), channel_id=2, to_apply=%add
+  %reduce_scatter.25 = f32[512]{0:T(512)} reduce-scatter(%p), channel_id=1, dimensions={0}, to_apply=%add
+  ROOT %all-gather.25 = f32[512,2048]{1,0:T(8,128)S(1)} all-gather(%q), channel_id=1, \
+frontend_attributes={async_collective_name="all-gather-start.1"}
+}
+"""
+# And for GPUs: many arrays at once, and results that begin with what is given.
+EXCHANGES_GPU = """\
+ENTRY %main.8_spmd (p: f32[2048], q: f32[512,2048], s: f32[3]) -> f32[2048] {
+  %p = f32[2048]{0} parameter(0)
+  %q = f32[512,2048]{1,0} parameter(1)
+  %s = f32[3]{0} parameter(2)
+  %reduce-scatter-start = ((f32[2048]{0}, f32[512,2048]{1,0}), (f32[512]{0}, f32[128,2048]{1,0})) \
+reduce-scatter-start(%p, %q), channel_id=8, dimensions={0}
+  %reduce-scatter-done = (f32[512]{0}, f32[128,2048]{1,0}) reduce-scatter-done(%reduce-scatter-start)
+  %all-reduce-start = f32[3]{0} all-reduce-start(%s), channel_id=5, to_apply=%add
+  %all-reduce-done = f32[3]{0} all-reduce-done(%all-reduce-start)
+  %part = f32[512]{0} get-tuple-element(%reduce-scatter-done), index=0
+  %all-gather-start = ((f32[512]{0}), (f32[2048]{0})) all-gather-start(%part), channel_id=2, dimensions={0}
+  ROOT %all-gather-done = (f32[2048]{0}) all-gather-done(%all-gather-start)
+}
+"""
+
+
+def test_exchanges_on_tpu() -> None:
+    assert sorted(Program(EXCHANGES_TPU).exchanges()) == [
+        ("all-gather", 4 * 2048),
+        ("all-gather", 4 * 512 * 2048),
+        ("all-reduce", 4 * 2049),
+        ("reduce-scatter", 4 * 2048),
+        ("reduce-scatter", 2 * 2 * 512 * 2048),
+    ]
+    # Without their marks they are more, and an all-reduce.
+    text = EXCHANGES_TPU.replace("%all-reduce-scatter.2", "%fused").replace('chain_id="0"', "")
+    kinds = [kind for kind, _ in Program(text).exchanges()]
+    assert [kinds.count(kind) for kind in ("all-gather", "all-reduce", "reduce-scatter")] == [3, 2, 1]
+
+
+def test_exchanges_on_gpu() -> None:
+    assert Program(EXCHANGES_GPU).exchanges() == [
+        ("reduce-scatter", 4 * (2048 + 512 * 2048)),
+        ("all-reduce", 4 * 3),
+        ("all-gather", 4 * 2048),
+    ]
+
+
+def test_what_goes_over_the_bus() -> None:
+    text = """\
+ENTRY %main.1 (p: f32[8,128]) -> f32[8,128] {
+  %p = f32[8,128]{1,0:T(8,128)S(5)} parameter(0)
+  %q = u8[32,128]{1,0:S(5)} parameter(1)
+  %copy-start = (f32[8,128]{1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)S(5)}, u32[]{:S(2)}) copy-start(%p)
+  %copy-done = f32[8,128]{1,0:T(8,128)} copy-done(%copy-start)
+  %prefetch = (f32[8,128]{1,0:T(8,128)S(1)}, f32[8,128]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%copy-done)
+  %kernel = f32[8,128]{1,0} fusion(%copy-done, %q), kind=kLoop, calls=%fused
+  %copy-start.1 = (f32[8,128]{1,0:T(8,128)S(5)}, f32[8,128]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%kernel)
+  ROOT %copy-done.1 = f32[8,128]{1,0:T(8,128)S(5)} copy-done(%copy-start.1)
+}
+"""
+    assert Program(text).bus() == (4 * 1024 + 32 * 128, 4 * 1024)
+    assert Program(text.replace("S(5)", "")).bus() == (0, 0)
+
+
 def test_instruction() -> None:
     found = instruction(
         "  ROOT %a.1 = (bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, s4[5]{0}) fusion(%b, %c.2), kind=kLoop, calls=%f"
@@ -113,6 +203,34 @@ def everything(**figures: Any) -> list[dict[str, Any]]:
                 rows += [row(target, compiled.LEAF, step, way, **own, **figures) for way in made.ways]
             for step in worker.GPT2_STEPS:
                 rows.append(row(target, compiled.TREE, step, worker.STEPS[step].ways[0], **own, **figures))
+            rows += several_rows(target)
+    return rows
+
+
+def several_rows(target: str) -> list[dict[str, Any]]:
+    """Those of `zero1` and `offload`, within their limits."""
+    device = types.SimpleNamespace(platform="tpu" if target in compiled.TPU else "gpu")
+    rows: list[dict[str, Any]] = []
+    for name, _ in several.jobs([device]):
+        about: dict[str, Any] = {"target": target, **name}
+        if about["part"] == compiled.ZERO1:
+            size = 2 if about["step"].startswith("masters") else 4
+            figures = {
+                "reduce-scatter": size,
+                "all-gather": size,
+                "all-reduce": 0.001,
+                "other exchanges": 0,
+                "state": 0.25,
+            }
+        else:
+            size = {"masters": 10.0, "Block(8)": 2.125}.get(about["step"], 8.0)
+            figures = dict.fromkeys(("on the host", "kept there", "read", "stored"), size) | {
+                "saved": 7.95,
+                "peak": 10.0,
+            }
+        if limits.refused(about):
+            figures = {"error": "INTERNAL"}
+        rows.append({**about, **figures})
     return rows
 
 
@@ -152,6 +270,24 @@ def test_limits() -> None:
         "v5e, leaf: Block(8), make_step: cycles 1.701 times optax float32's, at most 1.7",
         "v5e, sharded: Block(8), make_step: devices talk: all-gather",
         "v6e, GPT-2 small: Block(8), make_step: beside arguments 0.6, at most 0.5",
+    ]
+
+
+def test_limits_of_a_divided_state() -> None:
+    """Too much and too little are both wrong, and so is what compiles although it was refused."""
+    rows = {f"{x['step']}, {x['way']}": x for x in several_rows("h200")}
+    assert list(compiled.exceeded(list(rows.values()))) == []
+    rows["float32, jit"] |= {"all-reduce": 4.0, "reduce-scatter": 0.0}  # As without `zero1`.
+    rows["Block(8), shard_map"] |= {"state": 1.0, "other exchanges": 0.5}
+    rows["training, one program"] |= {"saved": 0.0}
+    rows["float32, kernel, make_step"] = several_rows("v5e")[-4] | {"target": "h200"}
+    assert sorted(compiled.exceeded(list(rows.values()))) == [
+        "h200, offload: float32, kernel, make_step: compiles now: it need not be refused any more",
+        "h200, offload: training, one program: saved 0, at least 7.9",
+        "h200, zero1: Block(8), shard_map: other exchanges 0.5, at most 0",
+        "h200, zero1: Block(8), shard_map: state 1, at most 0.251",
+        "h200, zero1: float32, jit: all-reduce 4, at most 0.004",
+        "h200, zero1: float32, jit: reduce-scatter 0, at least 3.96",
     ]
 
 
@@ -203,6 +339,7 @@ def test_summary() -> None:
         row("v5e", tree, "Block(8)"),
         {"target": "v5e", "part": "sharded", "step": "Block(8)", "way": "make_step", "collectives": []},
         {"target": "v5e", "part": "family", "step": "adam", "way": "make_step", "failed": ["x"], "programs": 20},
+        *several_rows("v5e"),
     ]
     found = {"versions": {"tpu": {"jax": "1"}}, "rows": rows, "date": "2030-01-02T00:00:00"}
     ((head, body, about),) = compiled.summary(found)
@@ -210,6 +347,7 @@ def test_summary() -> None:
     assert [line[0] for line in body] == ["optax float32", "Block(8)", "GPT-2 small: Block(8)"]
     assert body[1][-2] == "1.25 to 1.50"
     assert body[2][-2] == ""
-    for text in ("not run", "v5e and v6e", "jax 1 (2030-01-02)", "1 of 1 programs", "19 of 20 steps compile"):
+    wanted = ("not run", "v5e and v6e", "jax 1 (2030-01-02)", "1 of 1 programs", "19 of 20 steps compile")
+    for text in (*wanted, "reduce-scatter 2.00 to 4.00"):
         assert text in about
     assert tables.table(head, body).count("\n") == 4
