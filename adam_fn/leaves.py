@@ -79,12 +79,16 @@ class Leaves:
         self.leaves = [leaf for _, leaf in flat]
 
     def match(self, tree: PyTree, what: str, of: str) -> list[Any]:
-        """The subtrees of `tree` at this tree's leaves, or an error that names the first path that differs."""
+        """What stands in `tree` at this tree's leaves, or an error that names the first path that differs."""
         try:
-            return self.treedef.flatten_up_to(tree)
+            found = self.treedef.flatten_up_to(tree)
         except (ValueError, TypeError) as error:
             where = difference(self.treedef.unflatten(self.leaves), tree) or str(error)
             raise ValueError(f"{what} must have the structure of {of}: {where}") from error
+        for path, x in zip(self.paths, found, strict=True):
+            if x is not None and not isinstance(x, optax.MaskedNode) and not jax.tree_util.all_leaves([x]):
+                raise ValueError(f"{what} must have the structure of {of}: {path} is a {type(x).__name__}, not an array")
+        return found
 
     def spread(self, name: str, mask: Mask, tree: PyTree) -> list[bool]:
         """One boolean a leaf."""

@@ -93,6 +93,7 @@ def _bad(message: str, **changes: Any) -> Any:
         _bad(r"gradients must have the structure of the parameters: w is missing", w=...),
         _bad(r"gradients must have the structure of the parameters: extra is not there", extra=jnp.ones(1)),
         _bad(r"gradients must have the structure of the parameters: deep/1 is missing", deep=[jnp.ones(2)]),
+        _bad(r"the structure of the parameters: w is a dict, not an array", w={"a": jnp.ones((3, 1))}),
     ],
 )
 def test_gradients_that_do_not_fit(grads: Any, message: str) -> None:
@@ -119,6 +120,8 @@ def test_states_that_do_not_fit() -> None:
         tx.update(params, tx.init({"w": jnp.ones((1, 3))}), params)
     with pytest.raises(ValueError, match=r"the state's mu must have the structure .*: w is missing"):
         tx.update(params, tx.init({"v": jnp.ones((3, 1))}), params)
+    with pytest.raises(ValueError, match=r"the state's mu must have the structure .*: w is a dict, not an array"):
+        tx.update(params, tx.init({"w": {"codes": jnp.ones((3, 1))}}), params)
     with pytest.raises(ValueError, match="weight decay needs the parameters"):
         adam_fn.adamw(1e-3).update(params, adam_fn.adamw(1e-3).init(params))
 
