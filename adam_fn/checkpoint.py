@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adam_fn.leaves import PyTree
+from adam_fn.leaves import PyTree, joined
 from adam_fn.observe import observed
 from adam_fn.rule import Rule
 
@@ -29,9 +29,12 @@ def _form(x: PyTree) -> str:
 
 
 def _forms(name: str, tree: PyTree) -> dict[str, str]:
-    """The form of each leaf by path. Attributes, keys and indices read alike: checkpoints keep no named tuples."""
+    """The form of each leaf by path. Attributes, keys and indices read alike: checkpoints keep no named tuples.
+
+    The ``value`` of a boxed parameter is part of the path: a box that was restored is a dictionary.
+    """
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    paths = ("/".join([name, *(jax.tree_util.keystr((key,), simple=True) for key in keys)]) for keys, _ in flat)
+    paths = (f"{name}/{joined(keys)}" if keys else name for keys, _ in flat)
     return dict(zip(paths, (_form(leaf) for _, leaf in flat), strict=True))
 
 

@@ -32,7 +32,7 @@ from jax.typing import ArrayLike
 
 from adam_fn.codec import Cast
 from adam_fn.execute.body import as_real, compute_dtype
-from adam_fn.leaves import Leaves, PyTree
+from adam_fn.leaves import Leaves, PyTree, by_path
 from adam_fn.parts import Part, calls_of, earlier, hyperparameter, optimizer_of, parts_of
 from adam_fn.rule import Clock, Rate, WeightDecay
 from adam_fn.transform import Update
@@ -98,6 +98,22 @@ def weight_decay(tx: optax.GradientTransformation, state: PyTree, params: PyTree
     """
     found = hyperparameter(parts_of(tx, state, params, ahead), WeightDecay, "weight_decay", ahead)
     return jnp.zeros(()) if found is None else found
+
+
+@_compiled
+def moments(tx: optax.GradientTransformation, state: PyTree, params: PyTree) -> dict[str, PyTree]:
+    """What the optimizer remembers, as numbers: by slot (``"mu"``, ``"nu"``, …) a tree of arrays.
+
+    ::
+
+        diagnostics.moments(tx, state, params)["nu"]["layers"][0]["kernel"]
+
+    These are the arrays that the next step computes with: ``state.slots`` where that is in the dtype of the arithmetic,
+    and decoded where it is in codes or in bfloat16. They are the raw averages, without bias correction. `params` are
+    for structure, shapes and dtypes. See the module for leaves that are not trained, complex ones, and errors.
+    """
+    part = optimizer_of(parts_of(tx, state, params))
+    return part.decoded(part.kept(params))
 
 
 def _signal_to_noise(part: Part, params: PyTree) -> PyTree | None:
@@ -283,12 +299,7 @@ def quantisation_error(
 
 def _named(key: str, tree: PyTree) -> dict[str, Any]:
     """The leaves of a tree by ``key/path``."""
-    found = {}
-    for keys, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        shown = keys[:-1] if keys and keys[-1] == jax.tree_util.GetAttrKey("value") else keys
-        path = jax.tree_util.keystr(shown, simple=True, separator="/")
-        found[f"{key}/{path}" if path else key] = x
-    return found
+    return {f"{key}/{path}" if path else key: x for path, x in by_path(tree).items()}
 
 
 @_compiled

@@ -14,6 +14,26 @@ PyTree: TypeAlias = Any
 Mask: TypeAlias = PyTree | Callable[[PyTree], PyTree]
 
 
+def joined(keys: jax.tree_util.KeyPath) -> str:
+    """Keys of dictionaries, attributes and indices joined by ``/``, all alike: ``layers/0/kernel``."""
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def path_name(keys: jax.tree_util.KeyPath) -> str:
+    """A leaf's path as patterns and users see it, everywhere: `joined`, without the ``.value`` of a boxed parameter."""
+    return joined(keys[:-1] if keys and keys[-1] == jax.tree_util.GetAttrKey("value") else keys)
+
+
+def shown(path: str) -> str:
+    """A path in a sentence: that of a tree that is one leaf is empty."""
+    return path or "the only leaf"
+
+
+def by_path(tree: PyTree) -> dict[str, Any]:
+    """The leaves of a tree by path; nothing for None and `optax.MaskedNode`."""
+    return {path_name(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
 class TreeMask(Hashable):
     """A tree of booleans, compared by value and hashable, so that it can be compiled in."""
 
@@ -36,20 +56,26 @@ def fixed_mask(name: str, mask: Mask | None) -> Hashable:
     if mask is None or (callable(mask) and jax.tree_util.all_leaves([mask])):
         return mask
 
-    def as_bool(path: jax.tree_util.KeyPath, value: object) -> bool | None:
+    def as_bool(keys: jax.tree_util.KeyPath, value: object) -> bool | None:
         if value is None or isinstance(value, (bool, np.bool_)):
             return None if value is None else bool(value)
-        raise TypeError(f"{name}{jax.tree_util.keystr(path)} must be a Python bool, got {value!r}")
+        raise TypeError(f"{name} of {shown(path_name(keys))} must be a Python bool, got {value!r}")
 
     return TreeMask(jax.tree_util.tree_map_with_path(as_bool, mask, is_leaf=lambda x: x is None))
 
 
 class Leaves:
-    """The leaves of a tree by path, ``None`` included."""
+    """The leaves of a tree by path, ``None`` included.
+
+    Attributes:
+      names: their paths as patterns see them.
+      paths: the same as `shown` in errors.
+    """
 
     def __init__(self, tree: PyTree) -> None:
         flat, self.treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
-        self.paths = [jax.tree_util.keystr(path) or "the only leaf" for path, _ in flat]
+        self.names = [path_name(keys) for keys, _ in flat]
+        self.paths = [shown(name) for name in self.names]
         self.leaves = [leaf for _, leaf in flat]
 
     def match(self, tree: PyTree, what: str, of: str) -> list[Any]:
@@ -57,11 +83,8 @@ class Leaves:
         try:
             return self.treedef.flatten_up_to(tree)
         except (ValueError, TypeError) as error:
-            theirs = Leaves(tree).paths
-            missing = [path for path in self.paths if path not in theirs]
-            extra = [path for path in theirs if path not in self.paths]
-            difference = f"{missing[0]} is missing" if missing else f"{extra[0]} is not there" if extra else str(error)
-            raise ValueError(f"{what} must have the structure of {of}: {difference}") from error
+            where = difference(self.treedef.unflatten(self.leaves), tree) or str(error)
+            raise ValueError(f"{what} must have the structure of {of}: {where}") from error
 
     def spread(self, name: str, mask: Mask, tree: PyTree) -> list[bool]:
         """One boolean a leaf."""
@@ -82,18 +105,39 @@ class Leaves:
         try:
             jax.tree.map(add, mask.tree, tree, is_leaf=lambda x: x is None)
         except (ValueError, TypeError) as error:
-            theirs = Leaves(mask.tree).paths
-            extra = [path for path in theirs if not any(ours.startswith(path) for ours in self.paths)]
-            where = f"{extra[0]} is not a parameter" if extra else str(error)
+            below = [f"/{name}/" for name in self.names]
+            extra = [x for x in Leaves(mask.tree).names if x and not any(y.startswith(f"/{x}/") for y in below)]
+            where = f"{extra[0]} is not a parameter" if extra else _other_container(tree, mask.tree) or str(error)
             raise ValueError(f"{name} must have the structure of the parameters or a prefix of it: {where}") from error
         return found
 
 
-def path_name(keys: jax.tree_util.KeyPath) -> str:
-    """A leaf's path as patterns see it: its keys joined by ``/``, without the ``.value`` of a boxed parameter."""
-    if keys and keys[-1] == jax.tree_util.GetAttrKey("value"):
-        keys = keys[:-1]
-    return jax.tree_util.keystr(keys, simple=True, separator="/")
+def _containers(tree: PyTree, keys: jax.tree_util.KeyPath = ()) -> Iterator[tuple[str, type]]:
+    """The type of every node of a tree that is no leaf, by path, from the outside in."""
+    children, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree or x is None)
+    if not jax.tree_util.treedef_is_leaf(treedef):
+        yield shown(path_name(keys)), type(tree)
+        for key, child in children:
+            yield from _containers(child, (*keys, *key))
+
+
+def _other_container(ours: PyTree, theirs: PyTree) -> str | None:
+    """Where trees whose leaves have the same paths differ all the same."""
+    kinds = dict(_containers(ours))
+    for path, kind in _containers(theirs):
+        if kinds.get(path, kind) is not kind:
+            return f"{path} is a {kind.__name__}, not a {kinds[path].__name__}"
+    return None
+
+
+def difference(ours: PyTree, theirs: PyTree) -> str | None:
+    """The first path at which `theirs` differs in structure from `ours`, in words; None where that is in no path."""
+    expected, found = Leaves(ours).paths, Leaves(theirs).paths
+    if missing := [path for path in expected if path not in found]:
+        return f"{missing[0]} is missing"
+    if extra := [path for path in found if path not in expected]:
+        return f"{extra[0]} is not there"
+    return _other_container(ours, theirs)
 
 
 def matches(patterns: Sequence[str], tree: PyTree) -> list[tuple[str, list[bool]]]:
@@ -109,8 +153,8 @@ def matches(patterns: Sequence[str], tree: PyTree) -> list[tuple[str, list[bool]
     names = [path_name(keys) for keys, _ in flat]
     for pattern in patterns if flat else ():  # Without leaves it is a placeholder, as of `optax.tree_map_params`.
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
-            raise ValueError(f"the pattern {pattern!r} matches no parameter; their paths are {shown}")
+            listed = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+            raise ValueError(f"the pattern {pattern!r} matches no parameter; their paths are {listed}")
     return [
         (name, [fnmatch.fnmatchcase(name, pattern) for pattern in patterns])
         for name, (_, leaf) in zip(names, flat, strict=True)

@@ -18,6 +18,12 @@ def _moved(state: PyTree, space: Any) -> PyTree:  # noqa: ANN401 (`jax.memory.Sp
     return jax.tree.map(lambda x: jax.device_put(x, space) if x.size >= SMALL else x, state)
 
 
+def _after(grads: PyTree, state: PyTree) -> PyTree:
+    """The state, which nobody fetches before there are gradients: until then their activations need the memory."""
+    wanted = [x for x in jax.tree.leaves(grads) if isinstance(x, jax.Array)]
+    return jax.lax.optimization_barrier((state, wanted))[0]
+
+
 @dataclasses.dataclass(frozen=True)
 class Offload(Wrapper):
     """See `offload`."""
@@ -50,7 +56,7 @@ class Offload(Wrapper):
     def _step(
         self, run: Callable[..., Any], grads: PyTree, state: PyTree, params: PyTree, **extra_args: PyTree
     ) -> tuple[PyTree, PyTree]:
-        new, state = run(grads, _moved(state, jax.memory.Space.Device), params, **extra_args)
+        new, state = run(grads, _moved(_after(grads, state), jax.memory.Space.Device), params, **extra_args)
         return new, _moved(state, jax.memory.Space.Host)
 
 
@@ -63,9 +69,9 @@ def offload(tx: optax.GradientTransformation) -> optax.GradientTransformationExt
         state = jax.jit(tx.init)(params)
 
     Arrays of fewer than 4096 elements stay where they are. Results are those of `tx`, and so are the shardings, but for
-    the kind of memory: `state_shardings` tells both. Each step moves the state to the devices and back, over a bus that
-    is far slower than their memory: it pays with few steps of large batches, as of accumulated gradients. It must be
-    outermost.
+    the kind of memory: `state_shardings` tells both. Once there are gradients, each step moves the state to the devices
+    and back, over a bus that is far slower than their memory: it pays with few steps of large batches, as of
+    accumulated gradients. It must be outermost.
 
     Args:
       tx: any optax transformation. The backend must have the memory, as TPUs, GPUs and CPUs have.

@@ -37,7 +37,7 @@ class StateOptions(TypedDict, total=False):
         ``{"embedding/*": Group(frozen=True), "*bias": Group(decay=0.0)}``.
       kernel: whether a TPU or a GPU runs each leaf as one kernel, which needs no temporaries, instead of what XLA makes
         of it. Leaves that a kernel does not suit, and other devices, go the ordinary way. Results and state are the
-        same, up to the order of roundings. No derivatives and no `vmap` then. False by default: see the README.
+        same, up to the order of roundings. No derivatives and no `vmap` then. Off by default: docs/accelerators.md.
     """
 
     frozen: Mask | None

@@ -17,7 +17,7 @@ import optax
 from jax.typing import ArrayLike
 
 from adam_fn.execute.body import PARAMETERS, UPDATES, Inputs, Write
-from adam_fn.leaves import PyTree
+from adam_fn.leaves import Leaves, PyTree
 from adam_fn.noise import random_bits
 from adam_fn.transform import Update
 from adam_fn.wrapper import Wrapper, check_state
@@ -51,9 +51,8 @@ class _Params:
         if params is None:
             raise ValueError(f"{name} needs the parameters: call update(grads, state, params)")
         self.name = name
-        flat, self.treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: x is None)
-        self.leaves: list[Any] = [leaf for _, leaf in flat]
-        self.paths = [jax.tree_util.keystr(path) or "the only leaf" for path, _ in flat]
+        self._tree = Leaves(params)
+        self.treedef, self.leaves, self.paths = self._tree.treedef, self._tree.leaves, self._tree.paths
         self.short = [
             x is not None and self._is_short(path, x) for path, x in zip(self.paths, self.leaves, strict=True)
         ]
@@ -66,7 +65,7 @@ class _Params:
 
     def match(self, tree: PyTree, what: str) -> list[Any]:
         """The leaves of another tree; those of bfloat16 parameters have their shape, or are None."""
-        leaves = self.treedef.flatten_up_to(tree)
+        leaves = self._tree.match(tree, f"{self.name}: the {what}s", "the parameters")
         for path, short, p, x in zip(self.paths, self.short, self.leaves, leaves, strict=True):
             if short and x is not None and jnp.shape(x) != p.shape:
                 raise ValueError(f"{self.name}: the {what} of {path} has shape {jnp.shape(x)}, its parameter {p.shape}")

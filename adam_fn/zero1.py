@@ -12,7 +12,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from adam_fn.layout import SMALL, layout
-from adam_fn.leaves import Leaves, PyTree, named
+from adam_fn.leaves import Leaves, PyTree, difference, named, shown
 from adam_fn.sharding import Division, Shape, Slots, check_mesh, devices, divided, division, real_shape, searching
 from adam_fn.wrapper import Wrapper
 
@@ -155,11 +155,9 @@ class Zero1(Wrapper):
         try:
             return zip(self.places.leaves, self.places.treedef.flatten_up_to(tree), strict=True)
         except (ValueError, TypeError) as error:
-            ours, theirs = Leaves(self.places.tree()).paths, Leaves(tree).paths
-            odd = [x for x in ours if x not in theirs] + [x for x in theirs if x not in ours]
-            difference = f"{odd[0]} is in one of them only" if odd else str(error)
+            where = difference(self.places.tree(), tree) or str(error)
             raise ValueError(
-                f"zero1: the {what} must have the structure of the parameters it was made for: {difference}"
+                f"zero1: the {what} must have the structure of the parameters it was made for: {where}"
             ) from error
 
     def _each(self, tree: PyTree, what: str, function: Callable[[_Place, jax.Array], jax.Array]) -> PyTree:
@@ -265,25 +263,25 @@ def zero1(
     slots.map(lambda i, x: stored[i].append(x.shape), lambda _: None)
     places: list[_Place | None] = []
     whole: dict[str, Shape] = {}
-    for path, x, p, kept in zip(slots.leaves.paths, slots.leaves.leaves, slots.shapes, stored, strict=True):
+    for path, x, p, kept in zip(slots.leaves.names, slots.leaves.leaves, slots.shapes, stored, strict=True):
         if p is None:
             places.append(None)
             continue
         sharding = getattr(x, "sharding", None)
         if isinstance(sharding, NamedSharding):
-            check_mesh("zero1", path, sharding, mesh)
+            check_mesh("zero1", shown(path), sharding, mesh)
         own = division(sharding, len(p.shape))
         free = not any(set(names) & set(other) for other in own)
         place = divided(mesh, own)
         found = _axis(mesh, names, own, p, kept) if kept and free else None
         if found is None:
-            places.append(_Place(path, p.shape, place, place))
+            places.append(_Place(shown(path), p.shape, place, place))
             if kept and free:
                 whole[path] = p.shape
         else:
             spread = divided(mesh, (*own[:found], (*own[found], *names), *own[found + 1 :]))
-            places.append(_Place(path, p.shape, place, spread, found))
-    large = [f"{path} of shape {shape}" for path, shape in whole.items() if math.prod(shape) >= SMALL]
+            places.append(_Place(shown(path), p.shape, place, spread, found))
+    large = [f"{shown(path)} of shape {shape}" for path, shape in whole.items() if math.prod(shape) >= SMALL]
     if large:
         warnings.warn(
             f"zero1: the state stays whole on each of the {devices(mesh, names)} devices of {axis!r}, which divide no "
@@ -319,6 +317,7 @@ def _axis(
 def undivided(tx: optax.GradientTransformation) -> dict[str, int]:
     """The parameters whose state `zero1` leaves whole on every device: by path, their elements.
 
+    Paths are those of `adam_fn.masks.path`, as in ``{"layers/0/kernel": 15}``; of a tree that is one array it is empty.
     `tx` is what `zero1` returned, or a wrapper of this package around it (`offload`).
     """
     wrapper = getattr(tx.init, "wrapper", None)

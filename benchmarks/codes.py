@@ -25,13 +25,13 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Literal
 
-import char_model
 import jax
 import jax.numpy as jnp
-import machine
 import numpy as np
 import numpy.typing as npt
-from block_codes import Bend, Code, Kind, Log, MuLaw, Places, Root, Rounding, Scale, Table, dynamic
+from emulation.block_codes import Bend, Code, Kind, Log, MuLaw, Places, Root, Rounding, Scale, Table, dynamic
+from measure import machine
+from training import char_model
 
 B1, B2 = 0.9, 0.999
 SIGMAS = (1.0, 1e-3, 1e-6, 1e-9, 1e-15)

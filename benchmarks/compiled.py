@@ -20,16 +20,15 @@ import subprocess
 import sys
 import tempfile
 import time
-import typing
 import venv
 from collections.abc import Iterator, Sequence
 
 import rich.console
 import rich.table
+from compilers.limits import BASE, GPU, LEAF, OFFLOAD, TPU, TREE, ZERO1, Row, exceeded, label, unmeasured
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-WORKER = pathlib.Path(__file__).resolve().parent / "compiled_worker.py"
-Row = dict[str, typing.Any]
+WORKER = pathlib.Path(__file__).resolve().parent / "compilers" / "worker.py"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Compiler:
 
 COMPILERS = {
     "tpu": Compiler(
-        ("v5e", "v6e"),
+        TPU,
         ("jax[tpu]{}",),
         {
             "TPU_SKIP_MDS_QUERY": "1",
@@ -52,108 +51,9 @@ COMPILERS = {
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # It only compiles; two may do so at once.
         },
     ),
-    "gpu": Compiler(
-        ("h200", "a100"), ("jax{}", "jax-cuda12-plugin{}", "jax-cuda12-pjrt{}", "nvidia-cuda-nvcc-cu12"), {}
-    ),
+    "gpu": Compiler(GPU, ("jax{}", "jax-cuda12-plugin{}", "jax-cuda12-pjrt{}", "nvidia-cuda-nvcc-cu12"), {}),
 }
-TPU, GPU = (compiler.targets for compiler in COMPILERS.values())
 SETTINGS = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "0", "TF_CPP_MIN_LOG_LEVEL": "3"}
-
-LEAF, TREE = "leaf", "GPT-2 small"
-BASE = "optax float32"
-
-
-@dataclasses.dataclass(frozen=True)
-class Limit:
-    """The most that a figure may be, in its own unit or, with `times`, in that of optax's float32 step.
-
-    Attributes:
-      ways: those that it holds for; all by default.
-    """
-
-    targets: tuple[str, ...]
-    part: str
-    steps: tuple[str, ...]
-    figure: str
-    most: float
-    times: bool = False
-    ways: tuple[str, ...] = ()
-
-
-MOST = ("Block(8)", "AMSGrad, Block(8)", "Adan, Block(8)", "masters, Block(8)")
-ROUNDED = "stochastic rounding, Block(8)"
-ALONE = ("all bfloat16", "Block(8)", "Block(4)", "masters, Block(8)")
-KERNELS = tuple(f"{step}, kernel" for step in (*ALONE, "AMSGrad, Block(8)", "Adan, Block(8)"))
-WHOLE = ("float32", *ALONE, *(f"{step}, kernel" for step in ALONE))
-#: What was wanted; where more is allowed, that is what was reached, and the comment says what was wanted.
-LIMITS = (
-    Limit(GPU, LEAF, (*MOST, ROUNDED), "temporaries", 0.10),
-    Limit(GPU, LEAF, (*MOST, ROUNDED), "passes", 2),
-    Limit(GPU, LEAF, ("Block(4)",), "temporaries", 0.10, ways=("make_step",)),
-    Limit(GPU, LEAF, ("Block(4)",), "passes", 2, ways=("make_step",)),
-    Limit(GPU, LEAF, ("Block(4)",), "temporaries", 0.30, ways=("update",)),  # 0.10: results of two shapes.
-    Limit(GPU, LEAF, ("float32",), "kernels", 1.7, times=True, ways=("make_step",)),  # 1: scalars of the bias weights.
-    Limit(TPU, LEAF, (*MOST, "Block(4)"), "temporaries", 0.05, ways=("make_step", "update")),
-    Limit(TPU, LEAF, (ROUNDED,), "temporaries", 1.05, ways=("make_step",)),  # 0.05: the update is stored.
-    # 1.7: a v6e has twice the memory's speed for little more arithmetic.
-    Limit(("v6e",), LEAF, ("Block(8)",), "cycles", 1.9, times=True),
-    Limit(("v6e",), LEAF, ("Block(4)",), "cycles", 3.9, times=True),
-    Limit(("v5e",), LEAF, ("Block(8)",), "cycles", 1.7, times=True),
-    Limit(("v5e",), LEAF, ("Block(4)",), "cycles", 1.9, times=True),  # 1.7: 16 rows of bytes fill half a register.
-    Limit(TPU, LEAF, ("all bfloat16",), "bytes", 14.1, ways=("make_step",)),
-    Limit((*TPU, *GPU), LEAF, KERNELS, "temporaries", 0.01, ways=("make_step", "update")),
-    Limit((*TPU, *GPU), LEAF, KERNELS, "passes", 1, ways=("make_step", "update")),
-    Limit((*TPU, *GPU), LEAF, ("Block(8), kernel",), "bytes", 17, ways=("make_step",)),
-    Limit((*TPU, *GPU), TREE, WHOLE, "beside arguments", 0.5),
-    Limit(TPU, TREE, WHOLE, "seconds", 4, times=True),
-)
-
-
-def label(row: Row) -> str:
-    return f"{row['target']}, {row['part']}: {row['step']}, {row['way']}"
-
-
-def exceeded(rows: Sequence[Row]) -> Iterator[str]:
-    """A line for each row that is beyond a limit, that did not compile, or in which devices talk."""
-    for row in rows:
-        wrong = [row["error"]] if "error" in row else row.get("failed", [])
-        yield from (f"{label(row)}: does not compile: {line}" for line in wrong)
-        if row.get("collectives"):
-            yield f"{label(row)}: devices talk: {', '.join(row['collectives'])}"
-    found = {(row["target"], row["part"], row["step"]): row for row in rows if "error" not in row}
-    for limit in LIMITS:
-        for row in found_by(limit, rows):
-            most, value, unit = limit.most, row[limit.figure], ""
-            if limit.times:
-                base = found.get((row["target"], row["part"], BASE))
-                if base is None:
-                    continue  # It did not compile, which is said above.
-                value, unit = value / base[limit.figure], f" times {BASE}'s"
-            if value > most:
-                yield f"{label(row)}: {limit.figure} {value:.4g}{unit}, at most {most:g}"
-
-
-def found_by(limit: Limit, rows: Sequence[Row]) -> list[Row]:
-    """The rows that a limit is about and that have its figure."""
-    return [
-        row
-        for row in rows
-        if row["target"] in limit.targets
-        and row["part"] == limit.part
-        and row["step"] in limit.steps
-        and (not limit.ways or row["way"] in limit.ways)
-        and row.get(limit.figure) is not None
-    ]
-
-
-def unmeasured(rows: Sequence[Row], targets: Sequence[str]) -> Iterator[str]:
-    """A line for each limit, target and step that nothing was measured for: a mistake when everything was asked for."""
-    for limit in LIMITS:
-        have = {(row["target"], row["step"]) for row in found_by(limit, rows)}
-        for target in sorted({*limit.targets} & {*targets}):
-            for step in limit.steps:
-                if (target, step) not in have:
-                    yield f"{target}, {limit.part}: {step}: no {limit.figure} was measured"
 
 
 class MissingError(Exception):
@@ -213,7 +113,8 @@ def run(name: str, options: argparse.Namespace, console: rich.console.Console) -
     # One target of a compiler says whether the family compiles.
     flags = (("--target", targets), ("--only", options.only), ("--family", targets[:1] if options.family else []))
     command += [part for flag, values in flags for value in values for part in (flag, value)]
-    settings = {**os.environ, **SETTINGS, **COMPILERS[name].settings, "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "benchmarks")))
+    settings = {**os.environ, **SETTINGS, **COMPILERS[name].settings, "PYTHONPATH": path}
     versions, rows, begun = {}, [], {}
     with tempfile.TemporaryFile("w+") as errors, console.status(name) as status:
         worker = subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=errors, text=True)
@@ -275,6 +176,10 @@ def show(rows: Sequence[Row], console: rich.console.Console) -> None:
         elif part == "sharded":
             talk = sum(bool(row.get("collectives")) for row in own)
             console.print(f"{target}: {len(own)} steps on four devices, {talk} with collectives, {len(failed)} failed")
+        elif part in (ZERO1, OFFLOAD):
+            console.print(
+                f"{target}: {'; '.join(remarks(own))}; {len(failed)} refused", highlight=False, soft_wrap=True
+            )
         else:
             programs, seconds = (sum(row.get(name, 0) for row in own) for name in ("programs", "seconds"))
             console.print(
@@ -286,6 +191,27 @@ def span(values: Sequence[float | None], form: str) -> str:
     """The least and the largest, or the one; nothing where there is none."""
     known = sorted(x for x in values if x is not None)
     return " to ".join(dict.fromkeys(format(end, form) for end in (*known[:1], *known[-1:])))
+
+
+def remarks(rows: Sequence[Row]) -> Iterator[str]:
+    """What the rows say of `zero1` and of `offload`, bytes a parameter."""
+    there = [row for row in rows if "error" not in row]
+
+    def of(figure: str, form: str, part: str, **about: str) -> str:
+        chosen = [x for x in there if x["part"] == part and all(x[key] == value for key, value in about.items())]
+        return span([x[figure] for x in chosen], form)
+
+    if state := of("state", ".3f", ZERO1):
+        kinds = ((kind, of(kind, form, ZERO1)) for kind, form in (("reduce-scatter", ".2f"), ("all-gather", ".2f")))
+        text = ", ".join(f"{kind} {size}" for kind, size in kinds)
+        text += f", all-reduce {of('all-reduce', '.4f', ZERO1)}, others {of('other exchanges', 'g', ZERO1)}"
+        count = sum(row["part"] == ZERO1 for row in there)
+        text = f"`zero1`, {count} training steps on four devices, bytes a parameter: {text}"
+        yield f"{text}; a device's part of the state: {state}"
+    if own := of("peak", ".1f", OFFLOAD, step=TREE):
+        saved = (f"{of('saved', '.1f', OFFLOAD, way=way)} as {way}" for way in ("one program", "two programs"))
+        text = f"`offload`, bytes a parameter less at the peak of a training step: {', '.join(saved)}"
+        yield f"{text}; the peak of a step of {TREE} alone: {own}"
 
 
 def summary(found: Row) -> Iterator[tuple[list[str], list[list[str]], str]]:
@@ -314,6 +240,7 @@ def summary(found: Row) -> Iterator[tuple[list[str], list[list[str]], str]]:
             failed = sum(len(row.get("failed", [])) for row in members)
             about += f" The {len(members)} members of the family with every storage and every write: "
             about += f"{programs - failed} of {programs} steps compile."
+        about += "".join(f" {remark[0].upper()}{remark[1:]}." for remark in remarks(rows))
         yield ["step", *(FIGURES[figure][0] for figure in shown)], body, about
 
 

@@ -15,10 +15,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import machine
 import numpy as np
 import numpy.typing as npt
 import optax
+from measure import machine
 
 import adam_fn
 

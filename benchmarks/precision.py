@@ -21,19 +21,18 @@ import time
 import typing
 from collections.abc import Callable
 
-import char_model
 import jax
 import jax.numpy as jnp
-import machine
 import numpy as np
 import optax
 import tqdm
-import workloads
+from measure import machine, workloads
+from training import char_model
 
 import adam_fn
 
 sys.path.insert(1, str(pathlib.Path(__file__).resolve().parent.parent / "examples"))
-import mnist_data
+from loaders import mnist
 
 POINTS = 12  # of a curve
 
@@ -140,12 +139,12 @@ def characters(quick: bool = False, text: char_model.Text | None = None) -> Work
     )
 
 
-def images(quick: bool = False, dataset: mnist_data.Dataset | None = None) -> Workload:
+def images(quick: bool = False, dataset: mnist.Dataset | None = None) -> Workload:
     """The MLP; as many training images as two epochs have, drawn with replacement; evaluated on the test images.
 
     Its rate is the best of 5e-4, 1e-3, 2e-3 and 4e-3 by the test loss of float32 and the seed 0.
     """
-    dataset = dataset or mnist_data.load()
+    dataset = dataset or mnist.load()
     hidden, steps, batch = (64, 96, 128) if quick else (1000, POINTS * (2 * 60_000 // (128 * POINTS)), 128)
     case = workloads.Case("mlp", "", "training", workloads.mlp(dataset.pixels, hidden, 10), batch=batch)
 

@@ -15,9 +15,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import machine
 import rich.console
 import rich.table
+from measure import machine
 
 import adam_fn
 

@@ -19,15 +19,15 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import mnist_data
-import mnist_report
 import numpy as np
 import optax
-from command_line import Parser, whole
 from flax import nnx
-from mnist_data import Dataset
+from loaders import mnist
+from loaders.mnist import Dataset
 from mnist_mlp import CLASSES, Metrics, means, progress, shuffled
-from mnist_report import Epoch, Run
+from support import report
+from support.command_line import Parser, whole
+from support.report import Epoch, Run
 
 import adam_fn
 
@@ -111,7 +111,7 @@ def train(dataset: Dataset, label: str, options: Namespace) -> Run:
         seconds = time.perf_counter() - start
         run.step_costs += [float(seen.cost) for seen in jax.device_get(metrics)]
         run.epochs.append(Epoch(epoch, *means(metrics), *test(model, *tests), seconds, steps * options.batch / seconds))
-        print(mnist_report.epoch_line(run, options.epochs), flush=True)
+        print(report.epoch_line(run, options.epochs), flush=True)
         start = time.perf_counter()
     return run
 
@@ -134,7 +134,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 def main(argv: Sequence[str] | None = None) -> list[Run]:
     options = parse(argv)
     try:
-        dataset = mnist_data.load(options.data)
+        dataset = mnist.load(options.data)
         if options.batch > len(dataset.train_labels):
             raise ValueError(f"--batch {options.batch} is more than the {len(dataset.train_labels)} training images")
         options.out.mkdir(parents=True, exist_ok=True)
@@ -144,9 +144,9 @@ def main(argv: Sequence[str] | None = None) -> list[Run]:
     title = f"CNN {'-'.join(map(str, layers))} on {dataset.name}, batch {options.batch}, seed {options.seed}"
     print(f"{title}: {len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images")
     runs = [train(dataset, label, options) for label in OPTIMIZERS]
-    print(f"\n{mnist_report.table(runs)}\n")
+    print(f"\n{report.table(runs)}\n")
     png, numbers = options.out / "cnn.png", options.out / "cnn.json"
-    mnist_report.plot_comparison(png, runs, title)
+    report.plot_comparison(png, runs, title)
     about = {
         "dataset": dataset.name,
         "layers": layers,
@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> list[Run]:
         "device": jax.devices()[0].device_kind,
         "versions": {name: version(name) for name in ("jax", "optax", "flax")},
     }
-    mnist_report.write_json(numbers, about, runs)
+    report.write_json(numbers, about, runs)
     print(f"wrote {png} and {numbers}")
     return runs
 

@@ -24,18 +24,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import mnist_data
 import numpy as np
 import optax
-from command_line import Parser, real, whole
 from flax import nnx
+from loaders import mnist
+from loaders.mnist import Dataset
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from mnist_data import Dataset
 from mnist_mlp import CLASSES, MLP, Metrics, Parameters, cost_and_metrics, evaluate, shuffled
-from mnist_report import COLORS, dump, log_axis
 from numpy.typing import NDArray
 from PIL import Image
+from support.command_line import Parser, real, whole
+from support.report import COLORS, dump, log_axis
 
 import adam_fn
 from adam_fn.diagnostics import summary
@@ -164,7 +164,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 def main(argv: Sequence[str] | None = None) -> Course:
     options = parse(argv)
     try:
-        dataset = mnist_data.load(options.data)
+        dataset = mnist.load(options.data)
         if options.batch > len(dataset.train_labels):
             raise ValueError(f"--batch {options.batch} is more than the {len(dataset.train_labels)} training images")
         options.out.mkdir(parents=True, exist_ok=True)

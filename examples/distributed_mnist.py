@@ -31,19 +31,19 @@ from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-import mnist_data
-import mnist_report
 import numpy as np
 import optax
-from checkpoints import Checkpoints, OtherRunError
-from command_line import Parser, real, whole
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from mnist_data import Dataset
+from loaders import mnist
+from loaders.mnist import Dataset
 from mnist_mlp import CLASSES, MLP, Metrics, Parameters, cost_and_metrics, epoch_of
-from mnist_report import Run
 from numpy.typing import NDArray
+from support import report
+from support.checkpoints import Checkpoints, OtherRunError
+from support.command_line import Parser, real, whole
+from support.report import Run
 
 import adam_fn
 
@@ -135,7 +135,7 @@ def train(dataset: Dataset, options: Namespace) -> Trained:
         run.epochs.append(epoch_of(epoch, metrics, tested, seconds, steps * options.batch))
         if checkpoints is not None:
             checkpoints.save(epoch, (params, state), asdict(run))
-        say(mnist_report.epoch_line(run, options.epochs))
+        say(report.epoch_line(run, options.epochs))
     return Trained(run, params, state)
 
 
@@ -237,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> Trained:
     print(f"process {me} of {processes}: {socket.gethostname()}, pid {os.getpid()}, {jax.local_device_count()} of the "
           f"{devices} devices, {device}", flush=True)  # fmt: skip
     try:
-        dataset = mnist_data.load(options.data)
+        dataset = mnist.load(options.data)
         if options.batch > len(dataset.train_labels):
             raise ValueError(f"--batch {options.batch} is more than the {len(dataset.train_labels)} training images")
         if options.batch % devices:
@@ -261,12 +261,12 @@ def main(argv: Sequence[str] | None = None) -> Trained:
     if me == 0:
         sizes = f"{dataset.pixels}-{options.width}-{options.width}-{CLASSES}"
         title = f"MLP {sizes} on {dataset.name}, batch {options.batch} on {devices} devices, seed {options.seed}"
-        print(f"\n{mnist_report.table([trained.run])}\n")
+        print(f"\n{report.table([trained.run])}\n")
         png, numbers = options.out / "distributed_mnist.png", options.out / "distributed_mnist.json"
-        mnist_report.plot_run(png, trained.run, title)
+        report.plot_run(png, trained.run, title)
         about = {"dataset": dataset.name, "batch": options.batch, "seed": options.seed, "device": device}
         about |= {"processes": processes, "devices": devices}
-        mnist_report.write_json(numbers, about, [trained.run])
+        report.write_json(numbers, about, [trained.run])
         print(f"wrote {png} and {numbers}")
     return trained
 

@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import mnist_data
 import numpy as np
 import optax
-from command_line import Parser, whole
 from flax import linen
 from flax.training.train_state import TrainState
+from loaders import mnist
+from support.command_line import Parser, whole
 
 import adam_fn
 
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
     add("--quick", action="store_true", help="a trial of 2 epochs of at most 20 steps, 64 units wide")
     given = parser.parse_args(argv)
     try:
-        data = mnist_data.load(given.data)
+        data = mnist.load(given.data)
         size = len(data.train_labels)
         if given.batch > size:
             raise ValueError(f"--batch {given.batch} is more than the {size} training images")

@@ -23,15 +23,15 @@ from typing import NamedTuple, NoReturn, cast
 
 import jax
 import jax.numpy as jnp
-import mnist_data
-import mnist_report
 import numpy as np
 import optax
-from checkpoints import Checkpoints, OtherRunError
-from command_line import Parser, real, whole
 from flax import nnx
-from mnist_data import Dataset
-from mnist_report import Epoch, Run
+from loaders import mnist
+from loaders.mnist import Dataset
+from support import report
+from support.checkpoints import Checkpoints, OtherRunError
+from support.command_line import Parser, real, whole
+from support.report import Epoch, Run
 from tqdm import tqdm
 
 import adam_fn
@@ -241,7 +241,7 @@ def train(dataset: Dataset, name: str, options: Options) -> Run:
         tested = evaluate(params, *test, graph=graph)
         run.step_costs += [float(seen.cost) for seen in jax.device_get(metrics)]
         run.epochs.append(epoch_of(epoch, metrics, tested, seconds, steps * options.batch))
-        print(mnist_report.epoch_line(run, options.epochs), flush=True)
+        print(report.epoch_line(run, options.epochs), flush=True)
         if checkpoints is not None:
             checkpoints.save(epoch, (params, state), asdict(run))
     return run
@@ -328,7 +328,7 @@ def parse(argv: Sequence[str] | None) -> Options:
 def main(argv: Sequence[str] | None = None) -> list[Run]:
     options = parse(argv)
     try:
-        dataset = mnist_data.load(options.data)
+        dataset = mnist.load(options.data)
         if options.batch > len(dataset.train_labels):
             raise ValueError(f"--batch {options.batch} is more than the {len(dataset.train_labels)} training images")
         for flag, folder in (("--out", options.out), ("--checkpoint", options.checkpoint or options.out)):
@@ -347,14 +347,14 @@ def main(argv: Sequence[str] | None = None) -> list[Run]:
         runs = [train(dataset, name, options) for name in names]
     except OtherRunError as error:
         sys.exit(f"mnist_mlp.py: error: {error}")
-    print(f"\n{mnist_report.table(runs)}\n")
+    print(f"\n{report.table(runs)}\n")
     stem = options.out / ("mnist_compare" if options.compare else "mnist_mlp")
     png, numbers = stem.with_suffix(".png"), stem.with_suffix(".json")
     if options.compare:
-        mnist_report.plot_comparison(png, runs, title)
+        report.plot_comparison(png, runs, title)
     else:
-        mnist_report.plot_run(png, runs[0], title)
-    mnist_report.write_json(
+        report.plot_run(png, runs[0], title)
+    report.write_json(
         numbers,
         {
             "dataset": dataset.name,

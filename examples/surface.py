@@ -19,14 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from command_line import Parser
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
-from mnist_report import COLORS, align, dump
 from mpl_toolkits.mplot3d import Axes3D
 from numpy.typing import NDArray
+from support.command_line import Parser
+from support.report import COLORS, align, dump
 
 import adam_fn
 

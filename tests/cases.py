@@ -5,8 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import optax
-import oracles
-import oracles_momentum as momentum
+from oracles import family, momentum
 
 import adam_fn
 
@@ -27,7 +26,7 @@ class Case:
 
     name: str
     alias: Callable[..., adam_fn.Transformation]
-    oracle: Callable[..., oracles.Trajectory]
+    oracle: Callable[..., family.Trajectory]
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     peer: Callable[..., optax.GradientTransformation] | None = None
     tolerance: float = 2e-6
@@ -62,66 +61,66 @@ def rule_of(tx: adam_fn.Transformation) -> adam_fn.Rule:
 
 
 CASES = (
-    Case("adam", adam_fn.adam, oracles.adam, peer=optax.adam),
-    Case("adam-b", adam_fn.adam, oracles.adam, {"b1": 0.8, "b2": 0.9999, "eps": 1e-3}, peer=optax.adam),
-    Case("adam-eps_root", adam_fn.adam, oracles.adam, {"eps": 0.0, "eps_root": 1e-6}, peer=optax.adam),
-    Case("adam-eps_hat", adam_fn.adam, oracles.adam, {"eps": 1e-3, "eps_hat": True}),
-    Case("adam-b1_zero", adam_fn.adam, oracles.adam, {"b1": 0.0, "b2": 0.3}, peer=optax.adam),
-    Case("adam-l2", adam_fn.adam, oracles.adam, {"weight_decay": 0.02, "decay": "l2"}),
-    Case("adamw", adam_fn.adamw, oracles.adamw, {"weight_decay": 0.02}, peer=optax.adamw),
-    Case("adamw-independent", adam_fn.adamw, oracles.adamw, {"weight_decay": 1e-3, "decay": "independent"}),
-    Case("nadam", adam_fn.nadam, oracles.nadam, peer=optax.nadam),
-    Case("nadam-momentum_decay", adam_fn.nadam, oracles.nadam, {"momentum_decay": 4e-3}),
-    Case("nadam-keras", adam_fn.nadam, oracles.nadam, {"momentum_decay": 1.0, "eps": 1e-7}),
-    Case("nadamw", adam_fn.nadamw, oracles.nadamw, {"weight_decay": 0.02}, peer=optax.nadamw),
-    Case("adamax", adam_fn.adamax, oracles.adamax, peer=optax.adamax),
-    Case("adamax-paper", adam_fn.adamax, oracles.adamax, {"eps": 0.0}),
-    Case("adamax-eps_hat", adam_fn.adamax, oracles.adamax, {"eps": 1e-2, "eps_hat": True}),
-    Case("adamaxw", adam_fn.adamaxw, oracles.adamaxw, {"weight_decay": 0.02}, peer=optax.adamaxw),
-    Case("amsgrad", adam_fn.amsgrad, oracles.amsgrad),
+    Case("adam", adam_fn.adam, family.adam, peer=optax.adam),
+    Case("adam-b", adam_fn.adam, family.adam, {"b1": 0.8, "b2": 0.9999, "eps": 1e-3}, peer=optax.adam),
+    Case("adam-eps_root", adam_fn.adam, family.adam, {"eps": 0.0, "eps_root": 1e-6}, peer=optax.adam),
+    Case("adam-eps_hat", adam_fn.adam, family.adam, {"eps": 1e-3, "eps_hat": True}),
+    Case("adam-b1_zero", adam_fn.adam, family.adam, {"b1": 0.0, "b2": 0.3}, peer=optax.adam),
+    Case("adam-l2", adam_fn.adam, family.adam, {"weight_decay": 0.02, "decay": "l2"}),
+    Case("adamw", adam_fn.adamw, family.adamw, {"weight_decay": 0.02}, peer=optax.adamw),
+    Case("adamw-independent", adam_fn.adamw, family.adamw, {"weight_decay": 1e-3, "decay": "independent"}),
+    Case("nadam", adam_fn.nadam, family.nadam, peer=optax.nadam),
+    Case("nadam-momentum_decay", adam_fn.nadam, family.nadam, {"momentum_decay": 4e-3}),
+    Case("nadam-keras", adam_fn.nadam, family.nadam, {"momentum_decay": 1.0, "eps": 1e-7}),
+    Case("nadamw", adam_fn.nadamw, family.nadamw, {"weight_decay": 0.02}, peer=optax.nadamw),
+    Case("adamax", adam_fn.adamax, family.adamax, peer=optax.adamax),
+    Case("adamax-paper", adam_fn.adamax, family.adamax, {"eps": 0.0}),
+    Case("adamax-eps_hat", adam_fn.adamax, family.adamax, {"eps": 1e-2, "eps_hat": True}),
+    Case("adamaxw", adam_fn.adamaxw, family.adamaxw, {"weight_decay": 0.02}, peer=optax.adamaxw),
+    Case("amsgrad", adam_fn.amsgrad, family.amsgrad),
     Case(
         "amsgrad-paper",
         adam_fn.amsgrad,
-        oracles.amsgrad,
+        family.amsgrad,
         {"bias_correction_mu": False, "bias_correction_nu": False},
         peer=optax.amsgrad,
     ),
-    Case("amsgrad-raw_mu", adam_fn.amsgrad, oracles.amsgrad, {"bias_correction_mu": False}),
+    Case("amsgrad-raw_mu", adam_fn.amsgrad, family.amsgrad, {"bias_correction_mu": False}),
     Case(
         "amsgrad-raw_nu",
         adam_fn.amsgrad,
-        oracles.amsgrad,
+        family.amsgrad,
         {"bias_correction_nu": False, "eps_root": 1e-4},
         peer=optax.amsgrad,
     ),
-    Case("amsgrad-keras", adam_fn.amsgrad, oracles.amsgrad, {"eps": 1e-3, "eps_hat": True}),
+    Case("amsgrad-keras", adam_fn.amsgrad, family.amsgrad, {"eps": 1e-3, "eps_hat": True}),
     Case(
         "radam",
         adam_fn.radam,
-        oracles.radam,
+        family.radam,
         peer=optax.radam,
         scale_free={"eps": 0.0, "degenerated_to_sgd": False},  # Not its first, plain steps.
     ),
-    Case("radam-no_step", adam_fn.radam, oracles.radam, {"degenerated_to_sgd": False, "b2": 0.9999}),
-    Case("radam-torch", adam_fn.radam, oracles.radam, {"eps_hat": True, "eps": 1e-4}),
+    Case("radam-no_step", adam_fn.radam, family.radam, {"degenerated_to_sgd": False, "b2": 0.9999}),
+    Case("radam-torch", adam_fn.radam, family.radam, {"eps_hat": True, "eps": 1e-4}),
     Case(
         "radam-threshold",
         adam_fn.radam,
-        oracles.radam,
+        family.radam,
         {"threshold": 50.0, "nesterov": True, "eps_root": 1e-4},
         peer=optax.radam,
     ),
-    Case("adabelief", adam_fn.adabelief, oracles.adabelief, peer=optax.adabelief, scale_free=None),
-    Case("adabelief-nesterov", adam_fn.adabelief, oracles.adabelief, {"nesterov": True}, peer=optax.adabelief),
+    Case("adabelief", adam_fn.adabelief, family.adabelief, peer=optax.adabelief, scale_free=None),
+    Case("adabelief-nesterov", adam_fn.adabelief, family.adabelief, {"nesterov": True}, peer=optax.adabelief),
     Case(
         "adabelief-eps",
         adam_fn.adabelief,
-        oracles.adabelief,
+        family.adabelief,
         {"eps": 1e-8, "eps_root": 1e-8},
         peer=optax.adabelief,
         tolerance=4e-6,  # g - m cancels.
     ),
-    Case("yogi", adam_fn.yogi, oracles.yogi, peer=optax.yogi, scale_free=None),
+    Case("yogi", adam_fn.yogi, family.yogi, peer=optax.yogi, scale_free=None),
     Case("laprop", adam_fn.laprop, momentum.laprop),
     Case("laprop-b", adam_fn.laprop, momentum.laprop, {"b1": 0.5, "b2": 0.9999, "eps": 1e-3, "weight_decay": 0.02}),
     Case("adopt", adam_fn.adopt, momentum.adopt, peer=optax.contrib.adopt),

@@ -13,7 +13,7 @@ import pytest
 from cases import MEMBERS, Case, name
 from flax import nnx
 from flax.training.train_state import TrainState
-from helpers import compilations
+from helpers.runs import compilations
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import adam_fn
@@ -316,7 +316,7 @@ def test_shards_that_hold_no_whole_blocks() -> None:
         mesh = jax.make_mesh((8,), ("a",), axis_types=(kind,))
         sharded = jax.device_put(p, NamedSharding(mesh, PartitionSpec("a")))
         if kind == AxisType.Explicit:
-            with pytest.raises(Exception, match=r"this is about the leaf \['w'\]"):
+            with pytest.raises(Exception, match=r"this is about the leaf w\n"):
                 TX.init(sharded)
         else:
             found, expected = (TX.update(x, TX.init(x), x)[0]["w"] for x in (sharded, p))
@@ -425,7 +425,7 @@ def test_storage_mask() -> None:
             adam_fn.adamw(1e-2, storage=storage), {"w": params["w"]}
         )
         assert pickle.loads(pickle.dumps(tx)) == tx != adam_fn.adamw(1e-2, storage=storage)
-        with pytest.raises(ValueError, match=r"state's mu of \['embedding'\].* expected"):
+        with pytest.raises(ValueError, match=r"state's mu of embedding.* expected"):
             adam_fn.adamw(1e-2, storage=storage).update(grads, states[0], params)
     for alias in (adam_fn.swats, adam_fn.lamb):
         found = alias(1e-2, storage=Block(8), storage_mask=mask).init(params)
@@ -436,7 +436,7 @@ def test_storage_mask() -> None:
         }
     with pytest.raises(ValueError, match="storage is not given"):
         adam_fn.adamw(1e-2, storage_mask=mask)
-    with pytest.raises(ValueError, match=r"storage_mask must have the structure .*\['v'\] is not a parameter"):
+    with pytest.raises(ValueError, match=r"storage_mask must have the structure .*: v is not a parameter"):
         adam_fn.adamw(1e-2, storage=Block(8), storage_mask={"v": True}).init(params)
 
 

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
-from helpers import Array, compilations, random_gradients, relative_error
+from helpers.runs import Array, compilations, random_gradients, relative_error
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import adam_fn
@@ -282,6 +282,43 @@ def test_update_to_weight() -> None:
     assert (float(found), found.dtype) == (2, jnp.float32)
     assert float(diagnostics.update_to_weight(jnp.array([3 + 4j]), jnp.array([0 + 10j]))) == pytest.approx(0.5)
     assert np.isnan(float(diagnostics.update_to_weight(jnp.array([jnp.nan]), jnp.ones(1))))
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_moments_are_found_in_every_wrapper(name: str) -> None:
+    tx, params = WRAPPERS[name], {"w": jnp.asarray(START), "b": jnp.ones(2)}
+    _, state, _ = stepped(tx, [{"w": jnp.asarray(g), "b": jnp.ones(2)} for g in GRADS], params)
+    found = diagnostics.moments(tx, state, params)
+    assert relative_error(np.asarray(found["mu"]["w"]), ema(0.9, wide(GRADS))) < 1e-6
+    tolerance = 2e-5 if name.startswith("injected") else 1e-6  # Which makes 1 - β₂ one of float32.
+    assert relative_error(np.asarray(found["nu"]["w"]), ema(0.999, wide(GRADS) ** 2)) < tolerance
+    assert (found["mu"]["b"] == optax.MaskedNode()) == (name in ("masked", "split"))
+
+
+def test_moments_of_float32_are_the_state() -> None:
+    tx = adam_fn.amsgrad(RATE, frozen={"c": False, "f": True, "i": False, "n": False})
+    params = {"c": jnp.ones(3, jnp.complex64), "f": jnp.ones(2), "i": jnp.arange(2), "n": None}
+    _, state, _ = stepped(tx, [{**params, "c": jnp.asarray([1, 2j, 3 + 1j], jnp.complex64)}], params)
+    found = diagnostics.moments(tx, state, params)
+    assert jax.tree.structure(found) == jax.tree.structure(state.slots)
+    assert found["mu"]["c"].shape == (2, 3)
+    jax.tree.map(np.testing.assert_array_equal, found, state.slots)
+
+
+def test_moments_of_codes_are_what_the_next_step_computes_with() -> None:
+    """A transformation that stores float32 goes on from them with the same update."""
+    coded, plain = adam_fn.adam(RATE, storage=Block(8)), adam_fn.adam(RATE)
+    params = {"w": jnp.zeros((64, 128)), "b": jnp.zeros(3)}
+    grads = [{"w": jnp.asarray(g), "b": jnp.asarray(g[0, :3])} for g in MATRIX]
+    _, state, _ = stepped(coded, grads[:1], params)
+    found = jax.jit(lambda state: diagnostics.moments(coded, state, params))(state)
+    for slot, exact in (("mu", 0.1 * wide(MATRIX[0])), ("nu", 0.001 * wide(MATRIX[0]) ** 2)):
+        assert found[slot]["w"].dtype == jnp.float32
+        assert 1e-4 < relative_error(np.asarray(found[slot]["w"]), exact) < 0.02
+    expected, _ = coded.update(grads[1], state, params)
+    updates, _ = plain.update(grads[1], adam_fn.State(state.count, state.weights, found), params)
+    for key in params:
+        np.testing.assert_allclose(np.asarray(updates[key]), np.asarray(expected[key]), rtol=1e-6)
 
 
 def test_leaves_that_are_not_trained() -> None:

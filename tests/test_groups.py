@@ -12,7 +12,7 @@ import optax
 import pytest
 from cases import MEMBERS, Case, name
 from flax import linen, nnx
-from helpers import random_gradients
+from helpers.runs import random_gradients
 
 import adam_fn
 from adam_fn import Block, Group, Groups

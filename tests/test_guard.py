@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from cases import MEMBERS, Case, name
-from helpers import random_gradients
+from helpers.runs import random_gradients
 
 import adam_fn
 from adam_fn import Block

@@ -1,4 +1,4 @@
-"""Gradients of any finite magnitude: one whose square a float cannot hold counts as the largest whose square it can."""
+"""Gradients of any finite magnitude: those whose square a float cannot hold count as the largest that has one."""
 
 import dataclasses
 from typing import Any
@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracles
 import pytest
 from cases import CASES, MEMBERS, Case, name
-from helpers import relative_error, trajectories, trajectory
+from helpers.runs import relative_error, trajectories, trajectory
+from oracles import family
 
 import adam_fn
 from adam_fn.rule import Clock
@@ -73,7 +73,7 @@ def test_float64_squares_more() -> None:
     grads, params = HUGE.astype(np.float64), PARAMS.astype(np.float64)
     with jax.enable_x64(True):
         _, found = trajectory(adam_fn.adam(1e-3), grads, params, jnp.float64)
-    np.testing.assert_allclose(found, oracles.adam(grads, params, 1e-3).updates, rtol=1e-9, atol=1e-15)
+    np.testing.assert_allclose(found, family.adam(grads, params, 1e-3).updates, rtol=1e-9, atol=1e-15)
 
 
 @pytest.mark.parametrize("case", MEMBERS, ids=name)

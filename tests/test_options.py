@@ -13,7 +13,7 @@ import optax
 import pytest
 from cases import CASES, MEMBERS, Case, name, rule_of
 from flax import nnx
-from helpers import compilations, random_gradients, trajectory
+from helpers.runs import compilations, random_gradients, trajectory
 
 import adam_fn
 from adam_fn.schedules import inverse_sqrt
@@ -195,12 +195,12 @@ class _Unhashable:
     ("mask", "message"),
     [
         ({"w": True}, r"mask must have the structure of the parameters"),
-        ({"w": True, "b": True, "c": True}, r"mask must have .*\['c'\] is not a parameter"),
-        ({"w": {"x": True}, "b": True}, r"mask must have .*\['w'\]\['x'\] is not a parameter"),
+        ({"w": True, "b": True, "c": True}, r"mask must have .*: c is not a parameter"),
+        ({"w": {"x": True}, "b": True}, r"mask must have .*: w/x is not a parameter"),
         ({"w": None, "b": True}, r"mask must have .*None stands for a parameter"),
-        ({"w": 1.0, "b": True}, r"mask\['w'\] must be a Python bool, got 1.0"),
+        ({"w": 1.0, "b": True}, r"mask of w must be a Python bool, got 1.0"),
         (lambda p: {"w": True}, r"mask must have the structure of the parameters"),
-        (lambda p: {"w": True, "b": jnp.ones(())}, r"mask\['b'\] must be a Python bool"),
+        (lambda p: {"w": True, "b": jnp.ones(())}, r"mask of b must be a Python bool"),
     ],
 )
 def test_bad_masks(mask: Any, message: str) -> None:

@@ -12,17 +12,17 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import framework_oracles
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import random_gradients, together
+from helpers.records import distance, follow, load, relative_error
+from helpers.runs import random_gradients, together
 from jax.example_libraries import optimizers as example_libraries
 from jax.typing import DTypeLike
-from record_trajectories import RECORDED, STEPS, Array, Problem, gradient, problem
-from test_trajectories import distance, follow, load, relative_error
+from oracles import frameworks
+from recorded.record_trajectories import RECORDED, STEPS, Array, Problem, gradient, problem
 
 import adam_fn
 from adam_fn import presets
@@ -199,8 +199,8 @@ def records() -> Mapping[str, Array]:
 def transcribed(row: Row) -> Array:
     """[5, 64]: the parameters after the steps RECORDED."""
     this = problem()
-    oracle = getattr(framework_oracles, row.oracle or row.preset)(this.params, **row.theirs)
-    return framework_oracles.run(oracle, lambda t, p: gradient(this, t, p), STEPS)[np.array(RECORDED) - 1]
+    oracle = getattr(frameworks, row.oracle or row.preset)(this.params, **row.theirs)
+    return frameworks.run(oracle, lambda t, p: gradient(this, t, p), STEPS)[np.array(RECORDED) - 1]
 
 
 def test_every_preset_is_here_and_every_record_has_its_preset(records: Mapping[str, Array]) -> None:

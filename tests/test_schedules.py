@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles_momentum as momentum
 import pytest
 from jax.typing import ArrayLike
+from oracles import momentum
 
 import adam_fn
 from adam_fn import schedules

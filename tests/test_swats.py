@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import random_gradients
+from helpers.runs import random_gradients
 
 import adam_fn
 from adam_fn import Block

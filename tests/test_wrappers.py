@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracles_global as oracles
 import pytest
 from flax.training.train_state import TrainState
-from helpers import compilations, relative_error
+from helpers.runs import compilations, relative_error
+from oracles import wrappers as oracles
 
 import adam_fn
 from adam_fn import schedules
@@ -233,11 +233,12 @@ def test_averaged_params_reads_any_state() -> None:
 def test_averages_leave_the_updates_alone() -> None:
     plain, _ = follow(adam_fn.adam(1e-2), 1.0, jnp.float32)
     averaged, _ = follow(optax.chain(adam_fn.adam(1e-2), adam_fn.average_params()), 1.0, jnp.float32)
-    # Two programs may contract the arithmetic of the gradients differently.
-    for a, b in zip(*map(jax.tree.leaves, (plain, averaged)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-    tx, u = adam_fn.average_params(), jnp.asarray([0.1, -3e-8])
-    np.testing.assert_array_equal(tx.update(u, tx.init(u), u)[0], u)
+    # Two programs: XLA may contract a product and a sum in one and not in the other.
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(averaged), strict=True):
+        assert relative_error(np.asarray(b), np.asarray(a)) < 1e-6
+    tx = adam_fn.average_params()
+    u = p = {"a": jax.random.normal(jax.random.key(0), (5,))}
+    assert (tx.update(u, tx.init(p), p)[0]["a"] == u["a"]).all()
 
 
 @pytest.mark.parametrize("warmup", [0, 50])

@@ -13,7 +13,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
-from helpers import compilations
+from helpers.runs import compilations
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import adam_fn
@@ -600,19 +600,19 @@ def test_composes(kind: str) -> None:
 def test_errors_name_the_leaf(kind: str) -> None:
     tx: Any = WRITES[kind](optax.sgd(1.0))
     for dtype in (jnp.float16, jnp.float8_e4m3fn):
-        with pytest.raises(TypeError, match=rf"expected parameters of bfloat16.*\['a'\] is {jnp.dtype(dtype)}"):
+        with pytest.raises(TypeError, match=rf"expected parameters of bfloat16.*; a is {jnp.dtype(dtype)}"):
             tx.init({"a": jnp.ones(2, dtype)})
     p = {"a": jnp.ones(2, BF16)}
     with pytest.raises(ValueError, match="needs the parameters"):
         tx.update(p, tx.init(p))
-    with pytest.raises(ValueError, match=r"\['a'\] has shape \(3,\), its parameter \(2,\)"):
+    with pytest.raises(ValueError, match=r"of a has shape \(3,\), its parameter \(2,\)"):
         tx.update({"a": jnp.ones(3)}, tx.init(p), p)
 
 
 def test_errors_of_arguments_and_states() -> None:
     p = {"a": jnp.ones(2, BF16)}
     sixteen, eight = (write.master_weights(optax.sgd(1.0), bits) for bits in (16, 8))
-    with pytest.raises(ValueError, match=r"remainder of \['a'\].*bits=8.*int16"):
+    with pytest.raises(ValueError, match=r"remainder of a \(.*bits=8.*int16"):
         eight.update(p, sixteen.init(p), p)
     with pytest.raises(TypeError, match="MasterState"):
         sixteen.update(p, optax.EmptyState(), p)

@@ -19,7 +19,7 @@ from adam_fn.arithmetic import Weight
 from adam_fn.codec import Stored
 from adam_fn.execute.body import as_dtype, as_real
 from adam_fn.execute.store import store
-from adam_fn.leaves import Leaves, PyTree, named
+from adam_fn.leaves import Leaves, PyTree, named, shown
 from adam_fn.rule import Rule
 from adam_fn.spec import Spec, gather, zeros_like
 from adam_fn.transform import State, Update
@@ -51,18 +51,6 @@ class Moments(NamedTuple):
         return self.slots[slot][path] if slot in self.slots else jnp.zeros_like(next(iter(self.slots.values()))[path])
 
 
-def path_of(keys: jax.tree_util.KeyPath) -> str:
-    """A path as `adam_fn.masks.path` has it: the keys joined by ``/``, less the ``.value`` of a boxed parameter."""
-    if keys and keys[-1] == jax.tree_util.GetAttrKey("value"):
-        keys = keys[:-1]
-    return jax.tree_util.keystr(keys, simple=True, separator="/")
-
-
-def by_path(tree: PyTree) -> dict[str, Any]:
-    """The leaves of a tree by path; nothing for None and `optax.MaskedNode`."""
-    return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
 def fail(problems: Iterable[str], what: str) -> None:
     """Raises one error that lists all problems, where there are any."""
     if listed := list(problems):
@@ -88,8 +76,7 @@ class Target:
         self._outer = params
         leaves = Leaves(self.params)
         self._treedef = leaves.treedef
-        keys = jax.tree_util.tree_flatten_with_path(self.params, is_leaf=lambda x: x is None)[0]
-        self._paths = [path_of(path) for path, _ in keys]
+        self._paths = leaves.names
         self._leaves = dict(zip(self._paths, leaves.leaves, strict=True))
         trained = zip(self._paths, update.spec.trained(leaves, self.params), strict=True)
         self.trained = [path for path, train in trained if train]
@@ -152,8 +139,8 @@ class Target:
     def uncovered(self, paths: Iterable[str | None]) -> Iterable[str]:
         """What differs between some paths and those of the parameters that are trained."""
         known = {path: None for path in paths if path is not None}
-        yield from (f"{_shown(path)}: is not a trained parameter" for path in known if path not in self.trained)
-        yield from (f"{_shown(path)}: is not among paths" for path in self.trained if path not in known)
+        yield from (f"{shown(path)}: is not a trained parameter" for path in known if path not in self.trained)
+        yield from (f"{shown(path)}: is not among paths" for path in self.trained if path not in known)
 
     def _joined(self, path: str, x: jax.Array) -> jax.Array:
         dtype = jnp.result_type(self._leaves[path])
@@ -165,19 +152,19 @@ class Target:
         stored = list(self.update.spec.rule.slots)
         for path in self.trained:
             if missing := [name for name in stored if path not in moments.slots.get(name, {})]:
-                yield f"{_shown(path)}: no {', '.join(missing)}"
+                yield f"{shown(path)}: no {', '.join(missing)}"
             for name in stored:
                 if path in moments.slots.get(name, {}):
                     yield from self._misfit(path, name, moments.slots[name][path])
         given = {path: None for name in stored for path in moments.slots.get(name, {})}
-        yield from (f"{_shown(path)}: is not a parameter" for path in given if path not in self._leaves)
+        yield from (f"{shown(path)}: is not a parameter" for path in given if path not in self._leaves)
 
     def _misfit(self, path: str, name: str, x: Array) -> Iterable[str]:
         if jnp.shape(x) != self.shape(path):
-            yield f"{_shown(path)}: {name} has shape {jnp.shape(x)}, the parameter {self.shape(path)}"
+            yield f"{shown(path)}: {name} has shape {jnp.shape(x)}, the parameter {self.shape(path)}"
         kinds = [jnp.issubdtype(jnp.result_type(y), jnp.complexfloating) for y in (x, self._leaves[path])]
         if not jnp.issubdtype(jnp.result_type(x), jnp.inexact) or kinds[0] != kinds[1]:
-            yield f"{_shown(path)}: {name} is {jnp.result_type(x)}, the parameter {jnp.result_type(self._leaves[path])}"
+            yield f"{shown(path)}: {name} is {jnp.result_type(x)}, the parameter {jnp.result_type(self._leaves[path])}"
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -191,10 +178,6 @@ def _stored(spec: Spec, slot: str, values: Sequence[Array | None], params: PyTre
                 zeros = zeros_like(jnp.asarray(leaves.leaves[i]))
                 found[i] = store(codecs[slot], zeros + as_real(jnp.asarray(values[i])).astype(zeros.dtype))
     return gather(leaves, dict(spec.codecs)[slot], found)
-
-
-def _shown(path: str) -> str:
-    return path or "the only leaf"
 
 
 @jax.jit

@@ -10,8 +10,8 @@ import numpy as np
 import optax
 import optax.contrib
 
-from adam_fn.interop.moments import ByPath, Moments, Target, by_path, fail, path_of
-from adam_fn.leaves import PyTree
+from adam_fn.interop.moments import ByPath, Moments, Target, fail
+from adam_fn.leaves import PyTree, by_path, path_name, shown
 from adam_fn.rule import Rule
 from adam_fn.rules.adam import Adam
 from adam_fn.rules.adamax import AdaMax
@@ -80,7 +80,8 @@ def from_optax(tx: optax.GradientTransformation, params: PyTree, optax_state: op
     Args:
       tx: an optimizer of this package, or `adam_fn.master_weights` around one (its remainders are 0 then).
       params: the parameters, now.
-      optax_state: the state of an optimizer of optax for parameters of this structure.
+      optax_state: the state of an optimizer of optax for parameters of this structure. One from a checkpoint has to be
+        restored into ``optax_tx.init(params)``: dictionaries and lists in its place are a ValueError that says how.
 
     Raises:
       ValueError: where moments are missing, of another shape or kind, or not of a parameter, with a list of all; where
@@ -90,19 +91,27 @@ def from_optax(tx: optax.GradientTransformation, params: PyTree, optax_state: op
     """
     target, form = _target(tx, params)
     found: list[Any] = []
+    untyped: list[Any] = []  # What a checkpoint gives that was restored without its types.
     counts: dict[str, int] = {}
 
     def look(keys: jax.tree_util.KeyPath, node: Any) -> Any:  # noqa: ANN401
         for field in _counted(node, form):
-            counts[f"{path_of(keys)} {type(node).__name__}.{field}".strip()] = int(getattr(node, field))
+            counts[f"{path_name(keys)} {type(node).__name__}.{field}".strip()] = int(getattr(node, field))
         if isinstance(node, form.state):
             found.append(node)
+        elif isinstance(node, Mapping) and set(form.state._fields) <= set(node):
+            untyped.append(node)
         return node
 
     _map_nodes(look, optax_state, form)
     if not found:
+        lost = (
+            ". It was restored as plain containers: restore it into optax_tx.init(params), with Orbax's "
+            "StandardRestore(optax_tx.init(params)) or flax.serialization.from_state_dict(optax_tx.init(params), …)"
+        )
         raise ValueError(
             f"no {form.state.__name__} in the state of optax, which {type(target.rule).__name__} goes on from"
+            + (lost if untyped else "")
         )
     if len(set(counts.values())) > 1:
         fail((f"{where}: {count}" for where, count in counts.items()), "the state of optax counts steps differently")
@@ -148,19 +157,19 @@ def to_optax(tx: optax.GradientTransformation, params: PyTree, state: State | Ma
     used: set[str] = set()
 
     def moved(name: str, keys: jax.tree_util.KeyPath, old: jax.Array) -> jax.Array:
-        path = path_of(keys)
+        path = path_name(keys)
         if not jnp.issubdtype(jnp.result_type(old), jnp.inexact):
             return old
         used.add(path)
         if name not in slots:  # Of β₁ = 0: optax keeps a first moment that counts for nothing.
             return jnp.zeros_like(old)
         if path not in slots[name]:
-            problems.append(f"{path or 'the only leaf'}: {name} is not in the state")
+            problems.append(f"{shown(path)}: {name} is not in the state")
             return old
         new = slots[name][path]
         if new.shape != jnp.shape(old) or jnp.iscomplexobj(new) != jnp.iscomplexobj(old):
             theirs = f"{jnp.result_type(old)}{list(jnp.shape(old))}"
-            problems.append(f"{path or 'the only leaf'}: {name} is {new.dtype}{list(new.shape)}, optax's {theirs}")
+            problems.append(f"{shown(path)}: {name} is {new.dtype}{list(new.shape)}, optax's {theirs}")
             return old
         return new.astype(jnp.result_type(old))
 
@@ -174,7 +183,7 @@ def to_optax(tx: optax.GradientTransformation, params: PyTree, state: State | Ma
         return node._replace(**new) if new else node
 
     result = _map_nodes(replaced, optax_state, form)
-    problems += [f"{path or 'the only leaf'}: has no moments in optax's" for path in target.trained if path not in used]
+    problems += [f"{shown(path)}: has no moments in optax's" for path in target.trained if path not in used]
     fail(problems, "the state does not fit the one of optax")
     return result
 

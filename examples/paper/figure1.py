@@ -22,16 +22,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import harness
-import imdb_data
 import jax
 import jax.numpy as jnp
-import mnist_data
 import numpy as np
 import optax
 from harness import Claim, Point, Problem, Sweep
+from loaders import imdb, mnist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from mnist_report import epoch_axis, log_axis
+from support.report import epoch_axis, log_axis
 
 import adam_fn
 
@@ -76,8 +75,8 @@ class Panel(NamedTuple):
         return ", ".join(f"{label} {self.mean(label):.4f} ({self.curve(label)[-1]:.4f})" for label in labels)
 
 
-def mnist(data: str | None, steps: int | None) -> tuple[str, Problem[Weights, Data]]:
-    dataset = mnist_data.load(harness.folder(data, "mnist"))
+def mnist_problem(data: str | None, steps: int | None) -> tuple[str, Problem[Weights, Data]]:
+    dataset = mnist.load(harness.folder(data, "mnist"))
 
     def cost(params: Weights, data: Data, rows: jax.Array, key: jax.Array) -> jax.Array:
         images, labels = data[0][rows].astype(jnp.float32) / 255, data[1][rows]
@@ -90,9 +89,9 @@ def mnist(data: str | None, steps: int | None) -> tuple[str, Problem[Weights, Da
     return dataset.name, problem
 
 
-def imdb(data: str | None, steps: int | None) -> tuple[str, dict[bool, Problem[Weights, Data]]]:
+def imdb_problem(data: str | None, steps: int | None) -> tuple[str, dict[bool, Problem[Weights, Data]]]:
     """The problems with dropout (True) and without."""
-    reviews = imdb_data.load(harness.folder(data, "imdb"))
+    reviews = imdb.load(harness.folder(data, "imdb"))
     params = {"w": jnp.zeros(reviews.words), "b": jnp.zeros(())}
     arrays = jnp.asarray(reviews.train.dense(reviews.words)), jnp.asarray(reviews.train.labels)
 
@@ -183,8 +182,8 @@ def main(argv: Sequence[str] | None = None) -> list[Claim]:
     options = harness.options("figure1.py", __doc__, argv, epochs=45)
     steps = 10 if options.quick else None
     with harness.errors_in_one_line("figure1.py"):
-        name, problem = mnist(options.data, steps)
-        reviews, problems = imdb(options.data, steps)
+        name, problem = mnist_problem(options.data, steps)
+        reviews, problems = imdb_problem(options.data, steps)
     panels = [panel(name, problem, options.epochs, options.seed)]
     for dropout, words in ((True, "with dropout"), (False, "without dropout")):
         panels.append(panel(f"{reviews}, {words}", problems[dropout], options.epochs, options.seed))

@@ -19,12 +19,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import harness
-import mnist_data
 import mnist_mlp
 import numpy as np
 from harness import Claim
+from loaders import mnist
 from matplotlib.figure import Figure
-from mnist_report import Run, cost_axis, means
+from support.report import Run, cost_axis, means
 
 NAMES = ("adagrad", "rmsprop", "sgd-nesterov", "adadelta", "adam")
 DROPOUT = 0.5
@@ -78,7 +78,7 @@ def draw(runs: Runs, title: str) -> Figure:
 def main(argv: Sequence[str] | None = None) -> list[Claim]:
     options = harness.options("figure2.py", __doc__, argv, epochs=6)
     with harness.errors_in_one_line("figure2.py"):
-        dataset = mnist_data.load(harness.folder(options.data, "mnist"))
+        dataset = mnist.load(harness.folder(options.data, "mnist"))
     given = mnist_mlp.parse(["--compare", "--schedule", "constant", *(["--quick"] if options.quick else [])])
     given = given._replace(epochs=options.epochs, seed=options.seed)
     runs: dict[float, list[Run]] = {}

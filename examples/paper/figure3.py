@@ -25,19 +25,19 @@ from typing import NamedTuple
 import harness  # before the modules of examples/, which it makes importable
 
 # isort: split
-import cifar_data
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from command_line import Parser, real
 from flax import nnx
 from harness import Claim, Problem, Sweep
+from loaders import cifar
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from mnist_mlp import shuffled
-from mnist_report import log_axis
 from numpy.typing import NDArray
+from support.command_line import Parser, real
+from support.report import log_axis
 
 import adam_fn
 
@@ -94,12 +94,12 @@ class ConvNet(nnx.Module):
 
     def __init__(self, width: float, *, rngs: nnx.Rngs) -> None:
         narrow, wide, full = (max(1, round(width * size)) for size in (64, 128, 1000))
-        side = cifar_data.SIZE // 8
-        self.stage1 = nnx.Conv(cifar_data.CHANNELS, narrow, (5, 5), rngs=rngs)
+        side = cifar.SIZE // 8
+        self.stage1 = nnx.Conv(cifar.CHANNELS, narrow, (5, 5), rngs=rngs)
         self.stage2 = nnx.Conv(narrow, narrow, (5, 5), rngs=rngs)
         self.stage3 = nnx.Conv(narrow, wide, (5, 5), rngs=rngs)
         self.full = nnx.Linear(side * side * wide, full, rngs=rngs)
-        self.out = nnx.Linear(full, cifar_data.CLASSES, rngs=rngs)
+        self.out = nnx.Linear(full, cifar.CLASSES, rngs=rngs)
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         keys = None if key is None else jax.random.split(key)
@@ -286,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> list[Claim]:
     options = harness.options("figure3.py", __doc__, argv, epochs=45, quick_epochs=1, extras=extras)
     width = options.width or (1 / 32 if options.quick else 1 / 8)
     with harness.errors_in_one_line("figure3.py"):
-        dataset = cifar_data.load(harness.folder(options.data, "cifar10"))
+        dataset = cifar.load(harness.folder(options.data, "cifar10"))
     count = 256 if options.quick else len(dataset.train_labels)
     images, labels = whitened(dataset.train_images[:count]), dataset.train_labels[:count]
     layers = [max(1, round(width * size)) for size in (64, 64, 128, 1000)]

@@ -23,17 +23,17 @@ from collections.abc import Mapping, Sequence
 import harness  # first: it makes the modules below importable
 import jax
 import jax.numpy as jnp
-import mnist_data
 import numpy as np
 import optax
-from command_line import Parser, whole
 from flax import nnx
 from harness import Claim
+from loaders import mnist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from mnist_report import COLORS, log_axis
 from numpy.typing import NDArray
+from support.command_line import Parser, whole
+from support.report import COLORS, log_axis
 
 import adam_fn
 
@@ -216,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> list[Claim]:
     options = harness.options("figure4.py", __doc__, argv, epochs=30, extras=extras)
     options.hidden = options.hidden or (20 if options.quick else 100)
     with harness.errors_in_one_line("figure4.py"):
-        dataset = mnist_data.load(harness.folder(options.data, "mnist"))
+        dataset = mnist.load(harness.folder(options.data, "mnist"))
     images = dataset.train_images[: options.images]
     early = max(1, options.epochs // 10)
     sizes = f"{dataset.pixels}-{options.hidden}-{options.latents}-{options.hidden}-{dataset.pixels}"

@@ -28,14 +28,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
 import jax.numpy as jnp
-import mnist_report
 import numpy as np
 import optax
-from command_line import Parser, whole
 from matplotlib.figure import Figure
 from mnist_mlp import shuffled
 from numpy.typing import NDArray
 from PIL import Image
+from support import report
+from support.command_line import Parser, whole
 from tqdm import tqdm
 
 STEPS_PER_UPDATE = 50  # of the progress bar: each update waits for the device
@@ -76,7 +76,7 @@ def claims_table(claims: Sequence[Claim]) -> str:
             (claim.section if i == 0 else "", *line, words[claim.holds] if i == 0 else "")
             for i, line in enumerate(lines)
         ]
-    return mnist_report.align(rows)
+    return report.align(rows)
 
 
 def decided(options: Namespace, holds: bool) -> bool | None:
@@ -317,7 +317,7 @@ def best(runs: Sweep, by: Literal["last", "mean"] = "last") -> Best:
 def style(label: str) -> dict[str, Any]:
     """The line of an optimizer, the same in all plots: colour, dashes and width."""
     i = ORDER.index(label)
-    return {"color": mnist_report.COLORS[i], "linestyle": mnist_report.STYLES[i], "lw": 1.6}
+    return {"color": report.COLORS[i], "linestyle": report.STYLES[i], "lw": 1.6}
 
 
 def write(out: Path, stem: str, figure: Figure, numbers: Mapping[str, object], claims: Sequence[Claim]) -> None:
@@ -334,5 +334,5 @@ def write(out: Path, stem: str, figure: Figure, numbers: Mapping[str, object], c
         "device": jax.devices()[0].device_kind,
         "versions": {name: version(name) for name in ("adam_fn", "jax", "optax", "flax", "numpy")},
     }
-    mnist_report.dump(json, {**about, **numbers, "claims": [asdict(claim) for claim in claims]})
+    report.dump(json, {**about, **numbers, "claims": [asdict(claim) for claim in claims]})
     print(f"wrote {png} and {json}")

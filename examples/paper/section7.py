@@ -20,16 +20,16 @@ from typing import NamedTuple, cast
 import harness
 import jax
 import jax.numpy as jnp
-import mnist_data
 import mnist_mlp
 import optax
 from flax import nnx
 from harness import Claim, Metrics, Problem, Sweep
+from loaders import mnist
+from loaders.mnist import Dataset
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from mnist_data import Dataset
 from mnist_mlp import Parameters
-from mnist_report import COLORS, epoch_axis, log_axis
+from support.report import COLORS, epoch_axis, log_axis
 
 import adam_fn
 
@@ -154,7 +154,7 @@ def draw(runs: Mapping[str, Sweep], title: str) -> Figure:
 def main(argv: Sequence[str] | None = None) -> list[Claim]:
     options = harness.options("section7.py", __doc__, argv, epochs=10)
     with harness.errors_in_one_line("section7.py"):
-        dataset = mnist_data.load(harness.folder(options.data, "mnist"))
+        dataset = mnist.load(harness.folder(options.data, "mnist"))
     width = 64 if options.quick else 1000
     task = problem(dataset, width, 20 if options.quick else None, options.seed)
     runs: dict[str, Sweep] = {}

@@ -1,0 +1,441 @@
+"""Write the tables of README.md, docs and examples/README.md from benchmarks/results and examples/results.
+
+    python benchmarks/tables.py [--check]
+
+Each table stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`. With --check nothing is written, and the exit
+status is 1 when a file does not hold what the results say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import re
+import statistics
+import sys
+import typing
+from collections.abc import Callable, Iterable, Sequence
+
+from compiled import summary
+from measure import workloads
+from measure.report import Record, cell
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = pathlib.Path(__file__).resolve().parent / "results"
+EXAMPLES = ROOT / "examples" / "results"
+OURS = ("adam_fn", "adam_fn bfloat16 moments", "adam_fn 8-bit moments", "adam_fn 4-bit moments")
+NONE = "–"
+
+
+class MissingError(Exception):
+    """There is nothing to make a table of; the message says what makes it."""
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; the first column stands left, the others right."""
+    lines = [head, [":--", *["--:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def named(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def read(path: pathlib.Path, command: str) -> typing.Any:  # noqa: ANN401 (JSON)
+    if not path.exists():
+        raise MissingError(f"no {path.relative_to(ROOT)}: {command}")
+    return json.loads(path.read_text())
+
+
+def exactness() -> str:
+    """Per b2 and step, the largest error of adam_fn over the ways of giving hyperparameters, and optax's."""
+    found = read(RESULTS / "exactness.json", "python benchmarks/exactness.py --out benchmarks/results")
+    errors: dict[tuple[float, str], list[dict[str, float]]] = {}
+    for row in found["rows"]:
+        if row["peer"] == "adam_fn" or row["form"] == "numbers":
+            errors.setdefault((row["b2"], row["peer"]), []).append(row["errors"])
+    forms = list(dict.fromkeys(row["form"] for row in found["rows"]))
+    times = list(found["rows"][0]["errors"])
+    head = ["step", *(f"{peer}, b2 = {b2}" for b2, peer in errors)]
+    body = [
+        [f"{int(time):,}", *(f"{max(error[time] for error in kinds):.1e}" for kinds in errors.values())]
+        for time in times
+    ]
+    return (
+        f"{table(head, body)}\n\n"
+        f"Relative L2 error of the update against float64: random gradients, {found['coordinates']:,} coordinates "
+        f"whose scales span e^±9. adam_fn: the largest over hyperparameters given as {', '.join(forms)}; optax.adam: "
+        f"as numbers. Measured on {found['device']} with {named(found['versions'])} by `benchmarks/exactness.py`."
+    )
+
+
+def latest(records: Iterable[Record]) -> list[Record]:
+    """Of every device and case the newest run, quick ones left out."""
+    records = [record for record in records if not record["quick"]]
+    newest: dict[tuple[str, str], str] = {}
+    for record in records:
+        key = record["device"], record["case"]
+        newest[key] = max(newest.get(key, ""), record["date"])
+    order = [case.name for case in workloads.cases(quick=False)]
+    kept = [record for record in records if record["date"] == newest[record["device"], record["case"]]]
+    return sorted(kept, key=lambda record: order.index(record["case"]) if record["case"] in order else len(order))
+
+
+class Device:
+    """The records of one device."""
+
+    def __init__(self, records: list[Record]) -> None:
+        self.records = records
+        self.found = {(record["case"], record["peer"], record["metric"]): record for record in records}
+
+    def cases(self, metric: str) -> dict[str, str]:
+        """Names and titles of the cases that have a metric, in the order measured."""
+        return {record["case"]: record["title"] for record in self.records if record["metric"] == metric}
+
+    def value(self, case: str, peer: str, metric: str) -> str:
+        record = self.found.get((case, peer, metric))
+        return cell(record) if record else NONE
+
+    def ratio(self, case: str, peer: str, metric: str) -> str:
+        record = self.found.get((case, peer, metric))
+        return f"{record['ratio']:.2f}" if record and record["ratio"] is not None else NONE
+
+    def ours(self, metric: str) -> list[tuple[str, str, str]]:
+        """Case, peer and label of every row of ours."""
+        rows = []
+        for case, title in self.cases(metric).items():
+            for peer in OURS:
+                if (case, peer, metric) in self.found:
+                    rows.append((case, peer, ", ".join([title, *peer.split(" ", 1)[1:]])))
+        return rows
+
+    def steps(self) -> str:
+        torch = ("torch fused", "torch foreach")
+        rates = ("optax", "copy", "in place")
+        head = ["step", "adam_fn", "optax", "adam_fn / optax", *(f"{peer} / optax" for peer in torch)]
+        head += ["adam_fn GB/s", *(f"{peer} GB/s" for peer in rates)]
+        body = [
+            [
+                label,
+                self.value(case, peer, "step"),
+                self.value(case, "optax", "step"),
+                self.ratio(case, peer, "step"),
+                *(self.ratio(case, other, "step") for other in torch),
+                self.value(case, peer, "bandwidth"),
+                *(self.value(case, other, "bandwidth") for other in rates),
+            ]
+            for case, peer, label in self.ours("step")
+        ]
+        return table(head, body)
+
+    def programs(self) -> str:
+        head = ["program", "trace + compile, adam_fn", "optax", "adam_fn / optax", "temporaries, adam_fn", "optax"]
+        head += ["state, adam_fn, bytes/parameter", "optax"]
+        body = [
+            [
+                label,
+                self.value(case, peer, "total"),
+                self.value(case, "optax", "total"),
+                self.ratio(case, peer, "total"),
+                self.value(case, peer, "temporaries"),
+                self.value(case, "optax", "temporaries"),
+                self.value(case, peer, "state"),
+                self.value(case, "optax", "state"),
+            ]
+            for case, peer, label in self.ours("total")
+        ]
+        return table(head, body)
+
+    def eager(self) -> str:
+        peers = ("adam_fn", "adam_fn make_step", "optax", "torch fused", "torch foreach")
+        body = [
+            [
+                f"{title}: {label}",
+                *(self.value(case, peer, metric) for peer in peers),
+                self.ratio(case, "adam_fn", metric),
+            ]
+            for metric, label in (("eager update", "update"), ("eager step", "update and apply"))
+            for case, title in self.cases(metric).items()
+        ]
+        return table(["outside jit", *peers, "adam_fn / optax"], body)
+
+    def rates(self) -> str:
+        metric = "compilations per new rate"
+        body = [[row["peer"], cell(row)] for row in self.records if row["metric"] == metric]
+        return table(["another learning rate", "compilations"], body)
+
+    def text(self) -> str:
+        """The tables that have rows, and on what they were measured."""
+        runs = dict.fromkeys(f"{named(record['versions'])} ({record['date'][:10]})" for record in self.records)
+        about = f"**{self.records[0]['device']}**, with {'; '.join(runs)}, by `benchmarks/speed.py`:"
+        kinds = (("step", self.steps), ("total", self.programs), ("eager update", self.eager))
+        kinds += (("compilations per new rate", self.rates),)
+        return "\n\n".join([about, *(make() for metric, make in kinds if self.cases(metric))])
+
+
+def speed() -> str:
+    """Every device's tables."""
+    paths = sorted(RESULTS.glob("speed-*.json"))
+    command = "python benchmarks/speed.py --out benchmarks/results"
+    if not paths:
+        raise MissingError(f"no {RESULTS.relative_to(ROOT)}/speed-*.json: {command}")
+    records = latest(record for path in paths for record in read(path, command))
+    devices = dict.fromkeys(record["device"] for record in records)
+    texts = [Device([record for record in records if record["device"] == device]).text() for device in devices]
+    note = (
+        "Medians of steps timed in turn within one run. GB/s counts the least traffic: gradients, parameters and "
+        "moments read once, parameters and moments written once, each in its own dtype. `copy` moves as many bytes "
+        "from one array to another, `in place` changes one array where it lies; what fits into the caches may exceed "
+        "both."
+    )
+    return "\n\n".join([*texts, note])
+
+
+def comparison() -> str:
+    """The README's table: what matters to somebody who uses optax.adam, each figure from the results of a script."""
+    errors: dict[tuple[str, float], list[float]] = {}
+    for row in read(RESULTS / "exactness.json", "python benchmarks/exactness.py --out benchmarks/results")["rows"]:
+        if row["peer"] == "adam_fn" or row["form"] == "numbers":
+            errors.setdefault((row["peer"], row["b2"]), []).append(row["errors"]["1000"])
+    command = "python benchmarks/speed.py --out benchmarks/results"
+    records = latest(record for path in sorted(RESULTS.glob("speed-cpu*.json")) for record in read(path, command))
+    device = Device([record for record in records if record["device"] == records[0]["device"]])
+    runs = read(RESULTS / "precision-cpu.json", "python benchmarks/precision.py --out benchmarks/results")["runs"]
+    loss: dict[str, dict[int, float]] = {}
+    for run in runs:
+        if run["workload"] == "tuned":
+            loss.setdefault(run["label"], {})[run["seed"]] = run["loss"]
+
+    def above(label: str) -> str:
+        return f"{statistics.mean(loss[label][seed] - loss['float32'][seed] for seed in loss[label]):.4f}"
+
+    def error(b2: float) -> list[str]:
+        return [f"{max(errors[peer, b2]):.0e}" for peer in ("optax", "adam_fn")]
+
+    def state(peer: str) -> str:
+        case = next(case for case, peer_, metric in device.found if (peer_, metric) == (peer, "state"))
+        return device.value(case, peer, "state")
+
+    ours = ", ".join(f"{state(f'adam_fn {bits}-bit moments')} ({bits} bits)" for bits in (8, 4))
+    rows = [
+        ["error of an update, β₂ = 0.999", *error(0.999)],
+        ["error of an update, β₂ = 0.999999", *error(0.999999)],
+        ["state, bytes a parameter", state("optax"), f"{state('adam_fn')}, {ours}"],
+        ["time of a step of GPT-2 small", "1", device.ratio("gpt2", "adam_fn", "step")],
+        ["its compilation", "1", device.ratio("gpt2", "adam_fn", "total")],
+        ["an update of 200 leaves outside `jit`", "1", device.ratio("eager", "adam_fn", "eager update")],
+        ["bfloat16 parameters: loss above float32's", f"{above('bfloat16')}*", f"{above('bfloat16, 32-bit masters')}"],
+    ]
+    return (
+        f"{table(['', '`optax.adam`', '`adam_fn.adam`'], rows)}\n\n"
+        "Relative L2 error against float64 at step 1,000; times as ratios within one run; the loss of a character "
+        "transformer trained further at a low rate, plain (*: with adam_fn's Adam, whose moments are float32) and with "
+        f"`master_weights`. On {device.records[0]['device']}, by `exactness.py`, `speed.py` and `precision.py` of "
+        "`benchmarks`."
+    )
+
+
+def span(values: Sequence[float]) -> str:
+    """The least and the largest, or the one."""
+    ends = [f"{end:.3g}" for end in (min(values), max(values))]
+    return " to ".join(dict.fromkeys(ends))
+
+
+def codes() -> str:
+    """Whole states of ours and of other libraries, then each choice of ours beside its alternatives."""
+    found = read(RESULTS / "codes.json", "python benchmarks/codes.py --out benchmarks/results")
+    rows: dict[tuple[str, ...], dict[str, list[dict[str, float]]]] = {}
+    for row in found["rows"]:
+        rows.setdefault((row["part"], row["label"], row["m"], row["v"]), {}).setdefault(row["data"], []).append(row)
+
+    def cells(key: tuple[str, ...]) -> list[str]:
+        return [
+            span([row[column] for row in rows[key][data]])
+            for data in ("synthetic", "recorded")
+            for column in ("error", "rms", "largest")
+        ]
+
+    def first(key: tuple[str, ...]) -> dict[str, typing.Any]:
+        return next(iter(rows[key].values()))[0]
+
+    numbers = ["error", "RMS", "largest"]
+    columns = [*(f"{name}, synthetic" for name in numbers), *(f"{name}, recorded" for name in numbers)]
+    texts = []
+    for part, head in (("both", ["both moments"]), ("m", ["first moment alone"]), ("v", ["second moment alone"])):
+        body = []
+        for key in (key for key in rows if key[0] == part):
+            row = first(key)
+            name = f"m: {row['m']}; v: {row['v']}" if part == "both" else row[part]
+            if row["peer"]:
+                name = f"{row['label']}: {name}"
+            label = name.replace(", 14 bits with its sign for 32", "").replace(", place for 32", "")
+            body.append([f"**{label}**" if row["ours"] else label, f"{row['bytes']:.4g}", *cells(key)])
+        texts.append(table([*head, "bytes", *columns], body))
+    about = (
+        f"Of the last {found['last']} of {found['steps']:,} updates, in float64: relative L2 error against exact "
+        "Adam's, RMS and largest element in its units; synthetic: least and largest over σ from 1 to 1e-15. Bold: "
+        f"`Block(8)` and `Block(4)`. {named(found['versions'])} ({found['date'][:10]}), by `benchmarks/codes.py`."
+    )
+    details = "<details><summary>Each moment alone: our codes beside others</summary>"
+    return "\n\n".join([about, texts[0], details, *texts[1:], "</details>"])
+
+
+def precision() -> str:
+    """Per configuration: bytes a parameter, and of each workload the loss and how far it is from float32's."""
+    path = next(iter(sorted(RESULTS.glob("precision-*.json"))), RESULTS / "precision-cpu.json")
+    found = read(path, "python benchmarks/precision.py --out benchmarks/results")
+    runs: dict[str, dict[str, dict[int, dict[str, typing.Any]]]] = {}
+    for run in found["runs"]:
+        runs.setdefault(run["label"], {}).setdefault(run["workload"], {})[run["seed"]] = run
+    names = list(found["settings"])
+    head = ["", "bytes", *(cell for name in names for cell in (f"{name}: loss", "above float32"))]
+    body = []
+    for label, workloads_ in runs.items():
+        first = next(iter(workloads_[names[0]].values()))
+        cells = [label, f"{sum(first['bytes'].values()):.2f}"]
+        for name in names:
+            base, own = runs["float32"][name], workloads_[name]
+            cells.append(spread([run["loss"] for run in own.values()], 4))
+            above = [own[seed]["loss"] - base[seed]["loss"] for seed in own]
+            cells.append(NONE if label == "float32" else spread(above, 4))
+        body.append(cells)
+    about = (
+        "Validation loss in nats, mean ± standard deviation over the seeds; *above float32*: the difference to float32 "
+        "of the same seed. Bytes a parameter: parameter, gradient and state (of char). "
+        f"{found['device']}, {named(found['versions'])}, by `benchmarks/precision.py`."
+    )
+    return f"{table(head, body)}\n\n{about}"
+
+
+def temporaries() -> str:
+    """Of every leaf and storage."""
+    path = next(iter(sorted(RESULTS.glob("temporaries-*.json"))), RESULTS / "temporaries-cpu.json")
+    found = read(path, "python benchmarks/temporaries.py --out benchmarks/results")
+    columns = ("make_step", "update")
+    body = [
+        [" x ".join(f"{axis:,}" for axis in row["shape"]), row["storage"], *(f"{row[name]:.3f}" for name in columns)]
+        for row in found["rows"]
+    ]
+    about = (
+        "Temporaries of a step of one leaf, in units of its float32 size, on "
+        f"{found['device']} with {named(found['versions'])}, by `benchmarks/temporaries.py`."
+    )
+    return f"{table(['leaf', 'moments', *columns], body)}\n\n{about}"
+
+
+def compiled() -> str:
+    """What the compilers for TPU and GPU make of a step: a table each."""
+    found = read(RESULTS / "compiled.json", "python benchmarks/compiled.py --out benchmarks/results")
+    return "\n\n".join(f"{table(head, body)}\n\n{about}" for head, body, about in summary(found))
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean ± standard deviation."""
+    mean = round(statistics.mean(values), digits) + 0.0  # No -0.
+    return f"{mean:.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def mnist() -> str:
+    """The last epoch of every run of examples/mnist_mlp.py."""
+    command = "python examples/mnist_mlp.py --out benchmarks/results, with --compare or without"
+    paths = [path for name in ("mnist_mlp", "mnist_compare") if (path := RESULTS / f"{name}.json").exists()]
+    if not paths:
+        raise MissingError(f"no {RESULTS.relative_to(ROOT)}/mnist_mlp.json: {command}")
+    head = ["optimizer", "rate", "decay", "schedule", "epochs", "training cost", "test accuracy", "best", "images/s"]
+    texts = []
+    for path in paths:
+        found = read(path, command)
+        body = []
+        for run in found["runs"]:
+            epochs = run["epochs"]
+            cost = epochs[-1]["train_cost"]
+            seconds = sum(epoch["seconds"] for epoch in epochs)
+            images = sum(epoch["seconds"] * epoch["images_per_second"] for epoch in epochs)
+            body.append(
+                [
+                    run["label"],
+                    f"{run['learning_rate']:g}",
+                    f"{run['weight_decay']:g}",
+                    run["schedule"],
+                    str(len(epochs)),
+                    NONE if cost is None else f"{cost:.4f}",
+                    f"{epochs[-1]['test_accuracy']:.2%}",
+                    f"{max(epoch['test_accuracy'] for epoch in epochs):.2%}",
+                    f"{images / seconds:,.0f}",
+                ]
+            )
+        layers = "-".join(str(width) for width in found["layers"])
+        about = (
+            f"{found['dataset']}, {found['train_images']:,} training and {found['test_images']:,} test images, "
+            f"MLP {layers}, batch {found['batch']}, seed {found['seed']}, on {found['device']} with "
+            f"{named(found['versions'])}, by `examples/mnist_mlp.py`:"
+        )
+        texts.append(f"{about}\n\n{table(head, body)}")
+    return "\n\n".join(texts)
+
+
+def claims() -> str:
+    """Every claim of the paper beside what the scripts of examples/paper measured."""
+    words = {True: "yes", False: "**no**", None: "not decided"}
+    rows, about = [], {}
+    for path in sorted(EXAMPLES.glob("*.json")):
+        found = read(path, "")
+        for claim in found.get("claims", ()):
+            cells = (claim["section"], claim["text"], claim["measured"], words[claim["holds"]])
+            rows.append([cell.replace("|", "ǀ") for cell in cells])
+            about[f"{found['device']}, {named(found['versions'])}"] = None
+    if not rows:
+        raise MissingError(f"no claims in {EXAMPLES.relative_to(ROOT)}: python examples/paper/figure1.py --out ...")
+    return (
+        f"{table(['section', 'claim', 'measured', 'holds'], rows)}\n\n"
+        f"Measured on {'; '.join(about)} by the scripts of `examples/paper`."
+    )
+
+
+TABLES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"comparison": comparison},
+    "docs/precision.md": {"precision": precision},
+    "docs/benchmarks.md": {
+        "codes": codes,
+        "temporaries": temporaries,
+        "compiled": compiled,
+        "exactness": exactness,
+        "speed": speed,
+        "mnist": mnist,
+    },
+    "examples/README.md": {"claims": claims},
+}
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """`text` with `content` between the markers of `name`."""
+    begin, end = f"<!-- begin:{name} -->", f"<!-- end:{name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise MissingError(f"{begin} and then {end} must be there, once each")
+    return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{content}\n{end}", text, flags=re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a file is out of date")
+    options = parser.parse_args()
+    wrong = []
+    for file, tables in TABLES.items():
+        old = new = (ROOT / file).read_text()
+        for name, make in tables.items():
+            try:
+                new = fill(new, name, make())
+            except MissingError as missing:
+                wrong.append(f"{file}, {name}: {missing}")
+        if options.check:
+            wrong += [f"{file} is out of date: python benchmarks/tables.py"] * (new != old)
+        elif new != old:
+            (ROOT / file).write_text(new)
+            print(f"wrote {file}")
+    if wrong:
+        sys.exit("\n".join(wrong))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The benchmark of precisions, small: the model beside flax, what the rows differ in, and what the file keeps."""
+
+import dataclasses
+import json
+import pathlib
+import typing
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import precision
+import pytest
+from loaders import mnist
+from training import char_model
+
+TEXT = char_model.split("".join(np.random.default_rng(0).choice(list("abcdefgh ."), 4000)))
+MODEL = dataclasses.replace(char_model.TINY, vocabulary=TEXT.vocabulary)
+
+
+def _flax_logits(params: char_model.Params, tokens: jax.Array) -> jax.Array:
+    """The same network of flax's layers, block by block."""
+    width, time = MODEL.width, tokens.shape[1]
+
+    def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+        found = nn.LayerNorm(epsilon=1e-5, use_bias=False).apply({"params": {"scale": scale}}, x)
+        return typing.cast(jax.Array, found)
+
+    def attention(x: jax.Array, qkv: jax.Array, out: jax.Array) -> jax.Array:
+        heads = (width, MODEL.heads, width // MODEL.heads)
+        names = ("query", "key", "value")
+        kernels = {
+            name: {"kernel": part.reshape(heads)} for name, part in zip(names, jnp.split(qkv, 3, 1), strict=True)
+        }
+        kernels["out"] = {"kernel": out.reshape(*heads[1:], width)}
+        layer = nn.MultiHeadDotProductAttention(MODEL.heads, use_bias=False)
+        return typing.cast(jax.Array, layer.apply({"params": kernels}, x, mask=nn.make_causal_mask(tokens)))
+
+    x = params["embedding"][tokens] + params["positions"][None, :time]
+    for block in range(MODEL.blocks):
+        own = {name: params[f"block{block}.{name}"] for name in ("norm1", "qkv", "out", "norm2", "up", "down")}
+        x = x + attention(norm(x, own["norm1"]), own["qkv"], own["out"])
+        x = x + nn.gelu(norm(x, own["norm2"]) @ own["up"]) @ own["down"]
+    return norm(x, params["norm"]) @ params["head"].T
+
+
+def test_the_transformer_is_flax_s() -> None:
+    params = MODEL.init(0)
+    random = np.random.default_rng(1)
+    params = {name: leaf + jnp.array(random.normal(0, 0.2, leaf.shape), jnp.float32) for name, leaf in params.items()}
+    tokens = char_model.sample(jnp.array(TEXT.train), 0, 0, 3, MODEL.context)[:, :-1]
+    expected = jax.jit(_flax_logits)(params, tokens).reshape(-1, TEXT.vocabulary)
+    np.testing.assert_allclose(jax.jit(MODEL.logits)(params, tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_size() -> None:
+    assert char_model.Model().parameters == 1_017_472
+    assert MODEL.parameters == sum(leaf.size for leaf in MODEL.init(0).values())
+
+
+def test_split_and_windows() -> None:
+    assert (len(TEXT.train), len(TEXT.validation), TEXT.vocabulary) == (3600, 400, 10)
+    text = jnp.arange(1000)
+    windows = np.asarray(char_model.sample(text, 3, 5, 64, 20))
+    assert windows.shape == (64, 21) and (np.diff(windows) == 1).all() and len(set(windows[:, 0])) > 32
+    for seed, step, same in ((3, 5, True), (3, 6, False), (4, 5, False)):
+        assert np.array_equal(windows, char_model.sample(text, seed, step, 64, 20)) == same
+    found = char_model.spread(text, 40, 20)
+    assert found[0, 0] == 0 and found[-1, -1] == 999 and (jnp.diff(found[:, 0]) >= 20).all()
+
+
+def test_recorded_gradients() -> None:
+    found = char_model.recorded(2, 7, 16, model=MODEL, text=TEXT)
+    windows = char_model.sample(jnp.array(TEXT.train), 7, 0, char_model.BATCH, MODEL.context)
+    grads = jax.jit(jax.grad(MODEL.loss))(MODEL.init(7), windows)
+    assert found.shape == (2, 16, 256)
+    chosen = char_model.groups(MODEL, 16)
+    expected = np.concatenate([np.asarray(grads[name]).reshape(-1)[own] for name, own in chosen.items()])
+    np.testing.assert_allclose(found[0], expected, rtol=1e-3, atol=1e-6)
+    assert len(chosen) == 8 and (found[1] != found[0]).mean() > 0.9
+
+
+def _small(steps: int = 48) -> precision.Workload:
+    workload = precision.characters(quick=True, text=TEXT)
+    return dataclasses.replace(workload, settings=dataclasses.replace(workload.settings, steps=steps))
+
+
+MASTERS = "bfloat16, 32-bit masters"
+LABELS = [precision.BASE, MASTERS]
+
+
+def test_runs_are_kept(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "new" / "precision.json"
+    precision.measure(_small(), LABELS, 1, precision.Results(path))
+    found = json.loads(path.read_text())
+    runs = {run["label"]: run for run in found["runs"]}
+    assert list(runs) == LABELS and found["settings"]["char"]["steps"] == 48
+    base = runs[precision.BASE]
+    assert [step for step, _ in base["curve"]] == list(range(4, 52, 4))
+    assert base["curve"][-1][1] == base["loss"] < base["curve"][0][1] and base["accuracy"] is None
+    # Masters differ from float32 by the rounding of what the network sees.
+    assert 0 < abs(runs[MASTERS]["loss"] - base["loss"]) < 0.02
+    for label, size, state in zip(LABELS, (4, 2), (8, 10), strict=True):
+        assert runs[label]["bytes"] == {"parameter": size, "gradient": size, "state": pytest.approx(state, abs=0.01)}
+    precision.plot(precision.Results(path), path.with_suffix(".png"))
+    assert path.with_suffix(".png").stat().st_size > 10_000
+
+    def forbidden(*_: object) -> typing.NoReturn:
+        raise InterruptedError
+
+    monkeypatch.setattr(precision, "Program", forbidden)
+    results = precision.Results(path)
+    precision.measure(_small(), LABELS, 1, results)
+    with pytest.raises(InterruptedError):
+        precision.measure(_small(), LABELS, 1, results, again=True)
+    with pytest.raises(InterruptedError):
+        precision.measure(_small(), LABELS, 2, results)
+    assert len(results.runs) == 2
+    with pytest.raises(InterruptedError):
+        precision.measure(_small(24), LABELS, 1, results)
+    assert not results.runs
+
+
+def test_mlp() -> None:
+    workload = precision.images(quick=True, dataset=mnist.digits())
+    program = precision.Program(workload, precision.CONFIGURATIONS["bfloat16, 24-bit masters"])
+    _, curve, accuracy, _, _ = program.run(0, lambda steps: None)
+    assert len(curve) == 12 and curve[-1][1] < 0.7 * curve[0][1] and accuracy > 0.6
+
+
+def test_selected() -> None:
+    assert precision.selected(["bfloat16"]) == ["bfloat16"]
+    assert precision.selected(["24-bit", "4-bit m"]) == [
+        label for label in precision.CONFIGURATIONS if "24-bit" in label or "4-bit m" in label
+    ]
+    assert precision.selected([]) == list(precision.CONFIGURATIONS) and precision.selected(["nothing"]) == []

@@ -1,0 +1,311 @@
+"""States of torch and Keras, recorded by `record_states.py`, to ours and back."""
+
+import functools
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from recorded.record_states import AFTER, BEFORE, FOLDER, KERAS, SHAPES, TORCH
+
+import adam_fn
+from adam_fn import masks, presets
+from adam_fn.interop import from_keras, from_torch, to_keras, to_torch, torch_groups, torch_tensors
+
+FLIP = {"*/kernel": (1, 0)}
+OURS: Mapping[str, Any] = {
+    "torch/adam": presets.torch_adam(),
+    "torch/adam_amsgrad": presets.torch_adam(amsgrad=True),
+    "torch/adamw_groups": presets.torch_adamw(2**-10, weight_decay=2**-3, mask=masks.path("*/kernel")),
+    "torch/adamax": presets.torch_adamax(),
+    "torch/nadam": presets.torch_nadam(),
+    "torch/radam": presets.torch_radam(),
+    "torch/complex_adam": presets.torch_adam(),
+    "keras/adam": presets.keras3_adam(),
+    "keras/adam_amsgrad": presets.keras3_adam(amsgrad=True),
+    "keras/adamw_ema": presets.keras3_adamw(2**-10, 2**-3),
+    "keras/adamax": presets.keras3_adamax(),
+    "keras/nadam": presets.keras3_nadam(),
+    "keras/lion": adam_fn.lion(1e-3, weight_decay=0.0),
+}
+
+
+def path(name: str) -> str:
+    """Our name of torch's parameter."""
+    return name.replace(".", "/").replace("weight", "kernel")
+
+
+PATHS = [path(name) for name in SHAPES]
+
+
+@functools.cache
+def record(framework: str) -> Mapping[str, Any]:
+    with np.load(FOLDER / f"{framework}.npz") as file:
+        return dict(file)
+
+
+def tree(framework: str, prefix: str) -> dict[str, dict[str, Any]]:
+    """Recorded arrays in our layout."""
+    found: dict[str, dict[str, Any]] = {"dense": {}, "head": {}}
+    for name in SHAPES:
+        layer, leaf = path(name).split("/")
+        x = record(framework)[f"{prefix}/{name}"]
+        found[layer][leaf] = jnp.asarray(np.moveaxis(x, -1, -2) if framework == "torch" and leaf == "kernel" else x)
+    return found
+
+
+def torch_state(row: str) -> dict[str, Any]:
+    """A recorded `state_dict`, of arrays."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, x in record("torch").items():
+        if key.startswith(f"{row}/state/"):
+            number, name = key.removeprefix(f"{row}/state/").split("/")
+            state.setdefault(int(number), {})[name] = x
+    return {"state": state, "param_groups": json.loads(str(record("torch")[f"{row}/groups"]))}
+
+
+def keras_variables(row: str) -> list[Any]:
+    count = sum(key.startswith(f"{row}/variables/") for key in record("keras"))
+    return [record("keras")[f"{row}/variables/{i}"] for i in range(count)]
+
+
+class Variable:
+    """What of a Keras variable is used."""
+
+    def __init__(self, name: str, value: Any) -> None:
+        self.name, self.value = name, value
+
+    def numpy(self) -> Any:
+        return self.value
+
+
+def named_variables(row: str) -> list[Variable]:
+    names = json.loads(str(record("keras")[f"{row}/names"]))
+    return [Variable(*pair) for pair in zip(names, keras_variables(row), strict=True)]
+
+
+def converted(row: str) -> tuple[Any, Any]:
+    """Parameters and our state."""
+    framework, name = row.split("/")
+    params = tree(framework, f"{name}/params")
+    if framework == "torch":
+        return params, from_torch(OURS[row], params, torch_state(name), paths=path, transpose=FLIP)
+    return params, from_keras(OURS[row], params, named_variables(name), paths=PATHS)
+
+
+@functools.cache
+def ended() -> Mapping[str, Any]:
+    """Our parameters after the further steps, of all rows, from one program."""
+    params, states, grads = {}, {}, {}
+    for row in OURS:
+        params[row], states[row] = converted(row)
+        factor = 1 + 0.5j if "complex" in row else 1
+        framework = row.split("/")[0]
+        grads[row] = jax.tree.map(lambda g, factor=factor: g[BEFORE:] * factor, tree(framework, "grads"))
+
+    @jax.jit
+    def run(params: Any, states: Any, grads: Any) -> Any:
+        def step(carry: Any, g: Any) -> Any:
+            params, states = carry
+            new_params, new_states = {}, {}
+            for row, tx in OURS.items():
+                updates, new_states[row] = tx.update(g[row], states[row], params[row])
+                new_params[row] = optax.apply_updates(params[row], updates)
+            return (new_params, new_states), None
+
+        return jax.lax.scan(step, (params, states), grads)[0][0]
+
+    return run(params, states, grads)
+
+
+def flat(tree: Any) -> Any:
+    return np.concatenate([np.ravel(np.asarray(x).astype(np.complex128)) for x in jax.tree.leaves(tree)])
+
+
+def test_every_record_is_tested() -> None:
+    assert {f"torch/{row}" for row in TORCH} | {f"keras/{row}" for row in KERAS} == set(OURS)
+    assert len(tree("torch", "grads")["dense"]["bias"]) == BEFORE + AFTER
+
+
+@pytest.mark.parametrize("row", OURS)
+def test_training_goes_on(row: str) -> None:
+    framework, name = row.split("/")
+    start, expected = (flat(tree(framework, f"{name}/{when}")) for when in ("params", "after"))
+    error = np.linalg.norm(flat(ended()[row]) - expected)
+    assert error < 1e-6 * np.linalg.norm(expected)
+    # float32 parameters round away more of the steps than any optimizer does; a wrong moment or count shows at 1e-2.
+    assert error < 1e-4 * np.linalg.norm(expected - start)
+
+
+@pytest.mark.parametrize("row", [row for row in OURS if row.startswith("torch")])
+def test_back_to_torch(row: str) -> None:
+    params, state = converted(row)
+    name = row.split("/")[1]
+    saved = torch_state(name)
+    fresh = {**saved, "state": {}}
+    found = to_torch(OURS[row], params, state, fresh, paths=path, transpose=FLIP)
+    assert found["param_groups"] == saved["param_groups"]
+    assert found["state"].keys() == saved["state"].keys()
+    for number, entry in saved["state"].items():
+        assert found["state"][number].keys() == entry.keys()
+        for key, x in entry.items():
+            assert (found["state"][number][key].shape, found["state"][number][key].dtype) == (x.shape, x.dtype)
+            np.testing.assert_allclose(found["state"][number][key], x, rtol=2e-6 if key == "mu_product" else 0)
+
+
+@pytest.mark.parametrize("row", [row for row in OURS if row.startswith("keras")])
+def test_back_to_keras(row: str) -> None:
+    params, state = converted(row)
+    expected = named_variables(row.split("/")[1])
+    places = [i for i, x in enumerate(expected) if "average" not in x.name and x.name != "learning_rate"]
+    blank = [Variable(x.name, 0 * x.value if i in places else x.value) for i, x in enumerate(expected)]
+    found = to_keras(OURS[row], params, state, blank, paths=path, names=list(SHAPES))
+    assert len(found) == len(expected)
+    for x, y in zip(found, expected, strict=True):
+        assert (x.shape, x.dtype) == (y.value.shape, y.value.dtype)
+        np.testing.assert_allclose(x, y.value, rtol=2e-6 if y.name == "variable" else 0)
+
+
+def same(x: Any, y: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, x, y)
+
+
+def test_ways_to_name_parameters() -> None:
+    params, state = converted("torch/adam")
+    saved, tx = torch_state("adam"), OURS["torch/adam"]
+    same(from_torch(tx, params, saved, paths=PATHS, transpose=FLIP), state)
+    same(from_torch(tx, params, saved, paths={name: path(name) for name in SHAPES}, transpose=FLIP), state)
+    without: dict[str, Any] = {**saved, "param_groups": [{"params": [0, 1, 2, 3]}]}
+    same(from_torch(tx, params, without, paths=path, names=list(SHAPES), transpose=FLIP), state)
+    texts = {**without, "state": {str(number): entry for number, entry in saved["state"].items()}}  # As JSON has it.
+    same(from_torch(tx, params, texts, paths=PATHS, transpose=FLIP), state)
+    with pytest.raises(ValueError, match="needs the names of torch's parameters"):
+        from_torch(tx, params, without, paths=path)
+    with pytest.raises(ValueError, match=r"(?s)head\.weight: paths has no entry.*head\.bias: paths has no entry"):
+        from_torch(tx, params, saved, paths={"dense.weight": "dense/kernel", "dense.bias": "dense/bias"})
+    with pytest.raises(ValueError, match="has 4 parameters, but paths has 3"):
+        from_torch(tx, params, saved, paths=PATHS[:3])
+    with pytest.raises(ValueError, match="dense/bias: more than once"):
+        from_torch(tx, params, saved, paths=["dense/kernel", "dense/bias", "head/kernel", "dense/bias"])
+
+
+def test_one_of_them_only() -> None:
+    """Parameters without a counterpart are left out in both directions."""
+    params, state = converted("torch/adam")
+    saved, tx = torch_state("adam"), OURS["torch/adam"]
+    some = [None, None, "head/kernel", "head/bias"]
+    head = {"head": params["head"]}
+    found: Any = from_torch(tx, head, saved, paths=some, transpose=FLIP)
+    same(found.slots["nu"]["head"], state.slots["nu"]["head"])
+    back = to_torch(tx, head, found._replace(count=found.count + 1), saved, paths=some, transpose=FLIP)
+    assert [int(back["state"][number]["step"]) for number in range(4)] == [BEFORE, BEFORE, BEFORE + 1, BEFORE + 1]
+
+
+def test_groups() -> None:
+    saved = torch_state("adamw_groups")
+    (first, decaying), (second, others) = torch_groups(saved, paths=path)
+    assert (decaying, others) == (["dense/kernel", "head/kernel"], ["dense/bias", "head/bias"])
+    assert (first["weight_decay"], second["weight_decay"], second["lr"]) == (2**-3, 0.0, 2**-10)
+
+
+def test_convolutions() -> None:
+    """In torch [out, in, height, width], here [height, width, in, out]; the first pattern that matches counts."""
+    params = {"conv": {"kernel": jnp.zeros((5, 7, 2, 3))}, "dense": {"kernel": jnp.zeros((4, 6))}}
+    moment = np.arange(3 * 2 * 5 * 7, dtype=np.float32).reshape(3, 2, 5, 7)
+    dense = np.arange(24, dtype=np.float32).reshape(6, 4)
+    state = {i: {"step": 1, "exp_avg": x, "exp_avg_sq": 2 * x} for i, x in enumerate((moment, dense))}
+    saved: dict[str, Any] = {"state": state, "param_groups": [{"params": [0, 1]}]}
+    options: dict[str, Any] = {
+        "paths": ["conv/kernel", "dense/kernel"],
+        "transpose": {"conv*": (2, 3, 1, 0), "*kernel": (1, 0)},
+    }
+    tx = presets.torch_adam()
+    found: Any = from_torch(tx, params, saved, **options)
+    kernel = found.slots["mu"]["conv"]["kernel"]
+    assert all(kernel[y, x, i, o] == moment[o, i, y, x] for y, x, i, o in ((1, 2, 0, 1), (4, 6, 1, 2)))
+    back = to_torch(tx, params, found, saved, **options)
+    np.testing.assert_array_equal(back["state"][0]["exp_avg_sq"], 2 * moment)
+    np.testing.assert_array_equal(back["state"][1]["exp_avg"], dense)
+
+
+def test_torch_errors_list_every_path() -> None:
+    params, _ = converted("torch/adam")
+    saved, tx = torch_state("adam"), OURS["torch/adam"]
+    del saved["state"][0]["exp_avg"], saved["state"][3]
+    with pytest.raises(ValueError, match="does not fit") as error:
+        from_torch(tx, params, saved, paths=[PATHS[0], "dense/b", *PATHS[2:]])
+    assert [line.strip() for line in str(error.value).splitlines()[1:]] == [
+        "dense/bias: no mu, nu",
+        "dense/kernel: no mu",
+        "dense/kernel: nu has shape (3, 5), the parameter (5, 3)",
+        "head/bias: no mu, nu",
+        "head/kernel: mu has shape (2, 3), the parameter (3, 2)",
+        "head/kernel: nu has shape (2, 3), the parameter (3, 2)",
+        "dense/b: is not a parameter",
+    ]
+    saved = torch_state("adam")
+    saved["state"][1]["step"] = np.float32(4)
+    with pytest.raises(ValueError, match=r"(?s)dense/kernel: 10.*dense/bias: 4"):
+        from_torch(tx, params, saved, paths=path)
+    with pytest.raises(ValueError, match=r"\*/weight: matches no path"):
+        from_torch(tx, params, saved, paths=path, transpose={"*/weight": (1, 0)})
+    with pytest.raises(ValueError, match="are not the axes of dense/kernel"):
+        from_torch(tx, params, torch_state("adam"), paths=path, transpose={"*/kernel": (0, 2)})
+    with pytest.raises(ValueError, match=r"expected the state_dict.*\['optimizer'\]"):
+        from_torch(tx, params, {"optimizer": saved}, paths=path)
+    with pytest.raises(TypeError, match="torch has no counterpart of Yogi"):
+        from_torch(adam_fn.yogi(1e-3), params, saved, paths=path)
+    with pytest.raises(ValueError, match=r"(?s)dense/b: is not a trained.*dense/bias: is not among paths"):
+        to_torch(tx, params, tx.init(params), saved, paths=[PATHS[0], "dense/b", *PATHS[2:]])
+
+
+def test_keras_variables() -> None:
+    params, state = converted("keras/adam_amsgrad")
+    tx, arrays = OURS["keras/adam_amsgrad"], keras_variables("adam_amsgrad")
+    same(from_keras(tx, params, arrays, paths=PATHS), state)
+    same(from_keras(tx, params, {str(i): x for i, x in enumerate(arrays)}, paths=PATHS), state)
+    same(from_keras(tx, params, [arrays[0], *arrays[2:]], paths=PATHS), state)  # The learning rate is a schedule.
+    with pytest.raises(ValueError, match="there are 14 variables, expected 8 and 1 or 2"):
+        from_keras(OURS["keras/adam"], params, arrays, paths=PATHS)
+    with pytest.raises(ValueError, match="variable 10 is dense_weight_velocity_hat, expected a momentum"):
+        from_keras(OURS["keras/adam"], params, named_variables("adam_amsgrad"), paths=PATHS)
+    with pytest.raises(ValueError, match=r"(?s)dense/bias: mu has shape \(5, 3\).*dense/kernel: mu has shape \(3,\)"):
+        from_keras(tx, params, arrays, paths=[PATHS[1], PATHS[0], *PATHS[2:]])
+    accumulated = [
+        Variable("x_gradient_accumulator", x.value) if i == 2 else x for i, x in enumerate(named_variables("adam"))
+    ]
+    with pytest.raises(ValueError, match="gradients are accumulated"):
+        from_keras(OURS["keras/adam"], params, accumulated, paths=PATHS)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch")
+def test_with_torch(tmp_path: Path) -> None:
+    """Real tensors, a real file, and a real optimizer that goes on."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    params, state = converted("torch/adamw_groups")
+    tx = OURS["torch/adamw_groups"]
+    tensors = torch_tensors(torch_state("adamw_groups"))
+    same(from_torch(tx, params, tensors, paths=path, transpose=FLIP), state)
+    torch.save(tensors, tmp_path / "optimizer.pt")
+    same(from_torch(tx, params, tmp_path / "optimizer.pt", paths=path, transpose=FLIP), state)
+
+    start = {name: torch.tensor(record("torch")[f"adamw_groups/params/{name}"]) for name in SHAPES}
+    weights, biases = ([item for item in start.items() if item[0].endswith(kind)] for kind in ("weight", "bias"))
+    optimizer = torch.optim.AdamW(
+        [{"params": weights}, {"params": biases, "weight_decay": 0.0}], 2**-10, weight_decay=2**-3
+    )
+    found = to_torch(tx, params, state, optimizer.state_dict(), paths=path, transpose=FLIP)
+    optimizer.load_state_dict(torch_tensors(found))
+    for t in range(BEFORE, BEFORE + AFTER):
+        for name, p in start.items():
+            p.grad = torch.tensor(record("torch")[f"grads/{name}"][t])
+        optimizer.step()
+    for name, p in start.items():
+        np.testing.assert_allclose(p.numpy(), record("torch")[f"adamw_groups/after/{name}"], rtol=1e-6)

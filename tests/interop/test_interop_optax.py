@@ -1,0 +1,368 @@
+"""optax's states to ours and back: training goes on as if nothing had happened."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import orbax.checkpoint as ocp
+import pytest
+from flax import serialization
+from helpers.runs import relative_error
+
+import adam_fn
+from adam_fn.interop import from_optax, to_optax
+
+# Their complements are exact in float32: what optax loses elsewhere (`1 - float32(0.999)`) is not what is tested.
+BETAS: dict[str, Any] = {"b1": 0.875, "b2": 0.96875}
+BEFORE, AFTER = 10, 100
+PARAMS: Any = {
+    "dense": {"kernel": np.linspace(-1, 1, 3 * 40, dtype=np.float32).reshape(3, 40), "bias": np.ones(40, np.float32)},
+    "scale": np.float32(2.0) * np.ones((), np.float32),
+}
+LABELS = {"dense": {"kernel": "decays", "bias": "stays"}, "scale": "stays"}
+DECAYS = {"dense": {"kernel": True, "bias": False}, "scale": False}
+
+
+def falling(count: Any) -> Any:
+    return 1e-3 / (1 + 0.1 * count)
+
+
+class Pair(NamedTuple):
+    """An optimizer of optax, and ours of the same maths."""
+
+    theirs: optax.GradientTransformation
+    ours: optax.GradientTransformation
+
+
+def chained() -> Pair:
+    theirs = optax.chain(optax.identity(), optax.adamw(falling, **BETAS, weight_decay=0.02, mask=DECAYS))
+    return Pair(theirs, adam_fn.adamw(falling, **BETAS, weight_decay=0.02, mask=DECAYS))
+
+
+def partitioned() -> Pair:
+    parts: Any = {"decays": optax.adamw(1e-3, **BETAS, weight_decay=0.02), "stays": optax.adam(1e-3, **BETAS)}
+    return Pair(optax.partition(parts, LABELS), adam_fn.adamw(1e-3, **BETAS, weight_decay=0.02, mask=DECAYS))
+
+
+def frozen() -> Pair:
+    stays = {"dense": {"kernel": False, "bias": True}, "scale": True}
+    theirs = optax.chain(optax.masked(optax.adam(1e-3, **BETAS), DECAYS), optax.masked(optax.set_to_zero(), stays))
+    return Pair(theirs, adam_fn.adam(1e-3, **BETAS, frozen=stays))
+
+
+PAIRS = {
+    "adam": Pair(optax.adam(1e-3, **BETAS), adam_fn.adam(1e-3, **BETAS)),
+    "adam-b1_zero": Pair(optax.adam(1e-3, b1=0.0, b2=0.875), adam_fn.adam(1e-3, b1=0.0, b2=0.875)),
+    "adamw-chain": chained(),
+    "adamw-partition": partitioned(),
+    "adam-masked": frozen(),
+    "adam-inject": Pair(optax.inject_hyperparams(optax.adam)(falling, **BETAS), adam_fn.adam(falling, **BETAS)),
+    "adam-finite": Pair(optax.apply_if_finite(optax.adam(1e-3, **BETAS), 3), adam_fn.adam(1e-3, **BETAS)),
+    "nadam": Pair(optax.nadam(1e-3, **BETAS), adam_fn.nadam(1e-3, **BETAS)),
+    "adamax": Pair(optax.adamax(1e-3, **BETAS), adam_fn.adamax(1e-3, **BETAS)),
+    "amsgrad": Pair(
+        optax.amsgrad(1e-3, **BETAS, bias_correction_nu=False), adam_fn.amsgrad(1e-3, **BETAS, bias_correction_nu=False)
+    ),
+    "radam": Pair(optax.radam(1e-3, **BETAS), adam_fn.radam(1e-3, **BETAS)),
+    "adabelief": Pair(optax.adabelief(1e-3, **BETAS), adam_fn.adabelief(1e-3, **BETAS)),
+    "yogi": Pair(optax.yogi(1e-3, **BETAS), adam_fn.yogi(1e-3, **BETAS)),
+    "lion": Pair(optax.lion(1e-4, b1=0.75, b2=0.875), adam_fn.lion(1e-4, b1=0.75, b2=0.875)),
+    # optax has 1 - b2 where b2 belongs: at a half, the same.
+    "adan": Pair(optax.adan(1e-3, b2=0.5, b3=0.96875), adam_fn.adan(1e-3, b2=0.5, b3=0.96875, eps_root=1e-8)),
+    "adopt": Pair(optax.contrib.adopt(1e-3, **BETAS), adam_fn.adopt(1e-3, **BETAS)),
+    "ademamix": Pair(optax.contrib.ademamix(1e-3, **BETAS, b3=0.96875), adam_fn.ademamix(1e-3, **BETAS, b3=0.96875)),
+}
+
+
+def gradients(steps: int, seed: int) -> Any:
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda p: rng.standard_normal((steps, *p.shape)).astype(np.float32), PARAMS)
+
+
+def runner(txs: Any) -> Any:
+    """``run(params, states, grads) -> (params, states, all updates)``: several transformations, each by itself."""
+
+    @jax.jit
+    def chunk(params: Any, states: Any, grads: Any) -> Any:
+        def step(carry: Any, g: Any) -> Any:
+            params, states = carry
+            done = {name: tx.update(g, states[name], params[name]) for name, tx in txs.items()}
+            updates = {name: u for name, (u, _) in done.items()}
+            params = {name: optax.apply_updates(params[name], u) for name, u in updates.items()}
+            return (params, {name: s for name, (_, s) in done.items()}), updates
+
+        (params, states), updates = jax.lax.scan(step, (params, states), grads)
+        return params, states, updates
+
+    def run(params: Any, states: Any, grads: Any) -> tuple[Any, Any, Any]:
+        chunks = []
+        for i in range(0, len(jax.tree.leaves(grads)[0]), BEFORE):  # One program for both lengths.
+            params, states, updates = chunk(params, states, jax.tree.map(lambda g, i=i: g[i : i + BEFORE], grads))
+            chunks.append(updates)
+        return params, states, jax.tree.map(lambda *x: np.concatenate(x), *chunks)
+
+    return run
+
+
+class Run(NamedTuple):
+    start: Any
+    before: Any
+    converted: Any
+    updates: Any
+    our_updates: Any
+    params: Any
+    after: Any
+    ours: Any
+
+
+@pytest.fixture(scope="module")
+def ran() -> Run:
+    """10 steps of optax, the conversion, and 100 steps of both."""
+    theirs, ours = ({name: pair[i] for name, pair in PAIRS.items()} for i in range(2))
+    params: Any = dict.fromkeys(PAIRS, jax.tree.map(jnp.asarray, PARAMS))
+    states = {name: tx.init(params[name]) for name, tx in theirs.items()}
+    run = runner(theirs)
+    params, before, _ = run(params, states, gradients(BEFORE, 0))
+    converted = {name: from_optax(tx, params[name], before[name]) for name, tx in ours.items()}
+    _, after, updates = run(params, before, gradients(AFTER, 1))
+    ended, ours_after, our_updates = runner(ours)(params, converted, gradients(AFTER, 1))
+    return Run(params, before, converted, updates, our_updates, ended, after, ours_after)
+
+
+def flat(tree: Any) -> np.ndarray[Any, Any]:
+    return np.concatenate([np.ravel(np.float64(x)) for x in jax.tree.leaves(tree)])
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_training_goes_on(name: str, ran: Run) -> None:
+    # Two optimizers in float32, each with roundings of its own; a moment, count or weight that was wrong shows at 1e-3.
+    assert relative_error(flat(ran.our_updates[name]), flat(ran.updates[name])) < 1e-6
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_converted_state_is_what_ours_would_be(name: str, ran: Run) -> None:
+    tx = PAIRS[name].ours
+    fresh = tx.init(ran.start[name])
+    found = ran.converted[name]
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, fresh)
+    assert [(x.dtype, x.weak_type) for x in jax.tree.leaves(found)] == [
+        (x.dtype, x.weak_type) for x in jax.tree.leaves(fresh)
+    ]
+    assert int(found.count) == BEFORE
+
+
+def adam_state(mu_dtype: Any = None) -> tuple[Any, Any]:
+    """Parameters and a state of optax's Adam after three steps."""
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    mu = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), mu_dtype or p.dtype), PARAMS)
+    nu = jax.tree.map(lambda m: jnp.square(m).astype(jnp.float32), mu)
+    return params, (optax.ScaleByAdamState(jnp.int32(3), mu, nu), optax.EmptyState())
+
+
+def weights(state: Any) -> Any:
+    return np.asarray(state.weights, np.float64).sum(axis=1)
+
+
+def test_weights_are_those_of_the_count() -> None:
+    params, state = adam_state()
+    state = state[0]._replace(count=jnp.int32(2000))
+    b1, b2, steps = 0.9, 0.9999, np.arange(1, 2001)
+    adam: Any = from_optax(adam_fn.adam(1e-3, b1, b2), params, state)
+    radam: Any = from_optax(adam_fn.radam(1e-3, b1, b2), params, state)
+    expected = [1 - b1**2000, 1 - b2**2000, np.sum((1 - b2) * b2 ** (2000 - steps) * (1 - b2**steps))]
+    np.testing.assert_allclose(weights(adam), expected[:2], rtol=1e-7)
+    np.testing.assert_allclose(weights(radam), expected, rtol=1e-7)
+    fast: Any = adam_fn.schedules.nadam_momentum(0.9, 1.0)
+    nadam: Any = from_optax(adam_fn.nadam(1e-3, momentum_decay=1.0), params, state._replace(count=jnp.int32(3)))
+    product = np.prod([float(fast(i)) for i in range(3)])
+    np.testing.assert_allclose(weights(nadam)[0], 1 - product, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_back(name: str, ran: Run) -> None:
+    """After 100 steps of ours, optax's state is what 100 steps of optax made of it."""
+    template: Any = PAIRS[name].theirs.init(ran.start[name])
+    found: Any = to_optax(PAIRS[name].ours, ran.params[name], ran.ours[name], template)
+    expected = ran.after[name]
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+        where = jax.tree_util.keystr(path)
+        if ("hyperparams" in where and "count" not in where) or (name == "adam-b1_zero" and ".mu" in where):
+            continue  # Computed anew at every step; and with β₁ = 0 of no use.
+        assert (x.shape, x.dtype) == (y.shape, y.dtype), where
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            assert int(x) == int(y), where
+        else:
+            assert relative_error(np.asarray(x), np.asarray(y, np.float64)) < 2e-6, where
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_there_and_back_is_exact(name: str, ran: Run) -> None:
+    template: Any = PAIRS[name].theirs.init(ran.start[name])
+    found: Any = to_optax(PAIRS[name].ours, ran.start[name], ran.converted[name], template)
+    again = from_optax(PAIRS[name].ours, ran.start[name], found)
+    for x, y in zip(jax.tree.leaves(again), jax.tree.leaves(ran.converted[name]), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_amsgrad_of_corrected_maxima() -> None:
+    """The maximum of optax is of the corrected v: what we divide by is the same now, and each knows the other's."""
+    theirs, ours = optax.amsgrad(1e-3, **BETAS), adam_fn.amsgrad(1e-3, **BETAS)
+    params, (adam, _) = adam_state()
+    maxima = jax.tree.map(lambda v: 2 * v / (1 - BETAS["b2"] ** 2), adam.nu)
+    optax_state: Any = optax.ScaleByAmsgradState(adam.count, adam.mu, adam.nu, maxima)
+    state: Any = from_optax(ours, params, optax_state)
+    weight = 1 - BETAS["b2"] ** 3
+    np.testing.assert_allclose(flat(state.slots["nu_max"]) / weight, flat(optax_state.nu_max), rtol=1e-6)
+    back: Any = to_optax(ours, params, state, theirs.init(params))
+    np.testing.assert_allclose(flat(back[0].nu_max), flat(optax_state.nu_max), rtol=1e-6)
+
+
+def test_into_any_storage() -> None:
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.ones((64, 64)), "scale": jnp.ones(())}
+    mu = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), p.dtype), params)
+    state: Any = optax.ScaleByAdamState(jnp.int32(7), mu, jax.tree.map(jnp.square, mu))
+    tx = adam_fn.adam(1e-3, storage=adam_fn.Block(8))
+    found: Any = from_optax(tx, params, state)
+    assert found.slots["mu"]["codes"]["w"].dtype.itemsize == 1
+    for slot, theirs in (("mu", state.mu), ("nu", state.nu)):
+        decoded = tx.update.decoded(slot, found, params)
+        assert 1e-5 < relative_error(np.asarray(decoded["w"]), np.asarray(theirs["w"])) < 0.05
+        np.testing.assert_array_equal(decoded["scale"], theirs["scale"])  # Too small for blocks.
+    tx.update(params, found, params)
+    short: Any = from_optax(adam_fn.adam(1e-3, mu_dtype="bfloat16"), params, state)
+    np.testing.assert_array_equal(short.slots["mu"]["w"], state.mu["w"].astype(jnp.bfloat16))
+    np.testing.assert_array_equal(short.slots["nu"]["w"], state.nu["w"])
+
+
+def test_out_of_optax_bfloat16() -> None:
+    params, state = adam_state(jnp.bfloat16)
+    found: Any = from_optax(adam_fn.adam(1e-3), params, state)
+    assert found.slots["mu"]["scale"].dtype == jnp.float32
+    back: Any = to_optax(adam_fn.adam(1e-3), params, found, optax.adam(1e-3, mu_dtype="bfloat16").init(params))
+    assert back[0].mu["scale"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(back[0].mu["dense"]["kernel"], state[0].mu["dense"]["kernel"])
+
+
+def test_master_weights() -> None:
+    params, state = adam_state()
+    short = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    tx = adam_fn.master_weights(adam_fn.adam(1e-3))
+    found: Any = from_optax(tx, short, state)
+    assert jax.tree.structure(found) == jax.tree.structure(tx.init(short))
+    assert not np.any(flat(found.remainder))
+    np.testing.assert_array_equal(flat(found.inner.slots["mu"]), flat(state[0].mu))
+    back: Any = to_optax(tx, short, found, optax.adam(1e-3).init(params))
+    np.testing.assert_array_equal(flat(back), flat(state))
+
+
+def test_the_state_lives_where_the_parameters_live() -> None:
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "data"))
+    params, state = adam_state()
+    params["dense"]["kernel"] = jax.device_put(params["dense"]["kernel"], sharding)
+    tx = adam_fn.adam(1e-3)
+    found: Any = from_optax(tx, params, state)
+    for slot in ("mu", "nu"):
+        assert found.slots[slot]["dense"]["kernel"].sharding.is_equivalent_to(sharding, 2)
+    assert found.count.sharding == tx.init(params).count.sharding
+
+
+def test_leaves_without_moments() -> None:
+    params = {"w": jnp.ones(3), "steps": jnp.zeros((), jnp.int32), "none": None}
+    theirs = optax.adam(1e-3)
+    found: Any = from_optax(adam_fn.adam(1e-3), params, theirs.init(params))
+    assert jax.tree.structure(found) == jax.tree.structure(adam_fn.adam(1e-3).init(params))
+    back: Any = to_optax(adam_fn.adam(1e-3), params, found, theirs.init(params))
+    assert back[0].mu["steps"].dtype == jnp.int32
+
+
+def test_inside_other_wrappers() -> None:
+    params, (state, _) = adam_state()
+    expected: Any = from_optax(adam_fn.adam(1e-3), params, state)
+    steps: Any = optax.MultiSteps(optax.chain(optax.clip(1.0), optax.adam(1e-3)), 2).init(params)
+    steps = steps._replace(inner_opt_state=(optax.EmptyState(), (state, optax.EmptyState())))
+    boxed = {"optimizer": [None, steps]}
+    for holder in (steps, boxed):
+        jax.tree.map(np.testing.assert_array_equal, from_optax(adam_fn.adam(1e-3), params, holder), expected)
+        back: Any = to_optax(adam_fn.adam(1e-3), params, expected, jax.tree.map(jnp.zeros_like, holder))
+        np.testing.assert_array_equal(flat(back), flat(holder))
+
+
+def test_errors_list_every_path() -> None:
+    params, (state, rate) = adam_state()
+    tx = adam_fn.adam(1e-3)
+    broken = state._replace(
+        mu={"dense": {"kernel": jnp.ones((40, 3)), "bias": optax.MaskedNode()}, "scale": state.mu["scale"]},
+        nu={**state.nu, "extra": jnp.ones(2), "scale": jnp.ones((), jnp.int32)},
+    )
+    with pytest.raises(ValueError, match="does not fit") as error:
+        from_optax(tx, params, (broken, rate))
+    assert [line.strip() for line in str(error.value).splitlines()[1:]] == [
+        "dense/bias: no mu",
+        "dense/kernel: mu has shape (40, 3), the parameter (3, 40)",
+        "scale: nu is int32, the parameter float32",
+        "extra: is not a parameter",
+    ]
+    with pytest.raises(ValueError, match=r"(?s)0 ScaleByAdamState\.count: 3.*1 ScaleByScheduleState\.count: 4"):
+        from_optax(tx, params, (state, optax.ScaleByScheduleState(jnp.int32(4))))
+    with pytest.raises(ValueError, match=r"(?s)mu of one parameter twice.*dense/bias.*dense/kernel.*scale"):
+        from_optax(tx, params, (state, state))
+    with pytest.raises(ValueError, match="no ScaleByAmsgradState"):
+        from_optax(adam_fn.amsgrad(1e-3), params, state)
+    with pytest.raises(TypeError, match="no counterpart of LaProp"):
+        from_optax(adam_fn.laprop(1e-3), params, state)
+    with pytest.raises(TypeError, match=r"expected an optimizer of adam_fn"):
+        from_optax(optax.adam(1e-3), params, state)
+    with pytest.raises(TypeError, match=r"adam_fn\.State"):
+        to_optax(tx, params, adam_fn.lion(1e-3).init(params), (state, rate))
+    w = {"w": jnp.ones(2, jnp.complex64)}
+    with pytest.raises(ValueError, match=r"(?s)complex.*w"):
+        from_optax(tx, w, optax.adam(1e-3).init(w))
+    with pytest.raises(ValueError, match=r"(?s)complex.*w"):
+        to_optax(tx, w, tx.init(w), optax.adam(1e-3).init(w))
+
+
+def restored_by_flax(state: Any, target: Any, folder: Path) -> tuple[Any, Any]:
+    """Without the target, and with it."""
+    found: Any = serialization.msgpack_restore(serialization.to_bytes(state))
+    return found, serialization.from_state_dict(target, found)
+
+
+def restored_by_orbax(state: Any, target: Any, folder: Path) -> tuple[Any, Any]:
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "state", state)
+        checkpointer.wait_until_finished()
+        return checkpointer.restore(folder / "state"), checkpointer.restore(folder / "state", target)
+
+
+@pytest.mark.parametrize("restored", [restored_by_flax, restored_by_orbax])
+def test_a_checkpoint_without_its_types(restored: Any, tmp_path: Path) -> None:
+    """Dictionaries and lists are an error that says how to restore it; done so, it is the state."""
+    params, state = adam_state()
+    tx = adam_fn.adam(1e-3)
+    plain, typed = restored(state, optax.adam(1e-3).init(params), tmp_path)
+    with pytest.raises(
+        ValueError, match=r"plain containers: restore it into optax_tx\.init\(params\).*from_state_dict"
+    ):
+        from_optax(tx, params, plain)
+    jax.tree.map(np.testing.assert_array_equal, from_optax(tx, params, typed), from_optax(tx, params, state))
+    with pytest.raises(ValueError, match=r"which Adam goes on from$"):
+        from_optax(tx, params, optax.sgd(1e-3).init(params))
+
+
+def test_errors_on_the_way_back() -> None:
+    params, template = adam_state()
+    tx = adam_fn.adam(1e-3, frozen={"dense": {"kernel": True, "bias": False}, "scale": False})
+    with pytest.raises(ValueError, match=r"(?s)dense/kernel: mu is not in.*dense/kernel: nu is not in"):
+        to_optax(tx, params, tx.init(params), template)
+    masked = optax.masked(optax.adam(1e-3), DECAYS).init(params)
+    tx = adam_fn.adam(1e-3)
+    with pytest.raises(ValueError, match=r"(?s)dense/bias: has no moments in.*scale: has no moments in"):
+        to_optax(tx, params, tx.init(params), masked)

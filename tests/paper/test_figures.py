@@ -1,0 +1,382 @@
+"""The paper's experiments: the harness of examples/paper, figures 1 and 2, and section 7."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import figure1
+import figure2
+import harness
+import jax
+import jax.numpy as jnp
+import mnist_mlp
+import numpy as np
+import optax
+import pytest
+import section7
+from flax import nnx
+from harness import Claim, Problem, Sweep
+from loaders import mnist
+from matplotlib.figure import Figure
+
+import adam_fn
+
+QUICK = ("--quick", "--data", "standin")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is not JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def assert_png(path: Path) -> None:
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    assert 1_000 < len(content) < 150_000
+
+
+SCALES = np.array([1.0, 3.0, 0.1])
+
+
+def quadratic(params: jax.Array, data: jax.Array, rows: jax.Array, key: jax.Array) -> jax.Array:
+    """The same cost for all minibatches."""
+    return 0.5 * jnp.sum(data * (params - 1) ** 2)
+
+
+def quadratic_problem(**options: Any) -> Problem[jax.Array, jax.Array]:
+    return Problem(jnp.zeros(3), jnp.asarray(SCALES, jnp.float32), quadratic, 240, batch=2, **options)
+
+
+def seen_by(cost: Callable[..., jax.Array], label: str = "Adam", seed: int = 0, epochs: int = 2) -> Any:
+    """The costs of a `cost` that tells what the harness handed to it."""
+    optimizers = {"Adam": adam_fn.adam(1.0), "AdaGrad": optax.adagrad(1.0)}
+    problem = Problem(jnp.zeros(2), jnp.arange(60.0), cost, 60, batch=7)
+    grid = {"rate": (0.1, 0.2)}
+    return harness.sweep(label, lambda point: optimizers[label], grid, problem, epochs=epochs, seed=seed).costs
+
+
+class TestSweep:
+    @pytest.mark.parametrize("decaying", [False, True])
+    def test_is_each_optimizer_alone(self, decaying: bool) -> None:
+        """120 steps an epoch, more than one part, against NumPy for SGD and optax at the rate itself for Adam."""
+        rates, epochs = (0.01, 0.3), 2
+        schedule = harness.inverse_sqrt if decaying else harness.constant
+        problem = quadratic_problem(schedule=schedule)
+        sgd = optax.sgd(1.0, momentum=0.9, nesterov=True)
+        ours = harness.sweep("SGD", lambda point: sgd, {"rate": rates}, problem, epochs=epochs, seed=0)
+        adam = harness.sweep("Adam", lambda point: adam_fn.adam(1.0), {"rate": rates}, problem, epochs=epochs, seed=0)
+        for i, rate in enumerate(rates):
+            p, trace, costs = np.zeros(3), np.zeros(3), []
+            q, peer, peers = jnp.zeros(3), optax.scale_by_adam(), []
+            state = peer.init(q)
+            update = jax.jit(peer.update)
+            for step in range(120 * epochs):
+                alpha = rate / math.sqrt(step + 1) if decaying else rate
+                costs.append(0.5 * np.sum(SCALES * (p - 1) ** 2))
+                g = SCALES * (p - 1)
+                trace = g + 0.9 * trace
+                p -= alpha * (g + 0.9 * trace)
+                peers.append(0.5 * np.sum(SCALES * (np.asarray(q) - 1) ** 2))
+                u, state = update(jnp.asarray(SCALES, jnp.float32) * (q - 1), state)
+                q = q - alpha * jnp.asarray(u)
+            np.testing.assert_allclose(ours.costs[i], np.reshape(costs, (epochs, 120)).mean(1), rtol=1e-4, atol=1e-9)
+            np.testing.assert_allclose(adam.costs[i], np.reshape(peers, (epochs, 120)).mean(1), rtol=1e-3, atol=1e-9)
+
+    def test_hyperparameters_and_metrics_of_each_point(self) -> None:
+        grid = harness.product(rate=(0.1, 0.2), b1=(0.0, 0.9))
+        assert grid == {"rate": [0.1, 0.1, 0.2, 0.2], "b1": [0.0, 0.9, 0.0, 0.9]}
+        problem = quadratic_problem(
+            steps=3, evaluate=lambda params, state, data: {"first": params[0], "count": optax.tree.get(state, "count")}
+        )
+        run = harness.sweep("Adam", lambda point: adam_fn.adam(1.0, b1=point["b1"]), grid, problem, epochs=2, seed=0)
+        assert run.costs.shape == run.metrics["first"].shape == (4, 2)
+        assert run.metrics["count"].tolist() == [[3, 6]] * 4
+        for i in range(4):
+            one = {name: values[i : i + 1] for name, values in grid.items()}
+            b1 = grid["b1"][i]
+            alone = harness.sweep("Adam", lambda point, b1=b1: adam_fn.adam(1.0, b1=b1), one, problem, epochs=2, seed=0)
+            np.testing.assert_allclose(run.metrics["first"][i], alone.metrics["first"][0], rtol=1e-5)
+        assert len(set(run.metrics["first"][:, -1].tolist())) == 4
+
+    def test_same_minibatches_for_all(self) -> None:
+        def cost(params: jax.Array, data: jax.Array, rows: jax.Array, key: jax.Array) -> jax.Array:
+            return data[rows].sum() + 0 * params.sum()
+
+        seen = seen_by(cost)
+        np.testing.assert_array_equal(seen[0], seen[1])
+        np.testing.assert_array_equal(seen, seen_by(cost, "AdaGrad"))
+        assert seen[0, 0] != seen[0, 1], "every epoch shuffles anew"
+        assert (seen != seen_by(cost, seed=1)).all()
+
+    def test_same_noise_for_all_but_new_in_every_step(self) -> None:
+        def cost(params: jax.Array, data: jax.Array, rows: jax.Array, key: jax.Array) -> jax.Array:
+            return jax.random.normal(key) + 0 * params.sum()
+
+        seen = seen_by(cost, epochs=100)
+        np.testing.assert_array_equal(seen[0], seen[1])
+        np.testing.assert_array_equal(seen, seen_by(cost, "AdaGrad", epochs=100))
+        # Means of 8 steps: of independent noise they scatter by 1/√8, of one draw an epoch by 1.
+        assert seen[0].std() == pytest.approx(1 / math.sqrt(8), rel=0.3)
+
+
+class TestBest:
+    @staticmethod
+    def run(*costs: tuple[float, ...]) -> Sweep:
+        return Sweep("Adam", {"rate": np.array([10.0**i for i in range(len(costs))])}, np.array(costs), {})
+
+    def test_lowest_final_cost(self) -> None:
+        runs = self.run((1, 5), (9, 2), (3, 3))
+        assert harness.best(runs) == (1, 10.0, 2.0, "")
+        assert harness.best(runs, "mean") == (0, 1.0, 3.0, "the lowest rate tried")
+
+    def test_says_where_the_grid_ends(self) -> None:
+        assert harness.best(self.run((9, 1), (1, 2))).note == "the lowest rate tried"
+        assert harness.best(self.run((9, 2), (1, 1))).note == "the highest rate tried"
+        assert harness.best(self.run((9, 2))).note == ""
+
+    def test_never_a_run_that_diverged(self) -> None:
+        runs = self.run((math.nan, math.nan), (math.inf, 1), (2, 4), (1, -math.inf))
+        assert harness.best(runs).point == harness.best(runs, "mean").point == 2
+        with pytest.raises(ValueError, match="Adam: every run diverged"):
+            harness.best(self.run((math.nan, 1), (1, math.inf)))
+
+    def test_of_a_sweep_that_diverges(self) -> None:
+        sgd = optax.sgd(1.0)
+        run = harness.sweep("SGD", lambda point: sgd, {"rate": (0.1, 1e30)}, quadratic_problem(), epochs=2, seed=0)
+        assert not np.isfinite(run.costs[1]).any()
+        assert harness.best(run).point == 0
+
+
+class TestReport:
+    CLAIMS = (
+        Claim("Adam is fast", "6.1", "cost 0.1 and " + "0.2 " * 40, True),
+        Claim("it is slow", "6.2", "cost 3", False),
+        Claim("it is " + "so " * 30, "7", "", None),
+    )
+
+    def test_claims_table(self) -> None:
+        lines = harness.claims_table(self.CLAIMS).splitlines()
+        assert lines[0].split() == ["section", "claim", "of", "the", "paper", "measured", "holds"]
+        assert [line.split()[-1] for line in lines if line[:1] in "67"] == ["yes", "no", "decided"]
+        assert max(map(len, lines)) <= 140
+        assert " ".join(lines).count("0.2") == 40
+
+    def test_write(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        figure = Figure(layout="constrained")
+        figure.subplots().plot([1, 2])
+        numbers = {"curve": np.array([1.23456789, np.nan]), "count": np.int64(3), "grid": {"rate": (0.1, math.inf)}}
+        harness.write(tmp_path, "stem", figure, numbers, self.CLAIMS)
+        assert f"wrote {tmp_path / 'stem.png'} and {tmp_path / 'stem.json'}" in capsys.readouterr().out
+        found = read_json(tmp_path / "stem.json")
+        assert found["curve"] == [1.23457, None]
+        assert (found["count"], found["grid"]) == (3, {"rate": [0.1, None]})
+        assert [claim["holds"] for claim in found["claims"]] == [True, False, None]
+        assert {"adam_fn", "jax", "optax"} < set(found["versions"])
+        assert_png(tmp_path / "stem.png")
+
+    def test_command_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        def parse(*argv: str) -> Any:
+            return harness.options("script.py", "What.\n", ("--out", str(tmp_path / "new"), *argv), epochs=30)
+
+        assert (parse().epochs, parse("--quick").epochs, parse("--quick", "--epochs", "7").epochs) == (30, 2, 7)
+        assert (tmp_path / "new").is_dir()
+        assert harness.decided(parse("--quick"), True) is None
+        assert harness.decided(parse(), False) is False
+        assert harness.folder(None, "imdb") is None
+        assert harness.folder("standin", "imdb") == "standin"
+        assert harness.folder("standin", "mnist") == "digits"
+        assert harness.folder("data", "imdb") == str(Path("data") / "imdb")
+        with pytest.raises(SystemExit):
+            parse("--epochs", "0")
+        assert capsys.readouterr().err.startswith("script.py: error: argument --epochs: '0' is not a whole number")
+        with pytest.raises(SystemExit, match=r"figure1.py: error: .*absent/mnist: is not a folder"):
+            figure1.main(("--quick", "--out", str(tmp_path), "--data", str(tmp_path / "absent")))
+
+
+class TestFigure1:
+    def test_dropout_of_half_the_features(self) -> None:
+        features = jnp.asarray(np.random.default_rng(0).uniform(1, 2, (200, 1003)), jnp.float32)
+        dropped = np.asarray(figure1.dropped(features, jax.random.key(0)))
+        kept = dropped != 0
+        np.testing.assert_array_equal(dropped[kept], 2 * np.asarray(features)[kept])
+        assert kept.mean() == pytest.approx(0.5, abs=0.01)
+        assert np.ptp(kept.mean(0)) < 0.3 and np.ptp(kept.mean(1)) < 0.2, "no column and no row of its own"
+        assert (kept != (np.asarray(figure1.dropped(features, jax.random.key(1))) != 0)).mean() > 0.4
+
+    def test_costs(self) -> None:
+        """At random parameters, against NumPy."""
+        rng = np.random.default_rng(0)
+        rows, key = jnp.arange(5), jax.random.key(0)
+        _, problem = figure1.mnist_problem("standin", None)
+        images, labels = (np.asarray(array)[:5] for array in problem.data)
+        w, b = rng.normal(size=(64, 10)), rng.normal(size=10)
+        logits = images / 255 @ w + b
+        expected = np.mean(np.log(np.exp(logits).sum(1)) - logits[np.arange(5), labels])
+        found = problem.cost({"w": jnp.asarray(w), "b": jnp.asarray(b)}, problem.data, rows, key)
+        assert float(found) == pytest.approx(expected, rel=1e-5)
+        _, problems = figure1.imdb_problem("standin", None)
+        counts, liked = (np.asarray(array)[:5].astype(float) for array in problems[False].data)
+        w, b = 0.1 * rng.normal(size=1000), 0.3
+        logits = counts @ w + b
+        expected = np.mean(np.log1p(np.exp(-(2 * liked - 1) * logits)))
+        params = {"w": jnp.asarray(w), "b": jnp.asarray(b)}
+        assert float(problems[False].cost(params, problems[False].data, rows, key)) == pytest.approx(expected, rel=1e-5)
+        assert float(problems[True].cost(params, problems[True].data, rows, key)) != pytest.approx(expected, rel=1e-3)
+
+    def test_claims_follow_the_costs(self) -> None:
+        def panel(**costs: float) -> figure1.Panel:
+            values = {"Adam": 1.0, "SGD, Nesterov": 1.0, "AdaGrad": 1.0, figure1.CONSTANT: 1.0, **costs}
+            return figure1.Panel("", {
+                label: Sweep(label, {"rate": np.array([0.1])}, np.array([[2 * cost, 0.0]]), {})
+                for label, cost in values.items()
+            })  # fmt: skip
+
+        faster = panel(AdaGrad=2.0, **{figure1.CONSTANT: 2.0})
+        slower = panel(**{"SGD, Nesterov": 2.0})
+        held = figure1.claims(faster, slower, slower, undecided=False)
+        assert [claim.holds for claim in held] == [True] * 7
+        assert "AdaGrad 2.0000 (0.0000)" in held[1].measured
+        broken = figure1.claims(slower, slower, panel(), undecided=False)
+        assert [claim.holds for claim in broken] == [False, False, False, True, False, False, True]
+        slow = panel(Adam=2.0)
+        assert [claim.holds for claim in figure1.claims(slow, slow, slow, undecided=False)][3::3] == [False, False]
+        assert {claim.holds for claim in figure1.claims(slow, slow, slow, undecided=True)} == {None}
+
+    def test_quick(self, tmp_path: Path) -> None:
+        claims = figure1.main((*QUICK, "--out", str(tmp_path)))
+        assert {claim.holds for claim in claims} == {None}
+        assert_png(tmp_path / "figure1.png")
+        panels = read_json(tmp_path / "figure1.json")["panels"]
+        assert len(panels) == 3
+        for sweeps in panels.values():
+            assert list(sweeps) == list(figure1.OPTIMIZERS)
+            for label, run in sweeps.items():
+                assert tuple(run["grid"]["rate"]) == figure1.OPTIMIZERS[label][1]
+                assert np.shape(run["costs"]) == (len(run["grid"]["rate"]), 2)
+
+
+class TestFigure2:
+    def test_quick(self, tmp_path: Path) -> None:
+        claims = figure2.main((*QUICK, "--out", str(tmp_path)))
+        assert {claim.holds for claim in claims} == {None}
+        assert_png(tmp_path / "figure2.png")
+        runs = read_json(tmp_path / "figure2.json")["runs"]
+        assert [(run["dropout"], run["optimizer"]) for run in runs] == [
+            (dropout, name) for dropout in (0.5, 0.0) for name in figure2.NAMES
+        ]
+        assert {run["schedule"] for run in runs} == {"constant"}
+        assert all(len(run["curve"]["costs"]) == 20 and len(run["epochs"]) == 2 for run in runs)
+
+    def test_claims_follow_the_costs(self) -> None:
+        def runs(**costs: float) -> list[figure2.Run]:
+            epoch = mnist_mlp.Epoch(1, 0, 0, 0, 0, 1, 1)
+            return [
+                figure2.Run(
+                    name, name, 0.1, 0.0, "constant", epochs=[mnist_mlp.Epoch(**{**vars(epoch), "train_cost": cost})]
+                )
+                for name, cost in costs.items()
+            ]
+
+        better, worse = runs(adam=1.0, adagrad=2.0, sgd=math.nan), runs(adam=math.nan, adagrad=2.0)
+        assert [claim.holds for claim in figure2.claims({0.5: better, 0.0: worse}, False)] == [True, False]
+        assert "adam 1.0000, adagrad 2.0000, sgd inf" in figure2.claims({0.5: better, 0.0: worse}, True)[0].measured
+
+    def test_dropout_in_training_only_with_the_same_masks_for_all(self) -> None:
+        options = mnist_mlp.parse(("--quick", "--dropout", "0.5", "--epochs", "1"))
+        digits = mnist.digits()
+        runs = [mnist_mlp.train(digits, name, options) for name in ("adam", "sgd-nesterov", "adam")]
+        plain = mnist_mlp.train(digits, "adam", options._replace(dropout=0.0))
+        assert runs[0].step_costs[0] == pytest.approx(runs[1].step_costs[0], rel=1e-6)
+        assert runs[0].step_costs == runs[2].step_costs
+        assert runs[0].step_costs[0] != pytest.approx(plain.step_costs[0], rel=1e-4)
+
+    def test_dropout_of_hidden_units(self) -> None:
+        """A net of ones counts the hidden units that are kept: of the first layer at most, of the second exactly."""
+        model = mnist_mlp.MLP(4, 1000, rngs=nnx.Rngs(0))
+        for layer, weight, bias in ((model.hidden1, 0, 1), (model.hidden2, 1e-3, 0), (model.out, 1e-3, 0)):
+            layer.kernel[...] = jnp.full_like(layer.kernel[...], weight)
+            assert layer.bias is not None
+            layer.bias[...] = jnp.full_like(layer.bias[...], bias)
+        x = jnp.zeros((500, 4))
+        np.testing.assert_allclose(np.asarray(model(x)), 1, rtol=1e-5)
+        np.testing.assert_allclose(np.asarray(model(x, 0.2)), 1, rtol=1e-5)
+        sizes = np.asarray(model(x, 0.2, jax.random.key(0)))[:, 0]
+        # The product of two shares of 1000 units, each kept with 0.8 and divided by it: variance 2 * 0.25 / 1000.
+        assert sizes.mean() == pytest.approx(1, abs=0.005)
+        assert sizes.std() == pytest.approx(math.sqrt(2 * 0.25 / 1000), rel=0.2)
+
+    def test_dropout_is_below_one(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            mnist_mlp.parse(("--dropout", "1"))
+        assert "argument --dropout: 1 is not below 1" in capsys.readouterr().err
+
+
+class TestSection7:
+    def test_quick(self, tmp_path: Path) -> None:
+        claims = section7.main((*QUICK, "--out", str(tmp_path)))
+        assert {claim.holds for claim in claims} == {None}
+        assert_png(tmp_path / "section7.png")
+        runs = read_json(tmp_path / "section7.json")["runs"]
+        assert [run["label"] for run in runs] == ["Adam", "AdaMax"]
+        for run in runs:
+            metrics: Mapping[str, list[list[float]]] = run["metrics"]
+            assert len({tuple(metrics[f"{kind}_cost"][0]) for kind in section7.KINDS}) == 3
+            # The first steps of both are the rate itself.
+            assert 0.999 < metrics["largest_step"][0][0] / section7.RATES[run["label"]] < section7.BOUND + 0.5
+
+    def test_metrics_are_those_of_the_averages(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One epoch of 3 steps with β₂ = 0.5 for the average, against averages taken by hand."""
+        monkeypatch.setattr(section7, "DECAY", 0.5)
+        digits = mnist.digits()
+        task = section7.problem(digits, 8, 3, seed=0)
+        run = harness.sweep("Adam", lambda point: section7.optimizer("Adam"), {"rate": (1.0,)}, task, epochs=1, seed=0)
+        rows = mnist_mlp.shuffled(jax.random.fold_in(jax.random.key(0), 0), size=1437, batch=128, steps=3)
+        tx = optax.adam(1e-3)
+        params, state, seen = task.params, tx.init(task.params), []
+        for i in range(3):
+            grads = jax.grad(task.cost)(params, task.data, rows[i], jax.random.key(0))
+            updates, state = tx.update(grads, state)
+            params = optax.apply_updates(params, updates)
+            seen.append(params)
+        weights = {"last": (0, 0, 1), "mean": (1, 1, 1), "average": (0.25, 0.5, 1)}
+        graph = nnx.split(mnist_mlp.MLP(64, 8, rngs=nnx.Rngs(0)), nnx.Param)[0]
+        for kind, parts in weights.items():
+            average: Any = jax.tree.map(lambda *p, parts=parts: np.average(p, 0, parts).astype(np.float32), *seen)
+            expected = mnist_mlp.evaluate(
+                average, jnp.asarray(digits.test_images), jnp.asarray(digits.test_labels), graph=graph
+            )
+            assert run.metrics[f"{kind}_cost"][0, 0] == pytest.approx(float(expected.cost), rel=1e-5)
+
+    def test_claims_follow_the_numbers(self) -> None:
+        def runs(adamax: float, step: float, average: float) -> dict[str, Sweep]:
+            found: dict[str, Sweep] = {}
+            for label, cost in (("Adam", 1.0), ("AdaMax", adamax)):
+                numbers = {
+                    "last_cost": 1.0,
+                    "average_cost": average,
+                    "mean_cost": 1.0,
+                    "largest_step": step * section7.RATES[label],
+                }
+                accuracies = dict.fromkeys(("last_accuracy", "average_accuracy", "mean_accuracy"), 0.5)
+                metrics = {name: np.array([[value]]) for name, value in {**numbers, **accuracies}.items()}
+                found[label] = Sweep(label, {"rate": np.ones(1)}, np.array([[cost]]), metrics)
+            return found
+
+        assert [claim.holds for claim in section7.claims(runs(1.0, 1.0, 0.9), False)] == [True] * 4
+        assert [claim.holds for claim in section7.claims(runs(2.0, 1.005, 1.1), False)] == [False] * 4
+        assert "1.0050 α" in section7.claims(runs(2.0, 1.005, 1.1), True)[1].measured
+
+    def test_largest_step(self) -> None:
+        tx = section7.largest_step()
+        params = {"a": jnp.zeros(2), "b": jnp.zeros(())}
+        state = tx.init(params)
+        for a, b in ((1.0, -3.0), (2.0, 0.5)):
+            updates = {"a": jnp.array([0.0, a]), "b": jnp.asarray(b)}
+            passed, state = tx.update(updates, state, params)
+            assert passed is updates
+        assert isinstance(state, section7.Steps)
+        assert float(state.largest) == 3.0

@@ -1,0 +1,379 @@
+"""The surfaces, the networks and CIFAR-10's loader: their arithmetic against NumPy, what they write and claim."""
+
+import hashlib
+import io
+import math
+import tarfile
+from argparse import Namespace
+from pathlib import Path
+
+import cnn
+import figure3
+import figure4
+import harness
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import surface
+from flax import nnx
+from helpers.mirror import Mirror
+from helpers.runs import Array, random_gradients, relative_error, trajectory
+from helpers.scripts import assert_png, read_json, script
+from loaders import cifar, mnist
+from loaders.mnist import Checksums, DataError
+
+import adam_fn
+
+
+class TestSurface:
+    def test_as_a_script(self, tmp_path: Path) -> None:
+        done = script("surface.py", "--quick", "--out", str(tmp_path))
+        assert done.returncode == 0, done.stderr
+        for each in surface.SURFACES:
+            assert_png(tmp_path / f"surface_{each.name}.png")
+            written = read_json(tmp_path / f"surface_{each.name}.json")
+            assert {end["optimizer"] for end in written["ends"]} == set(surface.OPTIMIZERS)
+            assert {end["rate"] for end in written["ends"]} == set(each.rates.values())
+            assert written["steps"] == each.steps // 10
+            assert all(end["optimizer"] in done.stdout for end in written["ends"])
+
+    @pytest.mark.parametrize("each", surface.SURFACES, ids=lambda each: each.name)
+    def test_paths_descend_within_the_window(self, each: surface.Surface) -> None:
+        assert each.value(*each.minimum) == 0
+        for optimizer in surface.OPTIMIZERS:
+            path = surface.descend(each, optimizer, each.steps)
+            assert path.points.shape == (each.steps + 1, 2)
+            np.testing.assert_allclose(path.points[0], each.start)
+            np.testing.assert_allclose(path.values, each.value(*path.points.astype(np.float64).T), rtol=1e-3, atol=1e-6)
+            assert path.values[-1] < 0.01 * path.values[0]
+            for along, (low, high) in zip(path.points.T, (each.x, each.y), strict=True):
+                assert (low <= along.min()) and (along.max() <= high)
+
+    def test_on_the_bowl_gradient_descent_is_a_geometric_sequence(self) -> None:
+        bowl = surface.SURFACES[0]
+        path = surface.descend(bowl, "SGD", 10)
+        shrinks = (1 - 2 * bowl.rates["SGD"]) ** np.arange(11)
+        np.testing.assert_allclose(path.points, np.outer(shrinks, bowl.start), rtol=1e-5)
+
+    def test_in_the_valley_adam_first_moves_by_its_rate(self) -> None:
+        valley = surface.SURFACES[1]
+        path = surface.descend(valley, "Adam", 1)
+        x, y = valley.start
+        downhill = -np.sign([-2 * (1 - x) - 400 * x * (y - x**2), 200 * (y - x**2)])
+        np.testing.assert_allclose(path.points[1] - path.points[0], valley.rates["Adam"] * downhill, rtol=1e-5)
+
+
+class TestCnn:
+    def test_learns_from_one_initialisation_and_writes_it(self, tmp_path: Path) -> None:
+        runs = cnn.main(("--data", "digits", "--quick", "--epochs", "6", "--out", str(tmp_path)))
+        assert [run.label for run in runs] == list(cnn.OPTIMIZERS)
+        for run in runs:
+            assert run.step_costs[0] == pytest.approx(runs[0].step_costs[0], rel=1e-5)
+            assert len(run.step_costs) == 6 * 10
+            assert run.epochs[-1].train_cost < 0.7 * math.log(10)
+            assert run.epochs[-1].test_accuracy > 0.7
+            hits = 360 * run.epochs[-1].test_accuracy  # every test image is evaluated
+            assert hits == pytest.approx(round(hits), abs=1e-3)
+        assert_png(tmp_path / "cnn.png")
+        assert [run["label"] for run in read_json(tmp_path / "cnn.json")["runs"]] == list(cnn.OPTIMIZERS)
+
+    def test_forward_pass_against_numpy(self) -> None:
+        rng = np.random.default_rng(0)
+        images = rng.integers(0, 256, (2, 16), np.uint8)
+        model = cnn.CNN(16, 3, 5, rngs=nnx.Rngs(0))
+        weights = jax.tree.map(np.float64, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+        kernel = weights["convolution"]["kernel"][:, :, 0]
+        x = np.pad(images.reshape(2, 4, 4) / 255, ((0, 0), (1, 1), (1, 1)))
+        maps = np.zeros((2, 4, 4, 3))
+        for i, j in np.ndindex(4, 4):
+            maps[:, i, j] = np.einsum("nab,abf->nf", x[:, i : i + 3, j : j + 3], kernel)
+        pooled = np.stack([maps[:, i : i + 2, j : j + 2].max((1, 2)) for i in (0, 2) for j in (0, 2)], 1)
+        hidden = np.maximum(pooled, 0).reshape(2, -1) @ weights["dense"]["kernel"]  # biases start at 0
+        expected = np.maximum(hidden, 0) @ weights["out"]["kernel"]
+        np.testing.assert_allclose(np.asarray(model(jnp.asarray(images))), expected, atol=1e-5)
+
+    def test_parts_of_different_sizes_count_by_their_images(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        digits = mnist.digits()
+        model = cnn.CNN(64, 2, 4, rngs=nnx.Rngs(1))
+        images, labels = jnp.asarray(digits.test_images[:36]), jnp.asarray(digits.test_labels[:36])
+        whole = cnn.test(model, images, labels)
+        monkeypatch.setattr(cnn, "TEST_BATCH", 25)
+        np.testing.assert_allclose(cnn.test(model, images, labels), whole, rtol=1e-5)
+
+
+RECORDS = 3
+
+
+def binary(seed: int) -> tuple[bytes, Array, Array]:
+    """The bytes of a file of the binary version, and its images and labels."""
+    rng = np.random.default_rng(seed)
+    images, labels = rng.integers(0, 256, (RECORDS, 32, 32, 3), np.uint8), rng.integers(0, 10, RECORDS, np.uint8)
+    planes = images.transpose(0, 3, 1, 2)
+    return b"".join(bytes([y]) + x.tobytes() for x, y in zip(planes, labels, strict=True)), images, labels
+
+
+def archive() -> bytes:
+    """A small cifar-10-binary.tar.gz."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz") as members:
+        for i, name in enumerate((*cifar.FILES, "tables.html", "../outside.bin")):
+            data = binary(i)[0]
+            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            member.size = len(data)
+            members.addfile(member, io.BytesIO(data))
+    return content.getvalue()
+
+
+class TestCifarData:
+    def check(self, found: cifar.Images) -> None:
+        expected = [binary(i) for i in range(6)]
+        np.testing.assert_array_equal(found.train_images, np.concatenate([images for _, images, _ in expected[:5]]))
+        np.testing.assert_array_equal(found.train_labels, np.concatenate([labels for _, _, labels in expected[:5]]))
+        np.testing.assert_array_equal(found.test_images, expected[5][1])
+        np.testing.assert_array_equal(found.test_labels, expected[5][2])
+        assert (found.train_images.dtype, found.train_labels.dtype) == (np.uint8, np.int32)
+
+    def test_binary_files(self, tmp_path: Path) -> None:
+        for i, name in enumerate(cifar.FILES):
+            (tmp_path / name).write_bytes(binary(i)[0])
+        self.check(cifar.load(tmp_path))
+
+    def test_download_into_the_cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("ADAM_FN_DATA", raising=False)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        packed = archive()
+        checksums = {cifar.ARCHIVE: Checksums(hashlib.sha256(packed).hexdigest(), "")}
+        mirror = Mirror({f"{cifar.ARCHIVE}.gz": packed}, frozenset())
+        cache = tmp_path / "cache"
+        try:
+            for _ in range(2):
+                self.check(cifar.load(mirrors=(mirror.url,), checksums=checksums, cache=cache))
+        finally:
+            mirror.close()
+        assert mirror.fetched == [f"{cifar.ARCHIVE}.gz"], "the second time the cache is used"
+        assert {path.name for path in cache.iterdir()} == set(cifar.FILES), "nothing else is unpacked"
+        assert not (tmp_path / "outside.bin").exists()
+
+    def test_sample_of_the_training_set(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        rng = np.random.default_rng(0)
+        x, y = rng.integers(0, 256, (10, 32, 32, 3), np.uint8), np.arange(10)
+        (tmp_path / "cifar10").mkdir()
+        np.savez(tmp_path / "cifar10" / cifar.SAMPLE, x=x, y=y)
+        monkeypatch.setenv("ADAM_FN_DATA", str(tmp_path))
+        found = cifar.load()
+        np.testing.assert_array_equal(found.train_images, x[:8])
+        np.testing.assert_array_equal(found.test_images, x[8:])
+        np.testing.assert_array_equal(found.test_labels, [8, 9])
+
+    def test_without_a_network_digits_stand_in(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.delenv("ADAM_FN_DATA", raising=False)
+        found = cifar.load(mirrors=(), cache=tmp_path)
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line.startswith(
+            "CIFAR-10 could not be downloaded (no mirror answers): training on scikit-learn's digits"
+        )
+        assert found.train_images.shape == (1437, 32, 32, 3)
+        small = mnist.digits().train_images.reshape(-1, 8, 8)
+        for channel in range(3):
+            np.testing.assert_array_equal(found.train_images[:, 1::4, 3::4, channel], small)
+
+    def test_what_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="absent: is not a folder"):
+            cifar.load(tmp_path / "absent")
+        with pytest.raises(DataError, match="holds neither data_batch_1"):
+            cifar.load(tmp_path)
+        content = binary(0)[0]
+        for name in cifar.FILES:
+            (tmp_path / name).write_bytes(content[:-1])
+        with pytest.raises(DataError, match="not a whole number of records"):
+            cifar.load(tmp_path)
+        (tmp_path / cifar.FILES[0]).write_bytes(bytes([10]) + content[1:])
+        with pytest.raises(DataError, match=r"labels outside of 0\.\.9"):
+            cifar.load(tmp_path)
+        (tmp_path / cifar.FILES[0]).unlink()
+        np.savez(tmp_path / cifar.SAMPLE, x=np.zeros((2, 3072), np.uint8), y=np.zeros(2))
+        with pytest.raises(DataError, match="images of shape"):
+            cifar.load(tmp_path)
+
+
+def runs(costs: Array, **metrics: Array) -> harness.Sweep:
+    """One run of a grid of one rate."""
+    return harness.Sweep("", {"rate": np.array([1.0])}, np.array([costs], np.float64), metrics)
+
+
+class TestFigure3:
+    def test_as_a_script(self, tmp_path: Path) -> None:
+        done = script("paper/figure3.py", "--quick", "--data", "standin", "--out", str(tmp_path))
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("not decided") == 4
+        assert_png(tmp_path / "figure3.png")
+        written = read_json(tmp_path / "figure3.json")
+        assert len(written["claims"]) == 4
+        for kind in ("without dropout", "with dropout"):
+            assert set(written[kind]) == set(figure3.OPTIMIZERS)
+        assert written["with dropout"]["Adam"]["costs"] != written["without dropout"]["Adam"]["costs"]
+        assert written["without dropout"]["AdaGrad"]["costs"][0][0] == pytest.approx(math.log(10), abs=0.3)
+
+    @pytest.mark.parametrize("count", [5, 40])
+    def test_whitening(self, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(figure3, "ZCA", 1e-6)
+        rng = np.random.default_rng(0)
+        images = rng.integers(0, 256, (count, 2, 2, 3), np.uint8)
+        found = figure3.whitened(images).reshape(count, -1).astype(np.float64)
+        np.testing.assert_allclose(found.mean(0), 0, atol=1e-3)
+        # Decorrelated: the covariance is 1 in the directions in which the images vary, count - 1 or all 12.
+        rank = min(count - 1, 12)
+        values = np.linalg.eigvalsh(found.T @ found / count)
+        np.testing.assert_allclose(values[-rank:], 1, atol=1e-3)
+        np.testing.assert_allclose(values[:-rank], 0, atol=1e-3)
+        # ZCA, not another rotation of it: the map from image to whitened image is symmetric and positive.
+        x = images.reshape(count, -1) / 255.0
+        x -= x.mean(0)
+        product = x.T @ found
+        np.testing.assert_allclose(product, product.T, atol=1e-3)
+        assert np.linalg.eigvalsh(product).min() > -1e-3
+
+    def test_pooling(self) -> None:
+        x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 6, 3)), jnp.float32)
+        expected = nnx.max_pool(x, (3, 3), (2, 2), "SAME")
+        np.testing.assert_array_equal(np.asarray(figure3.max_pool(x)), np.asarray(expected))
+
+    def test_dropout_keeps_the_mean(self) -> None:
+        x = jnp.full((100, 100), 2.0)
+        found = np.asarray(figure3.dropout(x, 0.2, jax.random.key(0)))
+        assert set(np.unique(found)) == {0.0, 2.5}
+        assert (found == 0).mean() == pytest.approx(0.2, abs=0.02)
+
+    @pytest.mark.parametrize("label", figure3.OPTIMIZERS)
+    def test_training_is_that_of_the_harness(self, label: str) -> None:
+        rng = np.random.default_rng(0)
+        data = jnp.asarray(rng.standard_normal((20, 3)), jnp.float32), jnp.asarray(rng.standard_normal(20), jnp.float32)
+
+        def cost(params: figure3.Parameters, data: figure3.Data, rows: jax.Array, key: jax.Array) -> jax.Array:
+            return jnp.mean((data[0][rows] @ params["layer"]["kernel"] - data[1][rows] - jax.random.normal(key)) ** 2)
+
+        def evaluate(params: figure3.Parameters, state: optax.OptState, data: figure3.Data) -> dict[str, jax.Array]:
+            return {"first": params["layer"]["kernel"][0]}
+
+        problem = harness.Problem({"layer": {"kernel": jnp.ones(3)}}, data, cost, 20, batch=6, evaluate=evaluate)
+        tx = figure3.OPTIMIZERS[label][0]
+        expected = harness.sweep(label, lambda point: tx, {"rate": (0.1,)}, problem, epochs=3, seed=5)
+        found = figure3.train(label, 0.1, problem, 3, 5)
+        np.testing.assert_allclose(found.costs, expected.costs, rtol=1e-5)
+        np.testing.assert_allclose(found.metrics["first"], expected.metrics["first"], rtol=1e-5)
+        assert (found.label, found.grid["rate"].tolist()) == (label, [0.1])
+
+    def test_second_moments(self) -> None:
+        tx = adam_fn.adam(1.0, b2=0.9)
+        params = {"full": {"kernel": jnp.zeros((3, 1)), "bias": jnp.zeros(1)}}
+        grads = {"full": {"kernel": jnp.array([[1e-9], [1e-6], [2.0]]), "bias": jnp.array([3.0])}}
+        state = tx.init(params)
+        for _ in range(3):
+            _, state = tx.update(grads, state, params)
+        found = figure3.second_moments(params, state, (jnp.zeros(0), jnp.zeros(0)))
+        assert found["median full"].item() == pytest.approx(1e-6, rel=1e-4)
+        assert found["root below eps"].item() == pytest.approx(1 / 4)
+        assert found["below eps"].item() == pytest.approx(2 / 4)
+
+    def test_claims(self) -> None:
+        falling = 2.0 ** -np.arange(10.0)
+        moments = {name: np.full((1, 10), value) for name, value in (("root below eps", 0.1), ("below eps", 0.6))}
+        paper = figure3.Runs(
+            {},
+            {
+                "Adam": runs(0.9 * falling, **moments),
+                "SGD, Nesterov": runs(falling),
+                "AdaGrad": runs(0.8 * falling**0.5),
+            },
+            {"Adam": runs(0.9 * falling), "SGD, Nesterov": runs(falling), "AdaGrad": runs(falling**0.5)},
+        )
+        # AdaGrad's square root is slow at first as well.
+        assert [claim.holds for claim in figure3.claims(paper, quick=False)] == [False, True, False, True]
+        paper.without["AdaGrad"] = runs(np.minimum(0.8 * falling**0.5, 0.4))
+        moments["root below eps"][:] = 0.6
+        paper.dropout["Adam"] = runs(1.1 * falling)
+        assert [claim.holds for claim in figure3.claims(paper, quick=False)] == [True, True, True, False]
+        assert [claim.holds for claim in figure3.claims(paper, quick=True)] == [None] * 4
+
+
+class TestFigure4:
+    def test_as_a_script(self, tmp_path: Path) -> None:
+        done = script("paper/figure4.py", "--quick", "--data", "standin", "--out", str(tmp_path))
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("not decided") == 4
+        assert_png(tmp_path / "figure4.png")
+        (written,) = read_json(tmp_path / "figure4.json")["runs"]
+        assert np.shape(written["costs"]) == (60, 2)
+
+    def test_uncorrected_moments_against_numpy(self) -> None:
+        b1, b2, eps = 0.9, 0.999, 1e-8
+        grads = random_gradients(20, 7)
+        m, v, expected = np.zeros(7), np.zeros(7), []
+        for g in grads.astype(np.float64):
+            m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+            expected.append(-m / (np.sqrt(v) + eps))
+        for corrected, wanted in (
+            (0.0, np.array(expected)),
+            (1.0, trajectory(adam_fn.adam(1.0, b1, b2), grads, np.zeros(7))[1]),
+        ):
+            point = {name: jnp.float32(x) for name, x in (("b1", b1), ("b2", b2), ("corrected", corrected))}
+            found = trajectory(figure4.optimizer(point), grads, np.zeros(7))[1]
+            assert relative_error(found, wanted) < 1e-5
+
+    def test_negative_bound_against_numpy(self) -> None:
+        rng = np.random.default_rng(0)
+        images, noise = rng.integers(0, 256, (3, 6), np.uint8), rng.standard_normal((3, 2))
+        model = figure4.Autoencoder(6, 4, 2, rngs=nnx.Rngs(0))
+        weights = jax.tree.map(np.float64, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+
+        def layer(name: str, x: Array) -> Array:
+            return x @ weights[name]["kernel"] + weights[name]["bias"]
+
+        x = images / 255
+        hidden = np.log1p(np.exp(layer("encoder", x)))
+        mean, deviation = layer("mean", hidden), np.exp(layer("log_variance", hidden) / 2)
+        decoded = layer("logits", np.log1p(np.exp(layer("decoder", mean + deviation * noise))))
+        p = 1 / (1 + np.exp(-decoded))
+        likelihood = (x * np.log(p) + (1 - x) * np.log(1 - p)).sum(1)
+        # KL of two Gaussians: log(σ₂/σ₁) + (σ₁² + (μ₁ - μ₂)²)/(2σ₂²) - 1/2
+        divergence = (-np.log(deviation) + (deviation**2 + mean**2) / 2 - 0.5).sum(1)
+        found = figure4.negative_bound(model, jnp.asarray(images), jnp.asarray(noise, jnp.float32))
+        assert found.item() == pytest.approx((divergence - likelihood).mean(), rel=1e-5)
+
+    def test_losses_stand_where_the_grid_has_them(self) -> None:
+        first = [
+            1000 * figure4.B1.index(b1) + 100 * figure4.B2.index(b2) + 10 * corrected + figure4.RATES.index(rate)
+            for b1, b2, corrected, rate in zip(
+                *(figure4.GRID[name] for name in ("b1", "b2", "corrected", "rate")), strict=True
+            )
+        ]
+        costs = np.array([first, first, first], np.float64).T
+        costs[17, 1] = np.nan
+        sweep = harness.Sweep("", {}, costs, {})
+        found = figure4.losses(sweep, 1)
+        assert found[1, 2, 1, 3] == 1213
+        assert found[0, 1, 0, 4] == 104
+        assert np.isinf(figure4.losses(sweep, 3).ravel()[17]), "what diverged once stays diverged"
+        assert np.isfinite(figure4.losses(sweep, 3)).sum() == 59
+
+    def test_claims(self) -> None:
+        shape = len(figure4.B1), len(figure4.B2), len(figure4.CORRECTED), len(figure4.RATES)
+        cost = np.full((*shape, 10), 100.0)
+        cost[:, 1, 1, 2, -1] = 90.0  # the best: corrected, 1 - β₂ small
+        cost[:, 2, 0, 3, 0] = np.inf
+
+        def holds(cost: Array, quick: bool = False) -> list[bool | None]:
+            sweep = harness.Sweep("", {}, cost.reshape(60, 10), {})
+            return [claim.holds for claim in figure4.claims(sweep, 1, Namespace(quick=quick))]
+
+        assert holds(cost) == [True, True, True, True]
+        assert holds(cost[:, :, ::-1]) == [False, False, False, False]
+        assert holds(cost[:, ::-1]) == [False, True, True, True], "the first claim is about the largest β₂"
+        assert holds(np.roll(cost, -1, 1)) == [False, True, False, True], "the third about the smallest"
+        late = cost[..., ::-1]
+        assert holds(late) == [False, False, False, True], "it diverges late, and the best result is an early one"
+        assert holds(cost, quick=True) == [None] * 4

@@ -1,0 +1,294 @@
+"""What the Adam paper says of its updates (arXiv 1412.6980, sections 2, 3, 5 and 7.1), on given gradients.
+
+Each claim is set against a formula or an independent implementation, and beside a competitor for which it fails.
+"""
+
+import inspect
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import CASES, Case, name
+from helpers.runs import Array, random_gradients, relative_error, trajectory
+from helpers.uncorrected import mean_decay, uncorrected
+
+import adam_fn
+from adam_fn.schedules import inverse_sqrt
+
+
+def updates64(tx: optax.GradientTransformation, grads: Array) -> Array:
+    """The updates ``[steps, size]`` in float64; the parameters are 0."""
+    with jax.enable_x64(True):
+        return trajectory(tx, grads, np.zeros(grads.shape[1]), jnp.float64)[1]
+
+
+# Section 2.1: invariance to diagonal rescaling.
+
+SIZE = 64
+GRADS = random_gradients(80, SIZE)  # RAdam with threshold 50 starts at step 51.
+DIAGONAL = 10.0 ** np.linspace(-4, 4, SIZE)
+
+
+def _without_eps(case: Case) -> adam_fn.Transformation:
+    """The case with each constant that gives it a scale set to 0, and without RAdam's plain first steps."""
+    constants = {"eps": 0.0, "eps_root": 0.0, "degenerated_to_sgd": False}
+    known = inspect.signature(case.alias).parameters
+    return case.make(1.0, **{key: value for key, value in constants.items() if key in known})
+
+
+# L2 regularisation adds to the gradient.
+SCALE_FREE = [case for case in CASES if case.scale_free is not None and case.options.get("decay") != "l2"]
+
+
+@pytest.mark.parametrize("case", SCALE_FREE, ids=name)
+def test_diagonal_rescaling_leaves_the_updates_unchanged(case: Case) -> None:
+    """ε = 0: the gradients ``D g``, D diagonal from 1e-4 to 1e4, give the updates of ``g``.
+
+    Powers of two commute with every rounding: for them the updates are equal to the last bit.
+    """
+    tx = _without_eps(case)
+    powers = np.exp2(np.round(np.log2(DIAGONAL)))
+    start = np.zeros(3 * SIZE, np.float32)
+    grads = np.concatenate([GRADS, GRADS * powers, GRADS * DIAGONAL], axis=1)
+    plain, exact, scaled = np.split(trajectory(tx, grads, start)[1], 3, axis=1)
+    assert np.abs(plain[-1]).max() > 0.01
+    np.testing.assert_array_equal(exact, plain)
+    np.testing.assert_allclose(scaled, plain, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "tx", [adam_fn.adam(1.0, eps=1e-3), adam_fn.yogi(1.0, eps=0.0), optax.sgd(1.0, 0.9)], ids=["eps", "yogi", "sgd"]
+)
+def test_what_has_a_scale_is_not_invariant(tx: optax.GradientTransformation) -> None:
+    start = np.zeros(SIZE, np.float32)
+    plain, scaled = (trajectory(tx, GRADS * d, start)[1] for d in (1.0, DIAGONAL))
+    assert relative_error(scaled, plain) > 0.1
+
+
+def test_only_diagonal_rescaling() -> None:
+    """A rotation of the gradients is not a rotation of the updates; SGD's are."""
+    rotation = np.linalg.qr(np.random.default_rng(3).standard_normal((SIZE, SIZE)))[0]
+    start = np.zeros(SIZE, np.float32)
+    for tx, low, high in ((adam_fn.adam(1.0), 0.3, 2.0), (optax.sgd(1.0), 0.0, 1e-5)):
+        plain, rotated = (trajectory(tx, g, start)[1] for g in (GRADS, GRADS @ rotation.T))
+        assert low <= relative_error(rotated, plain @ rotation.T) <= high
+
+
+# Section 2.1: the bound of the step, and where the paper's form of it is not strict.
+
+BETAS = ((0.9, 0.999), (0.9, 0.99), (0.9, 0.95), (0.99, 0.999), (0.5, 0.9999))
+
+
+def _strict_bound(b1: float, b2: float, t: Array) -> Array:
+    """Cauchy-Schwarz: ``|Σ a_i g_i| ≤ √(Σ a_i²/b_i) √(Σ b_i g_i²)``, a and b the weights of m̂ and v̂."""
+    r = b1**2 / b2
+    return (1 - b1) / (1 - b1**t) * np.sqrt((1 - b2**t) / (1 - b2)) * np.sqrt((1 - r**t) / (1 - r))
+
+
+def _paper_bound(b1: float, b2: float) -> float:
+    return max(1.0, (1 - b1) / math.sqrt(1 - b2))
+
+
+@pytest.mark.parametrize(("b1", "b2"), BETAS)
+def test_strict_step_bound_is_reached_at_every_step(b1: float, b2: float) -> None:
+    """One sequence for each t that is extremal there, ``g_i = (β₁/β₂)^(t-i)``, and random, sparse and wild ones."""
+    steps = 120
+    t = np.arange(1, steps + 1)
+    rng = np.random.default_rng(4)
+    lag = t[None, :] - t[:, None]  # [i, t]
+    extremal = np.where(lag >= 0, (b1 / b2) ** np.maximum(lag, 0), 0.0) * rng.choice([-1, 1], steps)
+    random = rng.standard_normal((steps, 200)) * (rng.random((steps, 200)) < 0.5 ** rng.integers(0, 6, 200))
+    wild = np.exp(8 * rng.standard_normal((steps, 50)))
+    found = np.abs(updates64(adam_fn.adam(1.0, b1, b2, eps=0.0), np.concatenate([extremal, random, wild], axis=1)))
+    bound = _strict_bound(b1, b2, t)
+    assert (found <= bound[:, None] * (1 + 1e-12)).all()
+    np.testing.assert_allclose(np.diagonal(found), bound, rtol=1e-9)
+
+
+def test_spike_after_zeros_approaches_the_papers_bound() -> None:
+    """Gradient zero until step T: ``(1-β₁)/(1-β₁ᵀ) √((1-β₂ᵀ)/(1-β₂))`` → ``(1-β₁)/√(1-β₂)`` = 3.1623."""
+    spikes = np.asarray([10, 100, 1000, 10_000])
+    grads = np.zeros((10_000, 4))
+    grads[spikes - 1, np.arange(4)] = [1e-3, -1.0, 1e3, -7.0]
+    found = np.abs(updates64(adam_fn.adam(1.0, eps=0.0), grads))[spikes - 1, np.arange(4)]
+    np.testing.assert_allclose(found, [0.484, 0.976, 2.515, 3.1622], rtol=1e-3)
+    expected = 0.1 / (1 - 0.9**spikes) * np.sqrt((1 - 0.999**spikes) / (1 - 0.999))
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    assert found[-1] < _paper_bound(0.9, 0.999)
+
+
+@pytest.mark.parametrize(
+    ("b1", "b2", "expected"),
+    [(0.9, 0.999, 4.561), (0.9, 0.99, None), (0.9, 0.95, None)],
+    ids=["above", "equal", "below"],
+)
+def test_growing_gradients_exceed_the_papers_bounds(b1: float, b2: float, expected: float | None) -> None:
+    """``(1-β₁)/√(1-β₂)`` where ``1-β₁ > √(1-β₂)`` and α elsewhere are no strict bounds, in any of the three cases."""
+    growing = ((b1 / b2) ** np.arange(500)[::-1])[:, None] * np.asarray([[1.0, -1e-4]])
+    found = np.abs(updates64(adam_fn.adam(1.0, b1, b2, eps=0.0), growing))[-1]
+    assert (found > 1.15 * _paper_bound(b1, b2)).all()
+    if expected is not None:
+        np.testing.assert_allclose(found, expected, rtol=1e-3)
+
+
+def test_strict_bound_of_adamax() -> None:
+    """``|Δ| ≤ α (1-β₁)/(1-β₁ᵗ) (1-qᵗ)/(1-q)``, q = β₁/β₂: reached by ``g_i = β₂^i``, 0.9% above the paper's α."""
+    steps = 400
+    t = np.arange(1, steps + 1)
+    grads = np.concatenate([(0.999**t)[:, None] * [1.0, -1e-5], random_gradients(steps, 60), 0.9 ** t[:, None]], axis=1)
+    found = np.abs(updates64(adam_fn.adamax(1.0, eps=0.0), grads))
+    q = 0.9 / 0.999
+    bound = 0.1 / (1 - 0.9**t) * (1 - q**t) / (1 - q)
+    assert (found <= bound[:, None] * (1 + 1e-12)).all()
+    np.testing.assert_allclose(found[:, :2], np.stack([bound, bound], axis=1), rtol=1e-9)
+    assert found[-1, 0] == pytest.approx(1.00909, abs=1e-5)
+
+
+# Section 2.1: the signal-to-noise ratio.
+
+
+def test_steps_follow_the_signal_to_noise_ratio() -> None:
+    """Gradients N(μ, σ²): the mean step is ``α μ/√(μ²+σ²)``, its spread that of the first moment.
+
+    So the mean size is that of a folded normal distribution. The sign of the gradient has size α whatever the noise.
+    """
+    ratios = np.asarray([0.0, 0.1, 0.5, 1.0, 3.0, 30.0])
+    copies, steps, tail = 1500, 1500, 500
+    rng = np.random.default_rng(5)
+    signal = np.repeat(ratios, copies)
+    scale = 10.0 ** rng.uniform(-4, 4, signal.size)  # Of the gradients; it must not matter.
+    grads = (signal + rng.standard_normal((steps, signal.size))) * scale
+    _, updates = trajectory(adam_fn.adam(1.0, eps=0.0), grads, np.zeros(signal.size))
+    steps_of = -updates[-tail:].reshape(tail, len(ratios), copies)
+
+    norm = np.sqrt(1 + ratios**2)
+    mean, spread = ratios / norm, np.sqrt(0.1 / 1.9) / norm
+    phi = np.asarray([math.erf(m / (s * math.sqrt(2))) for m, s in zip(mean, spread, strict=True)])
+    folded = spread * math.sqrt(2 / math.pi) * np.exp(-((mean / spread) ** 2) / 2) + mean * phi
+    np.testing.assert_allclose(steps_of.mean((0, 2)), mean, atol=5e-3)
+    np.testing.assert_allclose(np.abs(steps_of).mean((0, 2)), folded, atol=5e-3)
+    assert (np.diff(folded) > 0).all()
+
+
+# Section 3: the bias of the moving averages and its correction.
+
+
+@pytest.mark.parametrize("b2", [0.9, 0.999, 0.99999])
+def test_corrected_second_moment_is_unbiased_from_the_first_step(b2: float) -> None:
+    """``E[v̂_t] = E[g²]`` where g is stationary, else the weighted mean of the ``E[g_i²]``; ``E[v_t] = E[g²](1-β₂ᵗ)``.
+
+    v̂ is read off the updates: with β₁ = 0 and ε = 0 they are ``g/√v̂``. The tolerance is 5 standard errors.
+    """
+    steps, size = 100, 20_000
+    t = np.arange(1, steps + 1)
+    rng = np.random.default_rng(6)
+    noise = 0.5 + 2.0 * rng.standard_normal((steps, size))  # E[g²] = 4.25, Var(g²) = 2·16 + 4·4·0.25 = 36.
+    ramp = (t / steps)[:, None]
+    grads = np.concatenate([noise, noise * ramp], axis=1)
+    second = [
+        (grads / updates64(tx, grads)) ** 2 for tx in (adam_fn.adam(1.0, 0.0, b2, 0.0), uncorrected(1.0, 0.0, b2))
+    ]
+    corrected, raw = (np.split(v, 2, axis=1) for v in second)
+
+    lag = t[:, None] - t[None, :]
+    weights = np.where(lag >= 0, (1 - b2) * b2 ** np.maximum(lag, 0.0), 0.0)  # [t, i]
+    normal = weights / weights.sum(1, keepdims=True)
+    for v, power in ((corrected[0], np.ones(steps)), (corrected[1], ramp[:, 0])):
+        error = np.sqrt(normal**2 @ (36 * power**4) / size)
+        assert (np.abs(v.mean(1) - 4.25 * normal @ power**2) < 5 * error).all()
+    np.testing.assert_allclose(raw[0].mean(1) / corrected[0].mean(1), 1 - b2**t, rtol=1e-6)
+    assert raw[0].mean(1)[0] < 1.05 * 4.25 * (1 - b2)
+    # ζ of the paper: where g is not stationary, v̂ lags behind E[g_t²], the more the nearer β₂ is to 1.
+    lagging = corrected[1].mean(1)[-1] / 4.25
+    assert lagging == pytest.approx({0.9: 0.834, 0.999: 0.346, 0.99999: 0.338}[b2], abs=0.02)
+
+
+@pytest.mark.parametrize("b1", [0.5, 0.9, 0.999])
+def test_corrected_first_moment_is_unbiased_from_the_first_step(b1: float) -> None:
+    """``E[m̂_t] = E[g]``; m̂ is read off the updates: with β₂ = 0 and ε = 0 they are ``m̂/|g|``."""
+    steps, size = 50, 20_000
+    t = np.arange(1, steps + 1)
+    grads = 1.0 + 2.0 * np.random.default_rng(7).standard_normal((steps, size))
+    corrected, raw = (
+        -updates64(tx, grads) * np.abs(grads) for tx in (adam_fn.adam(1.0, b1, 0.0, 0.0), uncorrected(1.0, b1, 0.0))
+    )
+    squares = (1 - b1) ** 2 * (1 - b1 ** (2 * t)) / (1 - b1**2) / (1 - b1**t) ** 2
+    assert (np.abs(corrected.mean(1) - 1) < 5 * np.sqrt(4 * squares / size)).all()
+    np.testing.assert_allclose(raw.mean(1), corrected.mean(1) * (1 - b1**t), rtol=1e-9)
+
+
+@pytest.mark.parametrize("b2", [0.9, 0.999, 0.999999])
+@pytest.mark.parametrize("b1", [0.0, 0.9])
+def test_first_step_has_the_size_of_the_rate(b1: float, b2: float) -> None:
+    """With both corrections ``|Δ_1| = α``, whatever the gradient and the betas."""
+    for alias in (adam_fn.adam, adam_fn.adamax, adam_fn.amsgrad):
+        np.testing.assert_allclose(updates64(alias(0.25, b1, b2, eps=0.0), GRADS[:1]), -0.25 * np.sign(GRADS[:1]))
+
+
+@pytest.mark.parametrize(("b1", "b2", "first"), [(0.9, 0.999, 3.1623), (0.9, 0.9999, 10.0), (0.9, 0.999999, 100.0)])
+def test_without_correction_the_first_steps_are_too_large(b1: float, b2: float, first: float) -> None:
+    """By ``(1-β₁ᵗ)/√(1-β₂ᵗ)``: ``(1-β₁)/√(1-β₂)`` at the first step, and still more in the steps after it."""
+    steps = 400
+    t = np.arange(1, steps + 1)
+    grads = random_gradients(steps, 16)
+    raw, corrected = (updates64(tx, grads) for tx in (uncorrected(1.0, b1, b2), adam_fn.adam(1.0, b1, b2, eps=0.0)))
+    factor = (1 - b1**t) / np.sqrt(-np.expm1(t * math.log(b2)))
+    np.testing.assert_allclose(raw, corrected * factor[:, None], rtol=1e-9)
+    np.testing.assert_allclose(np.abs(raw[0]), first, rtol=1e-4)
+    assert factor.max() > 1.8 * first
+
+
+# Section 5: RMSProp and AdaGrad are limits of Adam.
+
+
+SPARSE = np.float64(random_gradients(200, SIZE)) * (np.random.default_rng(8).random((200, SIZE)) < 0.3)
+
+
+@pytest.mark.parametrize(("double", "tolerance"), [(False, 2e-6), (True, 1e-14)])
+def test_adagrad_is_adam_with_the_mean_as_second_moment(double: bool, tolerance: float) -> None:
+    """β₁ = 0, ``v = mean(g²)`` and the rate ``α/√t``: ``α g_t/√(Σ g_i²)``."""
+    with jax.enable_x64(double):
+        dtype = jnp.float64 if double else jnp.float32
+        start = np.zeros(SIZE)
+        ours = adam_fn.adam(inverse_sqrt(0.1), 0.0, mean_decay, eps=0.0)
+        _, found = trajectory(ours, SPARSE, start, dtype)
+        _, peer = trajectory(optax.adagrad(0.1, 0.0, eps=0.0), SPARSE, start, dtype)
+    total = np.sqrt(np.cumsum(SPARSE**2, axis=0))
+    expected = -0.1 * SPARSE / np.where(total == 0, 1, total)
+    for updates in (found, peer):
+        np.testing.assert_allclose(updates, expected, rtol=0, atol=0.1 * tolerance)
+    assert (found[0] != 0).any()
+
+
+def test_adagrad_is_the_limit_of_adam_as_beta2_goes_to_1() -> None:
+    """The distance to AdaGrad falls like 1 - β₂; without bias correction the step grows like ``1/√((1-β₂)t)``."""
+    t = np.arange(1, len(SPARSE) + 1)
+    adagrad = updates64(optax.adagrad(1.0, 0.0, eps=0.0), SPARSE)
+    gaps = np.asarray([1e-2, 1e-4, 1e-6])
+    found = [updates64(adam_fn.adam(inverse_sqrt(1.0), 0.0, 1 - gap, eps=0.0), SPARSE) for gap in gaps]
+    distance = [relative_error(updates, adagrad) for updates in found]
+    assert distance[0] > 0.02
+    assert distance[1] / distance[2] == pytest.approx(100, rel=0.02)
+    assert distance[2] < 2e-5
+
+    for gap in gaps[1:]:
+        raw = updates64(uncorrected(inverse_sqrt(1.0), 0.0, 1 - gap), SPARSE)
+        factor = np.sqrt(1 / (gap * t))[:, None]
+        np.testing.assert_allclose(raw, adagrad * factor, rtol=200 * gap, atol=1e-12)
+
+
+@pytest.mark.parametrize("b2", [0.9, 0.999])
+def test_rmsprop_is_adam_without_momentum(b2: float) -> None:
+    """β₁ = 0 is RMSProp with bias correction; RMSProp as it was published has none: its first step is 1/√(1-β₂)."""
+    options = {"decay": b2, "eps": 1e-3, "eps_in_sqrt": False}
+    pairs = (
+        (adam_fn.adam(0.1, 0.0, b2, eps=1e-3), optax.rmsprop(0.1, **options, bias_correction=True)),
+        (uncorrected(0.1, 0.0, b2, eps=1e-3), optax.rmsprop(0.1, **options)),
+    )
+    (corrected, peer), (raw, raw_peer) = ([updates64(tx, GRADS) for tx in pair] for pair in pairs)
+    np.testing.assert_allclose(corrected, peer, rtol=1e-10)
+    np.testing.assert_allclose(raw, raw_peer, rtol=1e-10)
+    assert relative_error(corrected, raw_peer) > 0.25

@@ -1,0 +1,186 @@
+"""Precision of gradients, parameters and state: finite, stable, and no narrower than asked for."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import CASES, MEMBERS, Case, name
+from helpers.runs import relative_error, together
+
+import adam_fn
+
+MAGNITUDES = (0.0, 1e-8, 1e-4, 1.0, 300.0, 6e4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_low_precision_gradients(dtype: Any) -> None:
+    """Finite at every magnitude, and the float32 result to the dtype's rounding."""
+    tx = together([case.make() for case in CASES])
+
+    @jax.jit
+    def run(params: jax.Array, grads: jax.Array) -> Any:
+        def step(state: Any, g: jax.Array) -> Any:
+            u, state = tx.update(g, state, params)
+            return state, u
+
+        return jax.lax.scan(step, tx.init(params), grads)[1]
+
+    grads = jnp.tile(jnp.asarray(MAGNITUDES, dtype), (3, 1)) * jnp.asarray([[1], [-1], [1]], dtype)
+    grads = jnp.stack([grads] * len(CASES), 1)
+    params = jnp.stack([jnp.linspace(-1, 1, len(MAGNITUDES), dtype=dtype)] * len(CASES))
+    low = run(params, grads)
+    assert low.dtype == dtype
+    expected = run(params.astype(jnp.float32), grads.astype(jnp.float32)).astype(dtype)
+    for i, case in enumerate(CASES):
+        found = np.asarray(low[:, i], np.float32)
+        assert np.isfinite(found).all(), case.name
+        np.testing.assert_array_equal(found, np.asarray(expected[:, i], np.float32), err_msg=case.name)
+
+
+@pytest.mark.parametrize("case", MEMBERS, ids=name)
+def test_bfloat16_gradients_of_any_magnitude(case: Case) -> None:
+    tx = case.make()
+    largest = jnp.finfo(jnp.bfloat16).max
+    grads = jnp.asarray([largest, -largest, 1e30, 1e20, 1e-30, jnp.finfo(jnp.bfloat16).tiny], jnp.bfloat16)
+    params = jnp.ones(6)
+    state = tx.init(params)
+    for sign in (1, -1, 1):
+        updates, state = tx.update(sign * grads, state, params)
+        assert jnp.isfinite(updates).all(), updates
+        assert all(jnp.isfinite(slot).all() for slot in state.slots.values())
+
+
+@pytest.mark.parametrize("case", MEMBERS, ids=name)
+def test_a_finite_spike_does_not_last(case: Case) -> None:
+    """The square of a large float32 gradient overflows; the state must stay finite and recover."""
+    tx = case.make()
+    params = jnp.ones(2)
+    state = tx.init(params)
+    updates = params
+    for g in (1.0, 1e30, 1.0, *[1.0] * 200):
+        updates, state = tx.update(jnp.full(2, g), state, params)
+        assert jnp.isfinite(updates).all()
+    assert all(jnp.isfinite(slot).all() for slot in state.slots.values())
+
+
+def test_inf_and_nan_are_not_hidden() -> None:
+    for dtype in (jnp.float32, jnp.bfloat16):
+        params = jnp.ones(3, dtype)
+        tx = adam_fn.adam(1e-3)
+        updates, _ = tx.update(jnp.asarray([jnp.inf, jnp.nan, 1.0], dtype), tx.init(params), params)
+        np.testing.assert_array_equal(jnp.isfinite(updates), [False, False, True])
+
+
+@pytest.mark.parametrize("case", MEMBERS, ids=name)
+def test_state_is_float32_for_bfloat16_parameters(case: Case) -> None:
+    """Under a constant gradient of 1 the second moment reaches 1 and does not stick at 0.5."""
+    params = jnp.ones(4, jnp.bfloat16)
+    tx = case.make(1e-3)
+    state = tx.init(params)
+    assert {slot.dtype for slot in jax.tree.leaves(state.slots)} == {jnp.dtype(jnp.float32)}
+    if case.name != "adam":
+        return
+    ones = jnp.ones_like(params)
+    after = jax.lax.fori_loop(0, 5000, lambda _, s: tx.update(ones, s, params)[1], state)
+    np.testing.assert_allclose(after.slots["nu"], 1 - 0.999**5000, rtol=1e-4)
+
+
+@pytest.mark.parametrize("grads", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("params", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("case", MEMBERS, ids=name)
+def test_state_types_are_stable(case: Case, params: Any, grads: Any) -> None:
+    """Dtype and weak type of the state out equal those in, through `scan` and `cond`."""
+    tx = case.make(optax.cosine_decay_schedule(1e-3, 10), mu_dtype=jnp.bfloat16, weight_decay=0.1)
+    finite = optax.apply_if_finite(tx, 2)
+
+    def run(p: Any, g: Any) -> Any:
+        state = tx.init(p)
+        updates, after = tx.update(g, state, p)
+        jax.lax.scan(lambda s, _: (tx.update(g, s, p)[1], None), state, None, 2)
+        jax.lax.cond(True, lambda s: tx.update(g, s, p)[1], lambda s: s, state)
+        finite.update(g, finite.init(p), p)
+        return updates, state, after
+
+    p, g = ({"w": jax.ShapeDtypeStruct((2, 3), dtype)} for dtype in (params, grads))
+    updates, state, after = jax.eval_shape(run, p, g)
+    assert updates["w"].dtype == grads
+    describe = [(x.dtype, x.shape, x.weak_type) for x in jax.tree.leaves(state)]
+    assert [(x.dtype, x.shape, x.weak_type) for x in jax.tree.leaves(after)] == describe
+    assert not any(weak for *_, weak in describe)
+
+
+@pytest.mark.parametrize("case", MEMBERS, ids=name)
+def test_x64(case: Case) -> None:
+    """float64 parameters keep float64; float32 ones stay float32, NumPy float64 hyperparameters or not."""
+    with jax.enable_x64(True):
+        for dtype in (jnp.float32, jnp.float64):
+            tx = case.make(np.float64(1e-3), b1=optax.constant_schedule(np.float64(0.9)), b2=jnp.asarray(0.99))
+            params = {"w": jnp.ones(3, dtype)}
+            state = tx.init(params)
+            before = jax.tree.map(lambda x: (x.dtype, x.weak_type), state)
+            updates, state = tx.update(params, state, params)
+            assert jax.tree.map(lambda x: (x.dtype, x.weak_type), state) == before
+            assert updates["w"].dtype == dtype
+            assert {x.dtype for x in jax.tree.leaves((state.slots, state.weights))} == {jnp.dtype(dtype)}
+
+
+def test_mixed_float32_and_float64() -> None:
+    with jax.enable_x64(True):
+        params = {"wide": jnp.ones(3, jnp.float64), "narrow": jnp.ones(3, jnp.float32)}
+        tx = adam_fn.adam(1e-3, weight_decay=0.1)
+        updates, state = tx.update(params, tx.init(params), params)
+        assert {key: x.dtype for key, x in updates.items()} == {"wide": jnp.float64, "narrow": jnp.float32}
+        assert jnp.asarray(state.weights).dtype == jnp.float64
+
+
+@pytest.mark.parametrize("case", MEMBERS, ids=name)
+def test_low_precision_moments_still_follow(case: Case) -> None:
+    rng = np.random.default_rng(0)
+    params = jnp.asarray(rng.standard_normal(256), jnp.float32)
+    plain, low = case.make(), case.make(**case.stored("bfloat16"))
+    states = [plain.init(params), low.init(params)]
+    updates = [params, params]
+    for _ in range(5):
+        g = jnp.asarray(rng.standard_normal(256), jnp.float32)
+        for i, tx in enumerate((plain, low)):
+            updates[i], states[i] = tx.update(g, states[i], params)
+    for slot, x in states[1].slots.items():
+        low_precision = slot.split("_")[0] in ("mu", "nu")
+        assert x.dtype == (jnp.bfloat16 if low_precision else jnp.float32)
+        assert (x != states[0].slots[slot]).any() == low_precision
+    assert relative_error(np.asarray(updates[1]), np.asarray(updates[0], np.float64)) < 0.02
+
+
+def test_meta_gradient_at_zero_is_finite() -> None:
+    """The gradient through three steps at g = 0, with respect to parameters, rate and betas; one program for all."""
+
+    def loss(case: Case, p: jax.Array, rate: jax.Array, b2: jax.Array) -> jax.Array:
+        tx = case.make(rate, b2=b2)
+
+        def step(carry: Any, _: None) -> Any:
+            p, state = carry
+            u, state = tx.update(2 * p, state, p)
+            return (p + u, state), None
+
+        (p, _), _ = jax.lax.scan(step, (p, tx.init(p)), None, length=3)
+        return jnp.sum(p**2 + p)
+
+    @jax.jit
+    def gradients(p: jax.Array, rate: jax.Array, b2: jax.Array) -> dict[str, tuple[jax.Array, ...]]:
+        return {case.name: jax.grad(loss, argnums=(1, 2, 3))(case, p, rate, b2) for case in CASES}
+
+    for found, grads in gradients(jnp.asarray([0.0, 1.0]), jnp.asarray(1e-3), jnp.asarray(0.9)).items():
+        assert all(jnp.isfinite(x).all() for x in grads), (found, grads)
+
+
+def test_safe_sqrt_is_sqrt() -> None:
+    from adam_fn.arithmetic import safe_sqrt
+
+    x = jnp.asarray([0.0, 1e-30, 0.25, 3.0])
+    np.testing.assert_array_equal(safe_sqrt(x), jnp.sqrt(x))
+    np.testing.assert_allclose(jax.vmap(jax.grad(safe_sqrt))(x), [0.0, 5e14, 1.0, 0.5 / np.sqrt(3)], rtol=1e-6)
+    second = jax.grad(jax.grad(safe_sqrt))
+    np.testing.assert_allclose([second(0.0), second(0.25)], [0.0, -2.0], rtol=1e-6)

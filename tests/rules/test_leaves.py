@@ -1,0 +1,160 @@
+"""One policy for the leaves: None, integers, frozen, complex, scalars, empty arrays; errors that name the path."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import CASES, MEMBERS, Case, name
+from helpers.runs import random_gradients, trajectories
+
+import adam_fn
+
+
+def _params() -> dict[str, Any]:
+    return {
+        "w": jnp.ones((3, 2)),
+        "scalar": jnp.asarray(2.0),
+        "empty": jnp.zeros((0, 4)),
+        "none": None,
+        "int": jnp.arange(3),
+        "bool": jnp.asarray([True, False]),
+        "half": jnp.ones(2, jnp.bfloat16),
+    }
+
+
+@pytest.mark.parametrize("case", MEMBERS, ids=name)
+@pytest.mark.parametrize("weight_decay", [None, 0.1])
+def test_every_kind_of_leaf(case: Case, weight_decay: float | None) -> None:
+    tx = case.make(1e-3, weight_decay=weight_decay)
+    params = _params()
+    grads = jax.tree.map(lambda p: jnp.ones_like(p) if jnp.issubdtype(p.dtype, jnp.floating) else None, params)
+    grads["int"] = np.zeros(3, jax.dtypes.float0)
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(grads, state, params)
+        assert updates["none"] is None
+        assert updates["bool"] is None  # As its gradient is.
+        new: Any = optax.apply_updates(params, {**updates, "bool": jnp.zeros(2, bool)})
+        jax.tree.map(lambda a, b: (a.dtype, a.shape) == (b.dtype, b.shape) or pytest.fail(), params, new)
+        np.testing.assert_array_equal(new["int"], params["int"])
+        params = new
+    assert (params["w"] < _params()["w"]).all()
+    assert params["scalar"] < _params()["scalar"]
+    for slot in state.slots.values():
+        assert slot["none"] is None
+        assert slot["int"] == slot["bool"] == optax.MaskedNode()
+        assert slot["half"].dtype == jnp.float32
+        assert slot["empty"].shape == (0, 4)
+
+
+def test_frozen_leaves_have_no_moments_and_a_zero_update() -> None:
+    params = {"a": jnp.ones(2), "b": {"c": jnp.ones(2), "d": jnp.ones(2)}}
+    grads = jax.tree.map(jnp.ones_like, params)
+    for frozen in ({"a": False, "b": True}, adam_fn.masks.path("b/*")):
+        tx = adam_fn.adamw(1e-3, frozen=frozen)
+        state = tx.init(params)
+        updates, state = tx.update(grads, state, params)
+        np.testing.assert_array_equal(updates["b"]["c"], jnp.zeros(2))
+        assert (updates["a"] < 0).all()
+        assert len(jax.tree.leaves(state.slots)) == 2
+        updates, state = tx.update({"a": grads["a"], "b": {"c": None, "d": grads["a"]}}, state, params)
+        assert updates["b"]["c"] is None
+
+
+def test_complex_is_two_reals() -> None:
+    """As in torch, and not |g|²."""
+    grads, params = random_gradients(5, 8), np.linspace(-1, 1, 8).astype(np.float32)
+    txs = [case.make() for case in CASES]
+    _, expected = trajectories(txs, grads, params)
+    complex_grads = (grads[:, :4] + 1j * grads[:, 4:]).astype(np.complex64)
+    complex_params = (params[:4] + 1j * params[4:]).astype(np.complex64)
+    _, found = trajectories(txs, complex_grads, complex_params, jnp.complex64)
+    assert found.dtype == np.complex64
+    for case, a, b in zip(CASES, np.concatenate([np.real(found), np.imag(found)], axis=-1), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-9, err_msg=case.name)
+
+
+def _bad(message: str, **changes: Any) -> Any:
+    grads = {"w": jnp.ones((3, 1)), "deep": [jnp.ones(2), jnp.ones(2)], **changes}
+    return pytest.param({key: value for key, value in grads.items() if value is not ...}, message)
+
+
+@pytest.mark.parametrize(
+    ("grads", "message"),
+    [
+        _bad(r"gradient of w has shape \(3,\), its parameter \(3, 1\)", w=jnp.ones(3)),
+        _bad(r"gradient of deep/1 has shape \(\), its parameter \(2,\)", deep=[jnp.ones(2), 1.0]),
+        _bad(r"gradient of w is None", w=None),
+        _bad(r"gradient of w is complex64, its parameter float32", w=jnp.ones((3, 1), jnp.complex64)),
+        _bad(r"gradient of w is int32, its parameter float32", w=jnp.ones((3, 1), jnp.int32)),
+        _bad(r"gradients must have the structure of the parameters: w is missing", w=...),
+        _bad(r"gradients must have the structure of the parameters: extra is not there", extra=jnp.ones(1)),
+        _bad(r"gradients must have the structure of the parameters: deep/1 is missing", deep=[jnp.ones(2)]),
+    ],
+)
+def test_gradients_that_do_not_fit(grads: Any, message: str) -> None:
+    params = {"w": jnp.ones((3, 1)), "deep": [jnp.ones(2), jnp.ones(2)]}
+    tx = adam_fn.adam(1e-3)
+    state = tx.init(params)
+    with pytest.raises(ValueError, match=message):
+        tx.update(grads, state, params)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(tx.update, grads, state, params)
+
+
+def test_states_that_do_not_fit() -> None:
+    params = {"w": jnp.ones((3, 1))}
+    tx = adam_fn.adam(1e-3)
+    with pytest.raises(TypeError, match=r"slots \['mu', 'nu'\], got a tuple: not a state of"):
+        tx.update(params, optax.adam(1e-3).init(params), params)
+    with pytest.raises(TypeError, match=r"got a State with the slots \['mu', 'nu', 'nu_max'\]: not a state of"):
+        tx.update(params, adam_fn.amsgrad(1e-3).init(params), params)
+    for other in (adam_fn.adamax, adam_fn.radam):
+        with pytest.raises(ValueError, match=r"the state has . bias weights, but .* has 2"):
+            tx.update(params, other(1e-3).init(params), params)
+    with pytest.raises(ValueError, match=r"state's mu of w has \(shape, dtype\).*expected"):
+        tx.update(params, tx.init({"w": jnp.ones((1, 3))}), params)
+    with pytest.raises(ValueError, match=r"the state's mu must have the structure .*: w is missing"):
+        tx.update(params, tx.init({"v": jnp.ones((3, 1))}), params)
+    with pytest.raises(ValueError, match="weight decay needs the parameters"):
+        adam_fn.adamw(1e-3).update(params, adam_fn.adamw(1e-3).init(params))
+
+
+def test_params_are_optional_without_decay() -> None:
+    params = {"w": jnp.ones((3, 1)), "none": None}
+    tx = adam_fn.adam(1e-3)
+    with_params, _ = tx.update(params, tx.init(params), params)
+    without, _ = tx.update(params, tx.init(params))
+    np.testing.assert_array_equal(with_params["w"], without["w"])
+
+
+def test_state_of_numpy_arrays() -> None:
+    """As a checkpoint gives it back, in eager use, compiled or not."""
+    params = {"w": jnp.ones((3, 1))}
+    tx = adam_fn.adam(1e-3)
+    state = jax.device_get(tx.init(params))
+    expected, _ = tx.update(params, state, params)
+    with jax.disable_jit():
+        found, _ = tx.update(params, state, params)
+    np.testing.assert_allclose(found["w"], expected["w"], rtol=1e-6)
+
+
+def test_rules_without_a_memory_have_no_empty_arrays() -> None:
+    """Checkpointers refuse arrays of no size."""
+    tx = adam_fn.transform(adam_fn.Rate(0.1))
+    state = tx.init(jnp.ones(3))
+    assert [x.shape for x in jax.tree.leaves(state)] == [()]
+    updates, state = tx.update(jnp.ones(3), state)
+    np.testing.assert_allclose(updates, -0.1, rtol=1e-6)
+    assert int(state.count) == 1
+
+
+def test_python_scalars_and_numpy_arrays_are_parameters() -> None:
+    params = {"a": 1.0, "b": np.ones(2, np.float32)}
+    tx = adam_fn.adam(0.1)
+    updates, _ = tx.update({"a": 2.0, "b": np.ones(2, np.float32)}, tx.init(params), params)
+    np.testing.assert_allclose(updates["a"], -0.1, rtol=1e-6)
+    np.testing.assert_allclose(updates["b"], -0.1, rtol=1e-6)
