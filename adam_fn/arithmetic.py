@@ -90,7 +90,8 @@ def bounded(x: jax.Array, times: float) -> jax.Array:
     """
     exponent = jnp.finfo(x.dtype).maxexp - 2
     bound = 2.0 ** (exponent // 2) / times if times else 2.0**exponent
-    return jnp.where(jnp.abs(x) < jnp.inf, jnp.clip(x, -bound, bound), x)
+    clipped = jax.lax.clamp(jnp.asarray(-bound, x.dtype), x, jnp.asarray(bound, x.dtype))
+    return jax.lax.select(jax.lax.is_finite(x), clipped, x)
 
 
 def shifted(x: jax.Array, constant: Scalar) -> jax.Array:

@@ -177,9 +177,8 @@ def show(rows: Sequence[Row], console: rich.console.Console) -> None:
             talk = sum(bool(row.get("collectives")) for row in own)
             console.print(f"{target}: {len(own)} steps on four devices, {talk} with collectives, {len(failed)} failed")
         elif part in (ZERO1, OFFLOAD):
-            console.print(
-                f"{target}: {'; '.join(remarks(own))}; {len(failed)} refused", highlight=False, soft_wrap=True
-            )
+            about = [f"{len(own)} of {part}, {len(failed)} do not compile", *remarks(own)]
+            console.print(f"{target}: {'; '.join(about)}", highlight=False, soft_wrap=True)
         else:
             programs, seconds = (sum(row.get(name, 0) for row in own) for name in ("programs", "seconds"))
             console.print(

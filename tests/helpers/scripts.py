@@ -17,13 +17,16 @@ def script(name: str, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """JSON as the standard has it: no NaN."""
+
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is not JSON")
 
     return json.loads(path.read_text(), parse_constant=refuse)
 
 
-def assert_png(path: Path) -> None:
+def assert_png(path: Path, least: int = 10_000, most: int | None = None) -> None:
+    """A picture of so many bytes."""
     content = path.read_bytes()
     assert content.startswith(b"\x89PNG\r\n\x1a\n")
-    assert len(content) > 10_000
+    assert least < len(content) < (most or len(content) + 1)

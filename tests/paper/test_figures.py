@@ -1,10 +1,9 @@
 """The paper's experiments: the harness of examples/paper, figures 1 and 2, and section 7."""
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import figure1
 import figure2
@@ -18,25 +17,13 @@ import pytest
 import section7
 from flax import nnx
 from harness import Claim, Problem, Sweep
+from helpers.scripts import assert_png, read_json
 from loaders import mnist
 from matplotlib.figure import Figure
 
 import adam_fn
 
 QUICK = ("--quick", "--data", "standin")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is not JSON")
-
-    return json.loads(path.read_text(), parse_constant=refuse)
-
-
-def assert_png(path: Path) -> None:
-    content = path.read_bytes()
-    assert content.startswith(b"\x89PNG\r\n\x1a\n")
-    assert 1_000 < len(content) < 150_000
 
 
 SCALES = np.array([1.0, 3.0, 0.1])
@@ -176,7 +163,7 @@ class TestReport:
         assert (found["count"], found["grid"]) == (3, {"rate": [0.1, None]})
         assert [claim["holds"] for claim in found["claims"]] == [True, False, None]
         assert {"adam_fn", "jax", "optax"} < set(found["versions"])
-        assert_png(tmp_path / "stem.png")
+        assert_png(tmp_path / "stem.png", 1_000, 150_000)
 
     def test_command_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         def parse(*argv: str) -> Any:
@@ -249,7 +236,7 @@ class TestFigure1:
     def test_quick(self, tmp_path: Path) -> None:
         claims = figure1.main((*QUICK, "--out", str(tmp_path)))
         assert {claim.holds for claim in claims} == {None}
-        assert_png(tmp_path / "figure1.png")
+        assert_png(tmp_path / "figure1.png", 1_000, 150_000)
         panels = read_json(tmp_path / "figure1.json")["panels"]
         assert len(panels) == 3
         for sweeps in panels.values():
@@ -263,7 +250,7 @@ class TestFigure2:
     def test_quick(self, tmp_path: Path) -> None:
         claims = figure2.main((*QUICK, "--out", str(tmp_path)))
         assert {claim.holds for claim in claims} == {None}
-        assert_png(tmp_path / "figure2.png")
+        assert_png(tmp_path / "figure2.png", 1_000, 150_000)
         runs = read_json(tmp_path / "figure2.json")["runs"]
         assert [(run["dropout"], run["optimizer"]) for run in runs] == [
             (dropout, name) for dropout in (0.5, 0.0) for name in figure2.NAMES
@@ -319,7 +306,7 @@ class TestSection7:
     def test_quick(self, tmp_path: Path) -> None:
         claims = section7.main((*QUICK, "--out", str(tmp_path)))
         assert {claim.holds for claim in claims} == {None}
-        assert_png(tmp_path / "section7.png")
+        assert_png(tmp_path / "section7.png", 1_000, 150_000)
         runs = read_json(tmp_path / "section7.json")["runs"]
         assert [run["label"] for run in runs] == ["Adam", "AdaMax"]
         for run in runs:
