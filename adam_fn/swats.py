@@ -18,7 +18,7 @@ from adam_fn.rule import Beta, Clock, Hyper, Rate, Rule, Slot, Slots
 from adam_fn.rules.adam import Adam
 from adam_fn.spec import Spec
 from adam_fn.transform import State, Transformation, Update, rate_of_step
-from adam_fn.wrapper import Wrapper, check_state, inner, is_trained
+from adam_fn.wrapper import Wrapper, alike_over_devices, check_state, inner, is_trained
 
 
 class SwatsState(NamedTuple):
@@ -105,6 +105,7 @@ def _step(
 ) -> tuple[PyTree, SwatsState]:
     """Adam's step or SGD's: the updates, or with `write` the new parameters, and the new state."""
     alpha = jnp.asarray(rate.at(call.state.adam.count).learning_rate if call.rate is None else call.rate)
+    alpha, call = alike_over_devices((alpha, call))  # Members on the devices of a `shard_map` switch on their own.
     with observed():  # What is noted in there is of another program.
         return _either(write, spec, rule, alpha, tolerance, call)
 
@@ -119,7 +120,7 @@ def _either(
     """
     state = call.state
     like = jax.eval_shape(functools.partial(_adam, write), spec, rule, alpha, tolerance, call)[0]
-    blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    blank = jax.tree.map(jnp.zeros_like, like)
 
     def own(result: PyTree, state: SwatsState) -> _Call:
         return call._replace(state=state, params=result if write else call.params)

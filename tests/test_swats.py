@@ -115,3 +115,32 @@ def test_members_switch_on_their_own() -> None:
         np.testing.assert_allclose(found[i], one, rtol=1e-6)
         np.testing.assert_allclose(slopes[i], slope, rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(jax.jit(run)(scale, start)[0], one, rtol=1e-6)  # By loops, and by a conditional.
+
+
+def test_devices_of_a_shard_map_switch_on_their_own() -> None:
+    """Each with parameters and a state of its own, which JAX has to know as different from the first step on."""
+    tx: Any = adam_fn.swats(1e-2, b2=0.9, tolerance=1e-4)
+    grads = jnp.asarray(1 + random_gradients(12, 5, 0.5))
+
+    def run(scale: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def step(carry: Any, g: jax.Array) -> Any:
+            p, state = carry
+            updates, state = tx.update(p + scale * g, state, p)
+            return (p + updates, state), state.switched
+
+        carry, now = step((start, tx.init(start)), grads[0])  # A scan wants the state of a step, not that of `init`.
+        (p, _), switched = jax.lax.scan(step, carry, grads[1:])
+        return p, now + switched.sum()
+
+    scales, starts = jnp.asarray([0.3, 3.0]), jnp.broadcast_to(jnp.linspace(-1.0, 2.0, 5), (2, 5))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def member(scale: jax.Array, start: jax.Array) -> Any:
+        return jax.tree.map(lambda x: x[None], run(scale[0], start[0]))
+
+    spec = jax.sharding.PartitionSpec("data")
+    found = jax.jit(jax.shard_map(member, mesh=mesh, in_specs=spec, out_specs=spec))(scales, starts)
+    alone = [jax.jit(run)(*each) for each in zip(scales, starts, strict=True)]
+    np.testing.assert_allclose(found[0], jnp.stack([p for p, _ in alone]), rtol=1e-6)
+    assert found[1].tolist() == [int(switched) for _, switched in alone]
+    assert len(set(found[1].tolist())) == 2
