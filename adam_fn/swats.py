@@ -1,28 +1,31 @@
 """SWATS: Adam that switches to SGD."""
 
 import dataclasses
-from typing import NamedTuple, Unpack
+import functools
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeVar, Unpack, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from adam_fn.arithmetic import one_minus
-from adam_fn.execute.body import as_dtype, compute_dtype
+from adam_fn.arithmetic import ema, one_minus
 from adam_fn.leaves import PyTree
+from adam_fn.observe import Call, note, observed
 from adam_fn.options import MomentOptions, alias, optimizer
-from adam_fn.rule import Hyper, Rate
+from adam_fn.rule import Beta, Clock, Hyper, Rate, Rule, Slot, Slots
 from adam_fn.rules.adam import Adam
-from adam_fn.transform import State, Transformation
-from adam_fn.wrapper import Wrapper, check_state, inner, is_trained, map_trained
+from adam_fn.spec import Spec
+from adam_fn.transform import State, Transformation, Update, rate_of_step
+from adam_fn.wrapper import Wrapper, alike_over_devices, check_state, inner, is_trained
 
 
 class SwatsState(NamedTuple):
     """The state of `swats`.
 
     Attributes:
-      adam: that of Adam. After the switch its m is SGD's momentum, which starts again at 0.
+      adam: that of Adam. After the switch its m is SGD's momentum, which starts again at 0; v and the weights stay.
       average: the raw moving average of the rates γ, a scalar of the dtype of the bias weights (float32).
       switched: bool scalar, whether SGD has taken over.
       sgd_rate: the rate Λ that was found, a scalar; 0 before the switch.
@@ -34,6 +37,30 @@ class SwatsState(NamedTuple):
     switched: jax.Array
     sgd_rate: jax.Array
     adam_rate: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Momentum(Rule):
+    """SGD's momentum: ``m ← βm + (1-β)g``, ``u = m``; the slot is Adam's m."""
+
+    beta: Beta
+
+    @property
+    def slots(self) -> Mapping[str, Slot]:
+        return {"mu": Slot()}
+
+    def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
+        mu = ema(self.beta, slots["mu"], g)
+        return mu, {"mu": mu}
+
+
+class _Call(NamedTuple):
+    """What a step is given."""
+
+    grads: PyTree
+    state: SwatsState
+    params: PyTree
+    rate: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,58 +86,133 @@ class Swats(Wrapper):
         learning_rate: ArrayLike | None = None,
         **extra_args: PyTree,
     ) -> tuple[PyTree, SwatsState]:
+        del extra_args  # Meant for other links of a chain.
         check_state(state, SwatsState, "swats")
-        steps, adam = self.adam.update(updates, state.adam, params, learning_rate=learning_rate)
-        count = state.adam.count
-        rate = self.rate.at(count).learning_rate if learning_rate is None else learning_rate
-        momentum = self.adam.update.decoded("mu", adam, updates if params is None else params)
-        rates = self.adam.update.rates(updates if params is None else params)
-        part = one_minus(self.rule.at(count).b2)
-        return _switch(updates, steps, state, adam, momentum, rates, part, rate, self.tolerance)
+        note(Call(self.adam.update.spec, updates, state.adam, params))
+        return self._step(_Call(updates, state, params, rate_of_step(learning_rate)), write=False)
+
+    def write(self, grads: PyTree, state: SwatsState, params: PyTree) -> tuple[PyTree, SwatsState]:
+        check_state(state, SwatsState, "swats")
+        return self._step(_Call(grads, state, params, None), write=True)
+
+    def _step(self, call: _Call, *, write: bool) -> tuple[PyTree, SwatsState]:
+        return _step(self.adam.update.spec, self.rule, self.rate, self.tolerance, call, write=write)
 
 
-@jax.jit
-def _switch(
-    grads: PyTree,
-    steps: PyTree,
-    old: SwatsState,
-    adam: State,
-    momentum: PyTree,
-    rates: list[float],
-    part: ArrayLike,
-    rate: ArrayLike,
-    tolerance: ArrayLike,
+@functools.partial(jax.jit, static_argnames="write")
+def _step(
+    spec: Spec, rule: Adam, rate: Rate, tolerance: ArrayLike, call: _Call, *, write: bool
 ) -> tuple[PyTree, SwatsState]:
-    """Adam's steps or SGD's, and the search for SGD's rate; `rates` are the leaves' multipliers, `part` is 1 - β₂."""
+    """Adam's step or SGD's: the updates, or with `write` the new parameters, and the new state."""
+    alpha = jnp.asarray(rate.at(call.state.adam.count).learning_rate if call.rate is None else call.rate)
+    alpha, call = alike_over_devices((alpha, call))  # Members on the devices of a `shard_map` switch on their own.
+    with observed():  # What is noted in there is of another program.
+        return _either(write, spec, rule, alpha, tolerance, call)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _either(
+    write: bool, spec: Spec, rule: Adam, alpha: jax.Array, tolerance: ArrayLike, call: _Call
+) -> tuple[PyTree, SwatsState]:
+    """One of two loops that run once or not at all.
+
+    XLA copies whatever leaves a conditional, three leaves each time; what a loop carries is changed in its place.
+    """
+    state = call.state
+    like = jax.eval_shape(functools.partial(_adam, write), spec, rule, alpha, tolerance, call)[0]
+    blank = jax.tree.map(jnp.zeros_like, like)
+
+    def own(result: PyTree, state: SwatsState) -> _Call:
+        return call._replace(state=state, params=result if write else call.params)
+
+    def adam(carry: tuple[PyTree, SwatsState]) -> tuple[PyTree, SwatsState]:
+        return _adam(write, spec, rule, alpha, tolerance, own(*carry))
+
+    def sgd(carry: tuple[PyTree, SwatsState]) -> tuple[PyTree, SwatsState]:
+        return _sgd(write, spec, rule, alpha, own(*carry))
+
+    carry = (call.params if write else blank, state)
+    return _once(state.switched, sgd, _once(~state.switched, adam, carry))
+
+
+@_either.defjvp
+def _either_jvp(write: bool, primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]) -> tuple[PyTree, PyTree]:
+    """Of a conditional: a loop has no derivatives in reverse."""
+
+    def either(spec: Spec, rule: Adam, alpha: jax.Array, tolerance: ArrayLike, call: _Call) -> PyTree:
+        return jax.lax.cond(
+            call.state.switched,
+            lambda: _sgd(write, spec, rule, alpha, call),
+            lambda: _adam(write, spec, rule, alpha, tolerance, call),
+        )
+
+    return jax.jvp(either, primals, tangents)
+
+
+T = TypeVar("T")
+
+
+def _once(todo: jax.Array, function: Callable[[T], T], x: T) -> T:
+    """`function` of `x` where there is something to do, written in its place."""
+    return jax.lax.while_loop(lambda c: c[0], lambda c: (jnp.zeros_like(c[0]), function(c[1])), (todo, x))[1]
+
+
+@jax.custom_jvp
+def _restarted(now: jax.Array, mu: PyTree) -> PyTree:
+    """0 after the switch: by a loop as well, since the new m would wait for the sums over all leaves otherwise."""
+    return _once(now, functools.partial(jax.tree.map, jnp.zeros_like), mu)
+
+
+@_restarted.defjvp
+def _restarted_jvp(primals: tuple[jax.Array, PyTree], tangents: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+    now, mu = primals
+    return jax.jvp(functools.partial(jax.tree.map, lambda x: jnp.where(now, jnp.zeros_like(x), x)), (mu,), tangents[1:])
+
+
+def _sgd(write: bool, spec: Spec, rule: Adam, alpha: jax.Array, call: _Call) -> tuple[PyTree, SwatsState]:
+    """A step after the switch: of Adam's state the momentum alone is read and changed."""
+    grads, state, params, _ = call
+    codecs = tuple((name, codec) for name, codec in spec.codecs if name == "mu")
+    sgd = Update(dataclasses.replace(spec, rule=Momentum(rule.b1) >> Rate(0.0), codecs=codecs))
+    # Not 0 after the switch; but `vmap` runs both branches, and derivatives pass through both.
+    switched_at = jnp.where(state.switched, state.adam_rate, 1)
+    own = State(state.adam.count, (), {"mu": state.adam.slots["mu"]})
+    step = sgd.write if write else sgd
+    result, own = step(grads, own, params, learning_rate=state.sgd_rate * (alpha / switched_at))
+    adam = state.adam._replace(count=own.count, slots={**state.adam.slots, **own.slots})
+    return result, state._replace(adam=adam)
+
+
+def _adam(
+    write: bool, spec: Spec, rule: Adam, alpha: jax.Array, tolerance: ArrayLike, call: _Call
+) -> tuple[PyTree, SwatsState]:
+    """Adam's step, and the search for SGD's rate."""
+    grads, state, params, given = call
+    update = Update(spec)
+    steps, adam = update(grads, state.adam, params, learning_rate=given)
+    rates = update.rates(grads if params is None else params)
     leaves, treedef = jax.tree.flatten(steps, is_leaf=lambda x: x is None)
     rows = zip(leaves, treedef.flatten_up_to(grads), rates, strict=True)
     pairs = [(u, g, own) for u, g, own in rows if is_trained(u)]
-    dtype = old.average.dtype
+    dtype = state.average.dtype
 
     # The rate at which SGD's step, projected onto Adam's, is Adam's.
     along = -sum((own * inner(u, g) for u, g, own in pairs), jnp.zeros((), dtype))
     length = sum((inner(u, u) for u, *_ in pairs), jnp.zeros((), dtype))
     found = (length / jnp.where(along == 0, 1, along)).astype(dtype)
     defined = (along != 0) & jnp.isfinite(found)
-    searching = defined & ~old.switched
-    average = jnp.where(searching, old.average + part * (found - old.average), old.average)
+    part = one_minus(rule.at(state.adam.count).b2)
+    average = jnp.where(defined, state.average + part * (found - state.average), state.average)
     mean = average / jnp.asarray(adam.weights)[1, 0]
     # At the first step the mean is the rate itself.
-    now = searching & (old.adam.count > 0) & (jnp.abs(mean - found) < tolerance) & (mean > 0)
-    sgd_rate = jnp.where(now, mean, old.sgd_rate)
-    adam_rate = jnp.where(now, jnp.asarray(rate, dtype), old.adam_rate)
+    now = defined & (state.adam.count > 0) & (jnp.abs(mean - found) < tolerance) & (mean > 0)
+    sgd_rate = jnp.where(now, mean, state.sgd_rate)
+    adam_rate = jnp.where(now, jnp.asarray(alpha, dtype), state.adam_rate)
 
-    sgd = -sgd_rate * (rate / jnp.where(old.switched, adam_rate, 1))
-
-    def choose(u: jax.Array, mu: jax.Array | optax.MaskedNode, own: float) -> jax.Array:
-        if isinstance(mu, optax.MaskedNode):  # A frozen leaf.
-            return u
-        return jnp.where(old.switched, as_dtype((sgd * own * mu).astype(compute_dtype(u.dtype)), u.dtype), u)
-
-    updates = map_trained(choose, steps, momentum, treedef.unflatten(rates))
-    restarted = jax.tree.map(lambda mu: jnp.where(now, jnp.zeros_like(mu), mu), adam.slots["mu"])
+    restarted = _restarted(now, adam.slots["mu"])
     adam = adam._replace(slots={**adam.slots, "mu": restarted})
-    return updates, SwatsState(adam, average, old.switched | now, sgd_rate, adam_rate)
+    result = optax.apply_updates(cast(optax.Params, params), steps) if write else steps
+    return result, SwatsState(adam, average, now, sgd_rate, adam_rate)
 
 
 @alias

@@ -182,7 +182,7 @@ def _decoded(spec: Spec, slot: str, state: State, params: PyTree) -> PyTree:
     return leaves.treedef.unflatten(found)
 
 
-def _rate(learning_rate: ArrayLike | None) -> jax.Array | None:
+def rate_of_step(learning_rate: ArrayLike | None) -> jax.Array | None:
     """The rate of one step, as it was given to `update`; an array once `jit` has taken it."""
     if learning_rate is None:
         return None
@@ -224,15 +224,18 @@ class Update:
         del extra_args  # Meant for other links of a chain.
         state = self._checked(state)
         note(Call(self.spec, updates, state, params))
-        new, _, after = _update(self.spec, updates, state, params, _rate(learning_rate))
+        new, _, after = _update(self.spec, updates, state, params, rate_of_step(learning_rate))
         return new, after
 
-    def write(self, grads: PyTree, state: optax.OptState, params: PyTree) -> tuple[PyTree, State]:
+    def write(
+        self, grads: PyTree, state: optax.OptState, params: PyTree, *, learning_rate: ArrayLike | None = None
+    ) -> tuple[PyTree, State]:
         """The new parameters, those of ``optax.apply_updates(params, updates)``, and the new state.
 
         No update is ever stored: in a program that donates `params` and `state` every leaf is changed in its place.
         """
-        new, _, after = _update(self.spec, grads, self._checked(state), params, None, write=PARAMETERS)
+        rate = rate_of_step(learning_rate)
+        new, _, after = _update(self.spec, grads, self._checked(state), params, rate, write=PARAMETERS)
         return new, after
 
     def with_low(
@@ -247,7 +250,7 @@ class Update:
         """What `write` makes of the updates and of `low`, a tree of what is stored beside the parameters."""
         state = self._checked(state)
         note(Call(self.spec, grads, state, params))
-        return _update(self.spec, grads, state, params, _rate(learning_rate), low, write=write)
+        return _update(self.spec, grads, state, params, rate_of_step(learning_rate), low, write=write)
 
     def rates(self, params: PyTree) -> list[float]:
         """What multiplies the rate of each leaf, None included."""

@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -88,3 +89,20 @@ def check_state(state: object, expected: type, name: str) -> None:
     """Raises where `state` is not one that the transformation `name` made."""
     if not isinstance(state, expected):
         raise TypeError(f"{name} expected its own state, {expected.__name__}, got a {type(state).__name__}")
+
+
+def varying_axes(x: jax.Array) -> frozenset[str]:
+    """The axes of a `shard_map` along which devices may hold different values of an array."""
+    kind: Any = jax.typeof(x)
+    return kind.mat.varying if hasattr(kind, "mat") else kind.vma
+
+
+def alike_over_devices(tree: PyTree) -> PyTree:
+    """The tree with every array varying along all axes along which any of them does: control flow needs them equal."""
+    axes = frozenset[str]().union(*map(varying_axes, jax.tree.leaves(tree)))
+
+    def cast(x: jax.Array) -> jax.Array:
+        missing = tuple(sorted(axes - varying_axes(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, tree)

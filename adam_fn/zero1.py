@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from adam_fn.layout import SMALL, layout
 from adam_fn.leaves import Leaves, PyTree, difference, named, shown
 from adam_fn.sharding import Division, Shape, Slots, check_mesh, devices, divided, division, real_shape, searching
-from adam_fn.wrapper import Wrapper
+from adam_fn.wrapper import Wrapper, varying_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,13 +67,6 @@ def _placed(x: jax.Array, *shardings: NamedSharding) -> jax.Array:
 
 def _is_array(x: object) -> bool:
     return hasattr(x, "dtype") and jnp.result_type(x) != jax.dtypes.float0
-
-
-def _varying(x: jax.Array, names: Sequence[str]) -> tuple[str, ...]:
-    """The axes of a `shard_map` along which devices may hold different values."""
-    kind: Any = jax.typeof(x)
-    varying = kind.mat.varying if hasattr(kind, "mat") else kind.vma
-    return tuple(name for name in names if name in varying)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +181,7 @@ class Zero1(Wrapper):
             # Without the first constraint XLA carries the second one into the backward pass.
             return _placed(x, leaf.own, leaf.spread)
         own = {name for names in division(leaf.own, len(leaf.shape)) for name in names}  # Of FSDP: no sum of parts.
-        over = tuple(name for name in _varying(x, self.names) if name not in own)
+        over = tuple(name for name in self.names if name in varying_axes(x) - own)
         if over == self.names and leaf.axis is not None:
             return jax.lax.psum_scatter(x, over, scatter_dimension=leaf.axis, tiled=True)
         return self._part(leaf, jax.lax.psum(x, over) if over else x)

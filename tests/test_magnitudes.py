@@ -10,6 +10,7 @@ import optax
 import pytest
 from cases import CASES, MEMBERS, Case, name
 from helpers.runs import relative_error, trajectories, trajectory
+from oracles import family
 
 import adam_fn
 from adam_fn.rule import Clock
@@ -58,15 +59,21 @@ def test_the_step_bound_holds(dtype: str) -> None:
     with jax.enable_x64(True):
         largest = float(np.finfo(dtype).max)
         root = largest**0.5
-        grads = np.stack(
-            [x * np.sign(HUGE[:, i].astype(float)) for i, x in enumerate([largest, largest, largest, root, root, 1.0])]
-        )
+        rows = zip([largest, largest, largest, root, root, 1.0], np.sign(HUGE.T.astype(float)), strict=True)
+        grads = np.stack([x * sign for x, sign in rows])
         grads[2] *= 10.0 ** np.linspace(-30, 0, STEPS)
         tx = adam_fn.adam(1.0, b1, b2, eps=0.0)
         _, updates = trajectory(tx, grads.T, np.zeros(6), jnp.dtype(dtype))
         assert updates.dtype == dtype
     assert (np.abs(updates).max(axis=1) <= bound * (1 + 1e-5)).all()
     assert np.abs(updates[-1, 0]) == pytest.approx(1, rel=1e-5)  # Of a constant gradient, however large.
+
+
+def test_float64_squares_more() -> None:
+    grads, params = HUGE.astype(np.float64), PARAMS.astype(np.float64)
+    with jax.enable_x64(True):
+        _, found = trajectory(adam_fn.adam(1e-3), grads, params, jnp.float64)
+    np.testing.assert_allclose(found, family.adam(grads, params, 1e-3).updates, rtol=1e-9, atol=1e-15)
 
 
 @pytest.mark.parametrize("case", MEMBERS, ids=name)
@@ -87,12 +94,11 @@ def test_what_is_linear_is_exact() -> None:
         expected = case.oracle(grads.astype(np.float64), PARAMS.astype(np.float64), 1e-3, **case.options).updates
         assert relative_error(updates, expected) < case.tolerance, case.name
     largest = jnp.asarray([LARGEST, -LARGEST, 1e30])
-    updates, _ = adam_fn.transform(adam_fn.Rate(0.5)).update(
-        largest, adam_fn.transform(adam_fn.Rate(0.5)).init(largest)
-    )
-    np.testing.assert_array_equal(updates, -0.5 * largest)
-    decay = adam_fn.transform(adam_fn.Decay(0.5))
+    rate, decay = adam_fn.transform(adam_fn.Rate(0.5)), adam_fn.transform(adam_fn.Decay(0.5))
+    np.testing.assert_array_equal(rate.update(largest, rate.init(largest))[0], -0.5 * largest)
     np.testing.assert_array_equal(decay.update(largest, decay.init(largest), jnp.ones(3))[0], largest)
+    held = np.where(np.arange(40) < 39, LARGEST, -LARGEST)[:, None].astype(np.float32)  # m is as large as g then.
+    assert np.isfinite(trajectory(adam_fn.transform(Momentum()), held, PARAMS[:1])[1]).all()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,146 @@
+"""After the switch SWATS is SGD: nothing of Adam is computed or changed, and nothing is copied for the choice."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.runs import random_gradients
+
+import adam_fn
+from adam_fn import Block
+from adam_fn.execute.body import as_real
+
+STORED: dict[str, Any] = {"float32": {}, "Block(8)": {"storage": Block(8)}, "bfloat16": {"nu_dtype": "bfloat16"}}
+
+
+def _params(dtype: Any = jnp.float32) -> dict[str, Any]:
+    w = jnp.linspace(-1, 1, 64 * 128, dtype=dtype).reshape(64, 128)
+    return {"w": w, "frozen": jnp.ones(3, dtype), "none": None, "whole": jnp.arange(3)}
+
+
+def _grads(params: Any, scale: Any = 1.0) -> Any:
+    return {**jax.tree.map(lambda p: scale * p, params), "whole": np.zeros(3, jax.dtypes.float0)}
+
+
+def _switched(tx: Any, params: Any) -> Any:
+    state = tx.init(params)
+    for _ in range(4):
+        _, state = tx.update(_grads(params), state, params)
+    assert bool(state.switched)
+    return state
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64", "complex64"])
+@pytest.mark.parametrize("stored", STORED)
+def test_after_the_switch_all_of_adam_but_the_momentum_stays(stored: str, dtype: str) -> None:
+    """Bit for bit, v, its scales and both bias weights; m goes on, of everything that is trained."""
+    with jax.enable_x64(dtype == "float64"):
+        params = _params(jnp.dtype(dtype))
+        tx: Any = adam_fn.swats(1e-2, tolerance=1e3, frozen=adam_fn.masks.path("frozen"), **STORED[stored])
+        before = _switched(tx, params)
+        updates, after = tx.update(_grads(params, 3.0), before, params)
+        assert int(after.adam.count) == int(before.adam.count) + 1
+        np.testing.assert_array_equal(after.adam.weights, before.adam.weights)
+        for one, other in zip(*map(jax.tree.leaves, (after.adam.slots["nu"], before.adam.slots["nu"])), strict=True):
+            np.testing.assert_array_equal(one, other, strict=True)
+        decoded = tx.init.wrapper.adam.update.decoded
+        old, new = (decoded("mu", each.adam, params)["w"] for each in (before, after))
+        g, u = (as_real(x).astype(old.dtype) for x in (3 * params["w"], updates["w"]))
+        expected = 0.9 * old + 0.1 * g
+        np.testing.assert_allclose(new, expected, rtol=1e-5, atol=5e-3 if stored == "Block(8)" else 1e-7)
+        rounding = 1e-2 if dtype == "bfloat16" else 2e-6
+        np.testing.assert_allclose(u, -before.sgd_rate * expected, rtol=rounding, atol=1e-9)
+        assert updates["w"].dtype == dtype
+        np.testing.assert_array_equal(updates["frozen"], np.zeros(3))
+
+
+def _equations(jaxpr: Any) -> Any:
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")):
+            if hasattr(inner, "jaxpr"):
+                yield from _equations(inner.jaxpr)
+
+
+@pytest.mark.parametrize("stored", STORED)
+def test_sgd_computes_no_root(stored: str) -> None:
+    params = {"w": jnp.ones((64, 128))}
+    tx: Any = adam_fn.swats(1e-2, **STORED[stored])
+    traced = jax.make_jaxpr(tx.update)(params, tx.init(params), params).jaxpr
+    loops = [x for x in _equations(traced) if x.primitive.name == "while"]
+    roots = [sum(y.primitive.name == "sqrt" for y in _equations(x.params["body_jaxpr"].jaxpr)) for x in loops]
+    everywhere = sum(x.primitive.name == "sqrt" for x in _equations(traced))
+    # Adam, the momentum's restart, SGD.
+    assert len(roots) == 3
+    assert roots[0] == everywhere > 0
+    assert roots[1:] == [0, 0]
+
+
+@pytest.mark.parametrize("stored", STORED)
+def test_the_step_needs_no_more_memory_for_the_choice(stored: str) -> None:
+    """Two leaves for the step and its sums, as without the choice; a conditional would copy each leaf once more."""
+    p = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
+    tx = adam_fn.swats(1e-2, **STORED[stored])
+    state = jax.eval_shape(tx.init, p)
+    compiled = adam_fn.make_step(tx).lower(p, state, p).compile()
+    sizes: Any = compiled.memory_analysis()
+    assert sizes.temp_size_in_bytes < 2.4 * 4 * p.size, sizes
+    assert sizes.alias_size_in_bytes > sizes.output_size_in_bytes - 1000
+
+
+def test_members_switch_on_their_own() -> None:
+    """Under `vmap`, some before and some after the switch; each as it would alone, derivatives included."""
+    tx: Any = adam_fn.swats(1e-2, b2=0.9, tolerance=1e-4)
+    grads = jnp.asarray(1 + random_gradients(12, 5, 0.5))
+
+    def run(scale: jax.Array, start: jax.Array) -> tuple[jax.Array, Any]:
+        def step(carry: Any, g: jax.Array) -> Any:
+            p, state = carry
+            updates, state = tx.update(p + scale * g, state, p)
+            return (p + updates, state), state.switched
+
+        (p, _), switched = jax.lax.scan(step, (start, tx.init(start)), grads)
+        return jnp.sum(p**2), switched
+
+    scales, start = jnp.asarray([0.3, 3.0]), jnp.linspace(-1.0, 2.0, 5)
+    both = jax.jit(jax.vmap(jax.value_and_grad(run, argnums=1, has_aux=True), in_axes=(0, None)))
+    (found, switched), slopes = both(scales, start)
+    assert len({int(x.sum()) for x in switched}) > 1
+    alone = jax.jit(jax.value_and_grad(run, argnums=1, has_aux=True))
+    for i, scale in enumerate(scales):
+        (one, when), slope = alone(scale, start)
+        np.testing.assert_array_equal(when, switched[i])
+        np.testing.assert_allclose(found[i], one, rtol=1e-6)
+        np.testing.assert_allclose(slopes[i], slope, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(jax.jit(run)(scale, start)[0], one, rtol=1e-6)  # By loops, and by a conditional.
+
+
+def test_devices_of_a_shard_map_switch_on_their_own() -> None:
+    """Each with parameters and a state of its own, which JAX has to know as different from the first step on."""
+    tx: Any = adam_fn.swats(1e-2, b2=0.9, tolerance=1e-4)
+    grads = jnp.asarray(1 + random_gradients(12, 5, 0.5))
+
+    def run(scale: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def step(carry: Any, g: jax.Array) -> Any:
+            p, state = carry
+            updates, state = tx.update(p + scale * g, state, p)
+            return (p + updates, state), state.switched
+
+        carry, now = step((start, tx.init(start)), grads[0])  # A scan wants the state of a step, not that of `init`.
+        (p, _), switched = jax.lax.scan(step, carry, grads[1:])
+        return p, now + switched.sum()
+
+    scales, starts = jnp.asarray([0.3, 3.0]), jnp.broadcast_to(jnp.linspace(-1.0, 2.0, 5), (2, 5))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def member(scale: jax.Array, start: jax.Array) -> Any:
+        return jax.tree.map(lambda x: x[None], run(scale[0], start[0]))
+
+    spec = jax.sharding.PartitionSpec("data")
+    found = jax.jit(jax.shard_map(member, mesh=mesh, in_specs=spec, out_specs=spec))(scales, starts)
+    alone = [jax.jit(run)(*each) for each in zip(scales, starts, strict=True)]
+    np.testing.assert_allclose(found[0], jnp.stack([p for p, _ in alone]), rtol=1e-6)
+    assert found[1].tolist() == [int(switched) for _, switched in alone]
+    assert len(set(found[1].tolist())) == 2
