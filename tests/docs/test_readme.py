@@ -1,4 +1,4 @@
-"""What the README says, where a machine can tell: its code runs, its table of the family is complete and true."""
+"""What the README says, where a machine can tell: its size, and that its table of the family is complete and true."""
 
 import re
 from pathlib import Path
@@ -61,16 +61,6 @@ def test_presets_table_names_every_preset() -> None:
         if callable(value) and re.fullmatch(r"[a-z]+\d?_(adam|ams|nadam|radam)\w*", name)
     }
     assert public == named - {"inverse_time"}
-
-
-@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
-def test_code_runs(block: str) -> None:
-    names: dict[str, Any] = {}
-    exec("import adam_fn, jax, jax.numpy as jnp, optax", names)
-    if "tx.update(" in block and "tx =" not in block:  # It goes on from the block before.
-        names |= {"tx": adam_fn.adam(1e-3), "params": jnp.ones(2), "grads": jnp.ones(2)}
-        names["state"] = names["tx"].init(names["params"])
-    exec(block, names)
 
 
 def test_two_screens() -> None:
