@@ -1,4 +1,4 @@
-"""Write the tables of README.md, docs and examples/README.md from benchmarks/results and examples/results.
+"""Write the tables of README.md and docs from benchmarks/results and examples/results.
 
     python benchmarks/tables.py [--check]
 
@@ -9,6 +9,7 @@ status is 1 when a file does not hold what the results say.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import pathlib
 import re
@@ -375,22 +376,16 @@ def mnist() -> str:
     return "\n\n".join(texts)
 
 
-def claims() -> str:
-    """Every claim of the paper beside what the scripts of examples/paper measured."""
-    words = {True: "yes", False: "**no**", None: "not decided"}
-    rows, about = [], {}
-    for path in sorted(EXAMPLES.glob("*.json")):
-        found = read(path, "")
-        for claim in found.get("claims", ()):
-            cells = (claim["section"], claim["text"], claim["measured"], words[claim["holds"]])
-            rows.append([cell.replace("|", "ǀ") for cell in cells])
-            about[f"{found['device']}, {named(found['versions'])}"] = None
-    if not rows:
-        raise MissingError(f"no claims in {EXAMPLES.relative_to(ROOT)}: python examples/paper/figure1.py --out ...")
-    return (
-        f"{table(['section', 'claim', 'measured', 'holds'], rows)}\n\n"
-        f"Measured on {'; '.join(about)} by the scripts of `examples/paper`."
-    )
+def claims(name: str) -> str:
+    """The claims of one figure of the paper, each with what its script in examples/paper measured."""
+    words = {True: "Yes", False: "No", None: "Not decided"}
+    found = read(EXAMPLES / f"{name}.json", f"python examples/paper/{name}.py --out examples/results")
+    lines = []
+    for claim in found["claims"]:
+        said = f"**{words[claim['holds']]}.** {claim['text']} ({claim['section']})."
+        lines.append(f"- {said} *Measured:* {claim['measured']}.".replace("|", "ǀ"))
+    about = f"Measured on {found['device']}, {named(found['versions'])}, by `examples/paper/{name}.py`."
+    return "\n".join([*lines, "", about])
 
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
@@ -404,7 +399,9 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "speed": speed,
         "mnist": mnist,
     },
-    "examples/README.md": {"claims": claims},
+    "docs/paper.md": {
+        name: functools.partial(claims, name) for name in ("figure1", "figure2", "figure3", "figure4", "section7")
+    },
 }
 
 
