@@ -66,8 +66,9 @@ def exactness() -> str:
     return (
         f"{table(head, body)}\n\n"
         f"Relative L2 error of the update against float64: random gradients, {found['coordinates']:,} coordinates "
-        f"whose scales span e^±9. adam_fn: the largest over hyperparameters given as {', '.join(forms)}; optax.adam: "
-        f"as numbers. Measured on {found['device']} with {named(found['versions'])} by `benchmarks/exactness.py`."
+        "whose scales span e^±9. adam_fn: the largest error over hyperparameters given as "
+        f"{', '.join(forms)}; optax.adam: hyperparameters given as numbers. Measured on {found['device']} with "
+        f"{named(found['versions'])} by `benchmarks/exactness.py`."
     )
 
 
@@ -222,18 +223,18 @@ def comparison() -> str:
     rows = [
         ["error of an update, β₂ = 0.999", *error(0.999)],
         ["error of an update, β₂ = 0.999999", *error(0.999999)],
-        ["state, bytes a parameter", state("optax"), f"{state('adam_fn')}, {ours}"],
+        ["bytes of state per parameter", state("optax"), f"{state('adam_fn')}, {ours}"],
         ["time of a step of GPT-2 small", "1", device.ratio("gpt2", "adam_fn", "step")],
-        ["its compilation", "1", device.ratio("gpt2", "adam_fn", "total")],
-        ["an update of 200 leaves outside `jit`", "1", device.ratio("eager", "adam_fn", "eager update")],
-        ["bfloat16 parameters: loss above float32's", "no masters", above("bfloat16, 32-bit masters")],
+        ["time to compile it", "1", device.ratio("gpt2", "adam_fn", "total")],
+        ["time of an update of 200 leaves outside `jit`", "1", device.ratio("eager", "adam_fn", "eager update")],
+        ["loss with bfloat16 parameters, above float32's", "no masters", above("bfloat16, 32-bit masters")],
     ]
     return (
         f"{table(['', '`optax.adam`', '`adam_fn.adam`'], rows)}\n\n"
-        "Relative L2 error against float64 at step 1,000; times as ratios within one run; the loss of a character "
-        "transformer trained further at a low rate with `master_weights`, and without, by adam_fn, "
-        f"{above('bfloat16')}. On {device.records[0]['device']}, by `exactness.py`, `speed.py` and `precision.py` of "
-        "`benchmarks`."
+        "Errors are relative L2 errors against float64 at step 1,000; times are ratios within one run. The last row is "
+        "a character transformer trained further at a low rate with `master_weights`; with bfloat16 parameters alone "
+        f"the loss is {above('bfloat16')} above. Measured on {device.records[0]['device']} by `exactness.py`, "
+        "`speed.py` and `precision.py` of `benchmarks`."
     )
 
 
@@ -274,8 +275,9 @@ def codes() -> str:
             body.append([f"**{label}**" if row["ours"] else label, f"{row['bytes']:.4g}", *cells(key)])
         texts.append(table([*head, "bytes", *columns], body))
     about = (
-        f"Of the last {found['last']} of {found['steps']:,} updates, in float64: relative L2 error against exact "
-        "Adam's, RMS and largest element in its units; synthetic: least and largest over σ from 1 to 1e-15. Bold: "
+        f"The last {found['last']} of {found['steps']:,} updates, computed in float64: their relative L2 error against "
+        "exact Adam's, and their RMS and largest element relative to exact Adam's. Synthetic: smallest and largest "
+        "over σ from 1 to 1e-15. Bold: "
         f"`Block(8)` and `Block(4)`. {named(found['versions'])} ({found['date'][:10]}), by `benchmarks/codes.py`."
     )
     details = "<details><summary>Each moment alone: our codes beside others</summary>"
@@ -302,8 +304,8 @@ def precision() -> str:
             cells.append(NONE if label == "float32" else spread(above, 4))
         body.append(cells)
     about = (
-        "Validation loss in nats, mean ± standard deviation over the seeds; *above float32*: the difference to float32 "
-        "of the same seed. Bytes a parameter: parameter, gradient and state (of char). "
+        "Validation loss in nats, mean ± standard deviation over the seeds; *above float32*: the difference from "
+        "float32 with the same seed. Bytes a parameter: parameter, gradient and state (of char). "
         f"{found['device']}, {named(found['versions'])}, by `benchmarks/precision.py`."
     )
     return f"{table(head, body)}\n\n{about}"
