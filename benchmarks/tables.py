@@ -227,13 +227,13 @@ def comparison() -> str:
         ["time of a step of GPT-2 small", "1", device.ratio("gpt2", "adam_fn", "step")],
         ["time to compile it", "1", device.ratio("gpt2", "adam_fn", "total")],
         ["time of an update of 200 leaves outside `jit`", "1", device.ratio("eager", "adam_fn", "eager update")],
-        ["loss with bfloat16 parameters, above float32's", "no masters", above("bfloat16, 32-bit masters")],
+        ["loss above float32's with bfloat16 parameters", "no masters", above("bfloat16, 32-bit masters")],
     ]
     return (
         f"{table(['', '`optax.adam`', '`adam_fn.adam`'], rows)}\n\n"
         "Errors are relative L2 errors against float64 at step 1,000; times are ratios within one run. The last row is "
         "a character transformer trained further at a low rate with `master_weights`; with bfloat16 parameters alone "
-        f"the loss is {above('bfloat16')} above. Measured on {device.records[0]['device']} by `exactness.py`, "
+        f"the loss is {above('bfloat16')} above. Measured on {device.records[0]['device']}, by `exactness.py`, "
         "`speed.py` and `precision.py` of `benchmarks`."
     )
 
