@@ -186,10 +186,10 @@ def speed() -> str:
     devices = dict.fromkeys(record["device"] for record in records)
     texts = [Device([record for record in records if record["device"] == device]).text() for device in devices]
     note = (
-        "Medians of steps timed in turn within one run. GB/s counts the least traffic: gradients, parameters and "
-        "moments read once, parameters and moments written once, each in its own dtype. `copy` moves as many bytes "
-        "from one array to another, `in place` changes one array where it lies; what fits into the caches may exceed "
-        "both."
+        "Medians of steps timed in turn within one run. GB/s counts the least possible traffic: gradients, parameters "
+        "and moments read once, parameters and moments written once, each in its dtype. `copy` moves as many bytes "
+        "from one array to another, `in place` changes one array in place. Steps whose data fit into the caches may "
+        "exceed both."
     )
     return "\n\n".join([*texts, note])
 
