@@ -90,4 +90,6 @@ def check(saved: PyTree, tx: optax.GradientTransformation, params: PyTree) -> No
         if found.get(path) != wanted.get(path)
     ]
     if lines:
-        raise ValueError("\n".join(["the checkpoint is not of this transformation and these parameters:", *lines]))
+        raise ValueError(
+            "\n".join(["the checkpoint does not belong to this transformation and these parameters:", *lines])
+        )
