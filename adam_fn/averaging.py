@@ -64,8 +64,8 @@ def average_params(decay: Hyper | None = 0.999) -> Transformation:
         ...
         evaluate(adam_fn.averaged_params(opt_state, params))
 
-    The average is float32 (float64 for float64 parameters), of the shape of the parameters, and is
-    ``state.slots["average"]``. The parameters that it sees are p + u before they are rounded to a low precision.
+    The average is ``state.slots["average"]``: the shapes are those of the parameters, the dtype is float32 (float64 for
+    float64 parameters). It averages p + u before that is rounded to a low precision.
 
     Args:
       decay: β in [0, 1), a number, a 0-d array or a schedule; the paper takes Adam's β₂. None for the mean of all
@@ -77,8 +77,8 @@ def average_params(decay: Hyper | None = 0.999) -> Transformation:
 def averaged_params(state: optax.OptState, params: Params) -> Params:
     """The averaged parameters that a state holds, in the dtypes of `params`.
 
-    Leaves that are not averaged are those of `params`; before the first step all are. `state` is that of
-    `average_params` or of a chain or wrapper with one in it; anything else is an error.
+    Leaves that are not averaged are taken from `params`; before the first step all are. `state` is the state of
+    `average_params`, or of a chain or wrapper that contains it; anything else is an error.
     """
     found = [
         part

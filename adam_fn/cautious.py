@@ -57,8 +57,8 @@ def cautious(tx: optax.GradientTransformation, floor: ArrayLike = 1e-3) -> optax
     the rest.
 
     Args:
-      tx: makes updates that are to be added to the parameters (with the sign of descent).
-      floor: the least mean that is divided by.
+      tx: a transformation whose updates are added to the parameters (with the sign of descent).
+      floor: a smaller mean counts as this.
     """
     if isinstance(floor, (int, float)) and not 0 < floor <= 1:
         raise ValueError(f"floor must be in (0, 1], got {floor}")

@@ -1,8 +1,8 @@
-"""Whether a checkpoint is of this transformation and these parameters.
+"""Checks whether a checkpoint belongs to this transformation and these parameters.
 
 States are pytrees of arrays: Orbax, `flax.serialization` and pickle save and restore them as they are, and training
-goes on bit for bit. What these cannot know is whether a state is the right one. Orbax casts float32 to bfloat16 without
-a word, flax takes any shape, and the moments of two optimizers look alike.
+resumes bit for bit. What they cannot know is whether a state is the right one. Orbax casts float32 to bfloat16
+silently, flax accepts any shape, and the moments of two optimizers look alike.
 """
 
 from collections.abc import Mapping
@@ -39,11 +39,11 @@ def _forms(name: str, tree: PyTree) -> dict[str, str]:
 
 
 def describe(tx: optax.GradientTransformation, params: PyTree) -> dict[str, Any]:
-    """What a checkpoint of `params` and of the state of `tx` for them holds, to be saved with it as JSON.
+    """A description of a checkpoint of `params` and of the state of `tx`, to be saved with it as JSON.
 
     It names the rules of this package in `tx` that have a memory, in the order in which `tx` makes their states, and
-    shape and dtype of each leaf of parameters and state by path. Hyperparameters are left out: a run may go on with
-    another rate or decay. So are optax's own transformations, but for their states.
+    shape and dtype of each leaf of parameters and state by path. Hyperparameters are left out: a run may continue with
+    another rate or decay. So are optax's transformations, except for their states.
 
     Args:
       tx: any optax transformation.
@@ -73,7 +73,7 @@ def check(saved: PyTree, tx: optax.GradientTransformation, params: PyTree) -> No
       saved: what `describe` returned when the checkpoint was made. Or a state (restored by whatever means), or the
         shapes of one, such as Orbax's ``manager.item_metadata(step)["state"]``: then the leaves of the state are
         compared, but neither rules nor parameters.
-      tx: the transformation that is to go on.
+      tx: the transformation that is to continue.
       params: its parameters, arrays or `jax.ShapeDtypeStruct`.
 
     Raises:
@@ -90,4 +90,6 @@ def check(saved: PyTree, tx: optax.GradientTransformation, params: PyTree) -> No
         if found.get(path) != wanted.get(path)
     ]
     if lines:
-        raise ValueError("\n".join(["the checkpoint is not of this transformation and these parameters:", *lines]))
+        raise ValueError(
+            "\n".join(["the checkpoint does not belong to this transformation and these parameters:", *lines])
+        )

@@ -1,4 +1,4 @@
-"""What can be read off a transformation and its state: pure functions, compiled, at home inside `jit` and outside.
+"""What the optimizer is doing: pure, compiled functions of a transformation and its state.
 
 ::
 
@@ -8,9 +8,9 @@
 
 `tx` is any transformation with one optimizer of this package in it: bare, in `optax.chain`, `masked`, `partition`,
 `inject_hyperparams`, `MultiSteps` or `apply_if_finite`, or in a wrapper of this package; `state` is that of `tx`
-**after** a step, and `params` has the parameters' structure. With two optimizers, or none, it is a ValueError: give the
-part that is meant, and its state. (Where a copy of `tx.update` is jitted by itself, nothing can be seen inside of it.)
-From an `nnx.Optimizer` and its model take ``nnx.as_pure`` of ``optimizer.opt_state`` and of ``nnx.state(model, wrt)``.
+**after** a step, and `params` has the parameters' structure. With two optimizers, or none, it is a ValueError: pass the
+part that is meant, and its state. (Nothing can be seen inside a copy of `tx.update` that is jitted by itself.) For an
+`nnx.Optimizer` and its model pass ``nnx.as_pure`` of ``optimizer.opt_state`` and of ``nnx.state(model, wrt)``.
 
 What is stored in codes is decoded. Trees have the structure of the parameters, with `optax.MaskedNode` for leaves that
 are not trained (integers, frozen ones) and None for None; complex leaves are two reals, of shape ``(2, *shape)``.
@@ -71,8 +71,8 @@ def _compiled(function: Callable[P, T]) -> Callable[P, T]:
 def learning_rate(tx: optax.GradientTransformation, state: PyTree, params: PyTree, *, ahead: int = 0) -> jax.Array:
     """The learning rate α of the step that led to `state`, schedules evaluated, a float32 scalar.
 
-    That is the rate of this package's `Rate`, of `optax.inject_hyperparams` too; links of optax that scale the updates
-    are not seen, nor is ``update(..., learning_rate=x)``. After `swats` has switched it is Adam's rate.
+    This is the rate of this package's `Rate`, also under `optax.inject_hyperparams`. Links of optax that scale the
+    updates do not count, nor does ``update(..., learning_rate=x)``. After `swats` has switched it is Adam's rate.
 
     Args:
       tx: the transformation.
@@ -102,7 +102,7 @@ def weight_decay(tx: optax.GradientTransformation, state: PyTree, params: PyTree
 
 @_compiled
 def moments(tx: optax.GradientTransformation, state: PyTree, params: PyTree) -> dict[str, PyTree]:
-    """What the optimizer remembers, as numbers: by slot (``"mu"``, ``"nu"``, …) a tree of arrays.
+    """The moments as numbers: for each slot (``"mu"``, ``"nu"``, …) a tree of arrays.
 
     ::
 
@@ -234,8 +234,8 @@ def at_bound(tx: optax.GradientTransformation, state: PyTree, params: PyTree, *,
     """The share of each leaf's elements at the step bound, ``|m̂|/√v̂ ≥ threshold``, a tree of scalars in [0, 1].
 
     The bound is ``|Δ| ≤ α`` of arXiv 1412.6980, section 2.1: what a steady gradient reaches, and one that grows or is
-    sparse exceeds. 1 at the first step. A share that stays high asks for a larger rate, or warns of a rate that the
-    gradient never opposes. Of an empty leaf it is 0.
+    sparse exceeds. 1 at the first step. A share that stays high suggests a larger rate, or warns of a rate that the
+    gradient never opposes. It is 0 for an empty leaf.
     """
     return jax.tree.map(lambda x: _share([x], threshold), _required(parts_of(tx, state, params), params))
 
@@ -274,7 +274,7 @@ def _lost(
 def quantisation_error(
     tx: optax.GradientTransformation, state: PyTree, grads: PyTree, params: PyTree
 ) -> dict[str, PyTree]:
-    """What storing the slots loses in a step by `grads` from `state`: relative L2 errors, by slot a tree of scalars.
+    """What storing the slots loses in one step with `grads`: relative L2 errors, for each slot a tree of scalars.
 
     ``‖s' - s‖/‖s‖`` of each leaf, where s is the slot after the step in the dtype of the arithmetic and s' is what is
     read back of it (``decode(encode(s))``). Both come from the same stored state, so it is the loss of one step and not
@@ -313,7 +313,7 @@ def summary(
     learning_rate: ArrayLike | None = None,
     per_leaf: bool = False,
 ) -> dict[str, jax.Array]:
-    """All of it as one flat dictionary of float32 scalars, for any logger; the keys depend on the arguments' kind only.
+    """Everything as one flat dictionary of float32 scalars; the keys depend only on the kind of the arguments.
 
     ==========================  =====================================================================
     ``learning_rate``           α of the step that led to `state`

@@ -10,10 +10,10 @@ from adam_fn.rule import Clock, Rule, WeightDecay
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """What is special about some leaves.
+    """What differs for some leaves.
 
     Attributes:
-      rate: multiplies the learning rate, the one that `update(..., learning_rate=x)` gives too.
+      rate: multiplies the learning rate, also that of `update(..., learning_rate=x)`.
       decay: multiplies the weight decay; with ``decay="scaled"`` and ``"proximal"`` the rate does so as well.
       frozen: not trained: no moments and a zero update.
     """
@@ -48,9 +48,9 @@ class Groups:
         tx = adam_fn.adamw(1e-3, weight_decay=0.1, groups=groups)
 
     Paths and patterns are those of `adam_fn.masks.path`: keys joined by ``/``, matched as a whole by `fnmatch`. A leaf
-    that several patterns match has the product of their multipliers, and is frozen where one of them says so; the order
-    means nothing. The others have 1. The state has the structure of the parameters as without groups, of frozen leaves
-    a placeholder. Whatever the multipliers are, leaves of one shape share a compilation.
+    that several patterns match gets the product of their multipliers, and is frozen if one of them says so; the order
+    does not matter. A leaf that none matches keeps rate and decay. The state has the structure of the parameters, with
+    a placeholder for each frozen leaf. Leaves of one shape share a compilation, whatever their multipliers are.
 
     Raises, where the parameters are seen (by `init` and `update`): ValueError for a pattern that matches no parameter,
     and with `complete` for parameters that no pattern matches, which it lists.

@@ -1,4 +1,4 @@
-"""A guard: steps whose gradients are not finite are not made."""
+"""A guard that skips steps whose gradients are not finite."""
 
 import dataclasses
 from typing import NamedTuple
@@ -82,14 +82,15 @@ def skip_nonfinite(
 
         tx = skip_nonfinite(optax.chain(clip_by_global_norm(1.0), adamw(1e-3)))
 
-    A skipped step leaves the parameters, the moments, the step count and with it schedules and random streams bit for
-    bit as they were: training goes on as if the batch had not been. ``state.skipped`` counts such steps. Like
-    `optax.apply_if_finite` it gives up in the end: after `max_consecutive` skips in a row the next update is made
-    whatever it is, so that a training that is broken shows it, and every further one until gradients are finite again.
+    A skipped step leaves the parameters, the moments and the step count, and with it schedules and random streams, bit
+    for bit as they were: training continues as if the batch had not been drawn. ``state.skipped`` counts such steps.
+    Like `optax.apply_if_finite` it gives up in the end: after `max_consecutive` skips in a row it makes the next update
+    whatever it is, and every further one until the gradients are finite again, so that a broken run becomes visible.
 
-    The step is computed and then chosen, element by element, so each member of a `vmap` skips for itself, and
-    `make_step` still works in place. Inside `shard_map` give all shards the same gradients (after `psum`), or they
-    decide differently. Gradients of frozen leaves count as well; those of integers, and None, do not.
+    The step is computed, and its result is then selected or not, element by element. So each member of a `vmap` skips
+    for itself, and `make_step` still works in place. Inside `shard_map` give all shards the same gradients (after
+    `psum`); otherwise they decide differently. Gradients of frozen leaves count as well; those of integers, and None,
+    do not.
 
     Args:
       tx: any optax transformation.

@@ -1,4 +1,4 @@
-"""LAMB: Adam whose step has in every leaf the size of the parameter, times the rate."""
+"""LAMB: Adam with the step of each leaf scaled to the norm of its parameter, times the rate."""
 
 import dataclasses
 from typing import Unpack
@@ -73,11 +73,11 @@ def lamb(
 ) -> optax.GradientTransformationExtraArgs:
     """LAMB (You et al., arXiv 1904.00962): ``p ← p - α (‖p‖/‖r‖) r``, ``r = m̂/(√v̂ + ε) + λp``, norms of each leaf.
 
-    The ratio is 1 where either norm is 0. With ``decay="independent"`` (and the rate in λ) the decay is outside of the
-    ratio, as in Keras. The norms are float32 (float64 for float64), of a complex leaf those of its two reals. They are
-    of whole leaves: under `shard_map` use it outside.
+    The ratio is 1 where either norm is 0. With ``decay="independent"`` (and the rate in λ) the decay is outside the
+    ratio, as in Keras. The norms are computed in float32 (float64 for float64), for a complex leaf from its two reals.
+    They are norms of whole leaves, so use `lamb` outside of `shard_map`.
 
-    The arguments are those of `adamw`; the state is a pair, of the direction and of the rate.
+    The arguments are those of `adamw`; the state is a pair: that of the direction, and that of the rate.
     """
     frozen = options.get("frozen")
     rule = Adam(b1, b2, eps, eps_root)

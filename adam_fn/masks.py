@@ -20,7 +20,7 @@ def _check_tree(mask: object, params: PyTree) -> None:
     """Raises where a mask was taken for a schedule."""
     if isinstance(params, jax.Array) and params.shape == () and jnp.issubdtype(params.dtype, jnp.integer):
         raise TypeError(
-            f"{mask} is a mask of parameters and got a step count: optax.inject_hyperparams takes every function for a "
+            f"{mask} is a mask of parameters and got a step count: optax.inject_hyperparams takes every function as a "
             'schedule, unless static_args=("mask", "frozen", "storage_mask") names it'
         )
 
@@ -45,8 +45,8 @@ class path:
 
     A leaf's path is its keys joined by ``/``, as in ``layers/0/kernel``; the patterns are those of `fnmatch` (``*``
     matches ``/`` as well) and must match the whole path: ``path("*bias", "*norm*", invert=True)``. The ``.value`` of a
-    boxed parameter (of an `nnx.State`, of `flax.linen.Partitioned`) is not part of its path. Errors and whatever else
-    of this package names a leaf spell its path in this way. A pattern that matches no leaf is an error.
+    boxed parameter (of an `nnx.State`, of `flax.linen.Partitioned`) is not part of its path. Errors, and everything
+    else in this package that names a leaf, use this path. A pattern that matches no leaf is an error.
     """
 
     patterns: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""The state in the memory of the host, between the steps."""
+"""The state in the host's memory between the steps."""
 
 import dataclasses
 from collections.abc import Callable
@@ -68,12 +68,12 @@ def offload(tx: optax.GradientTransformation) -> optax.GradientTransformationExt
         tx = adam_fn.offload(adam_fn.zero1(adam_fn.adamw(3e-4), params, mesh, "data"))  # Or without `zero1`.
         state = jax.jit(tx.init)(params)
 
-    Arrays of fewer than 4096 elements stay where they are. Results are those of `tx`, and so are the shardings, but for
-    the kind of memory: `state_shardings` tells both. Once there are gradients, each step moves the state to the devices
-    and back, over a bus that is far slower than their memory: it pays with few steps of large batches, as of
+    Arrays of fewer than 4096 elements stay where they are. Results and shardings are those of `tx`, except for the kind
+    of memory; `state_shardings` gives both. Once the gradients exist, each step moves the state to the devices and
+    back, over a bus that is far slower than their memory. This pays for few steps of large batches, for example with
     accumulated gradients. It must be outermost.
 
     Args:
-      tx: any optax transformation. The backend must have the memory, as TPUs, GPUs and CPUs have.
+      tx: any optax transformation. The backend must have this kind of memory, as TPUs, GPUs and CPUs do.
     """
     return Offload(tx).transformation()

@@ -31,13 +31,13 @@ class StateOptions(TypedDict, total=False):
         `Storage(mu=Block(8), nu=Cast("bfloat16"))`; a name covers the slots that begin with it (nu, nu_max).
       nu_dtype: the floating dtype in which the second moments are stored; float32 by default, whatever the parameters.
         bfloat16 loses the changes of v below 0.4%: with β₂ above 0.996 that is all of them while gradients are steady.
-      storage_mask: the leaves whose moments are stored so, as a mask; those of the others stay in float32:
+      storage_mask: the leaves whose moments are stored as `storage` says, as a mask; the others stay in float32:
         ``storage_mask=masks.path("*embedding*", invert=True)``. All by default.
       groups: multipliers of the rate and of the decay, and frozen leaves, by path: a `Groups`, or what it is made of,
         ``{"embedding/*": Group(frozen=True), "*bias": Group(decay=0.0)}``.
       kernel: whether a TPU or a GPU runs each leaf as one kernel, which needs no temporaries, instead of what XLA makes
-        of it. Leaves that a kernel does not suit, and other devices, go the ordinary way. Results and state are the
-        same, up to the order of roundings. No derivatives and no `vmap` then. Off by default: docs/accelerators.md.
+        of it. On other devices, and for leaves that a kernel does not suit, it changes nothing. Results and state are
+        the same, up to the order of roundings. No derivatives and no `vmap` then. Off by default: docs/accelerators.md.
     """
 
     frozen: Mask | None

@@ -82,7 +82,7 @@ def optimizer_of(parts: Sequence[Part]) -> Part:
     found = [part for part in parts if part.has_moments]
     if len(found) != 1:
         raise ValueError(
-            f"expected a transformation with one optimizer of adam_fn in it, found {len(found)}: give the part that is "
+            f"expected a transformation with one optimizer of adam_fn in it, found {len(found)}: pass the part that is "
             "meant, and its state"
         )
     return found[0]

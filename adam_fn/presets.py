@@ -1,10 +1,10 @@
-"""Each framework's Adam as that framework has it: its rate, its betas, its ε and where it is added, its weight decay.
+"""Each framework's Adam as that framework defines it: rate, betas, ε and where it is added, weight decay.
 
-The arguments have the names of `adam_fn.adam` and the framework's own defaults; what has no default there has none
-here. Each docstring gives the update, the framework's names for the arguments where they differ, and the source file.
-In the formulas ``m`` and ``v`` are the raw moments, ``m̂ = m/(1-β₁ᵗ)``, ``v̂ = v/(1-β₂ᵗ)`` and
-``α_t = α √(1-β₂ᵗ)/(1-β₁ᵗ)``: an ε beside the raw ``√v`` is the paper's epsilon hat (arXiv 1412.6980, section 2).
-`weight_decay` is off where no number is given. Rates and other numbers may be schedules, as everywhere in adam_fn.
+The arguments have the names of `adam_fn.adam` and the framework's defaults; what has no default there has none here.
+Each docstring gives the update, the framework's names for the arguments where they differ ("There: ..."), and the
+source file. In the formulas ``m`` and ``v`` are the raw moments, ``m̂ = m/(1-β₁ᵗ)``, ``v̂ = v/(1-β₂ᵗ)`` and ``α_t = α
+√(1-β₂ᵗ)/(1-β₁ᵗ)``: an ε beside the raw ``√v`` is the paper's epsilon hat (arXiv 1412.6980, section 2). `weight_decay`
+is off where no number is given. Rates and other numbers may be schedules, as everywhere in adam_fn.
 
 Not here, because no rule of adam_fn does the same: optax's ``amsgrad`` (its maximum is of the corrected v), MXNet's
 ``AdamW`` (its decay is times α_t instead of α) and ``Nadam`` (its product of momenta advances once for each parameter),
@@ -46,8 +46,8 @@ def tensorflow1_adam(
 ) -> Transformation:
     """TensorFlow 1's ``tf.train.AdamOptimizer``: ``p ← p - α_t m/(√v + ε)``.
 
-    There: ``beta1``, ``beta2``, ``epsilon``. Its docstring has the root over the whole fraction of α_t, its code
-    has not. Source: ``tensorflow/python/training/adam.py``.
+    There: ``beta1``, ``beta2``, ``epsilon``. Its docstring puts the root over the whole fraction of α_t, its code does
+    not. Source: ``tensorflow/python/training/adam.py``.
     """
     return adam(learning_rate, b1, b2, eps, eps_hat=True, **options)
 
@@ -62,7 +62,7 @@ def keras2_adam(
     amsgrad: bool = False,
     **options: Unpack[MomentOptions],
 ) -> Transformation:
-    """Keras 2's ``Adam``: ``p ← p - α_t m/(√v + ε)``; with `amsgrad` the maximum of all v so far for v.
+    """Keras 2's ``Adam``: ``p ← p - α_t m/(√v + ε)``; with `amsgrad` the maximum of all v so far replaces v.
 
     There: ``lr``, ``beta_1``, ``beta_2``, ``epsilon`` (None is ``K.epsilon()``, 1e-7; in 2017 the default was 1e-8).
     Its ``decay`` (0), of the rate and not of the weights, is ``learning_rate=schedules.inverse_time(1e-3, decay)``.
@@ -105,7 +105,7 @@ def keras3_adam(
     amsgrad: bool = False,
     **options: Unpack[Weights],
 ) -> Transformation:
-    """Keras 3's ``Adam``: ``p ← p - α_t m/(√v + ε) - αλp``; with `amsgrad` the maximum of all v so far for v.
+    """Keras 3's ``Adam``: ``p ← p - α_t m/(√v + ε) - αλp``; with `amsgrad` the maximum of all v so far replaces v.
 
     There: ``beta_1``, ``beta_2``, ``epsilon``, ``weight_decay`` (λ, None; ``exclude_from_weight_decay`` is `mask`).
     Source: ``keras/src/optimizers/adam.py``.
@@ -259,7 +259,7 @@ def chainer_adam(
     amsgrad: bool = False,
     **options: Unpack[Weights],
 ) -> Transformation:
-    """Chainer's ``Adam`` and ``AdamW``: ``p ← p - α_t m/(√v + ε) - λp``; with `amsgrad` the maximum of all v for v.
+    """Chainer's ``Adam`` and ``AdamW``: ``p ← p - α_t m/(√v + ε) - λp``; with `amsgrad` max v replaces v.
 
     There: ``alpha``, ``beta1``, ``beta2``, ``weight_decay_rate`` (λ, 0): as in the AdamW paper not times α. Its ``eta``
     (1), η in ``p - η(α_t m/(√v + ε) + λp)``, is `learning_rate` and `weight_decay` times η; both may be schedules.
@@ -280,7 +280,7 @@ def torch_adam(
 ) -> Transformation:
     """``torch.optim.Adam``: ``p ← p - α m̂/(√v̂ + ε)``, the moments those of ``g + λp``.
 
-    With `amsgrad` the maximum of all v so far for v. There: ``lr``, ``betas``, ``weight_decay`` (λ, 0).
+    With `amsgrad` the maximum of all v so far replaces v. There: ``lr``, ``betas``, ``weight_decay`` (λ, 0).
     Source: ``torch/optim/adam.py``.
     """
     return _ADAM[amsgrad](learning_rate, b1, b2, eps, **_meaning("l2", options))
@@ -348,8 +348,8 @@ def torch_radam(
 ) -> Transformation:
     """``torch.optim.RAdam``: ``p ← p - α_t r m/(√v + ε)`` where ``ρ > 5``, else ``p - α m̂`` (see `adam_fn.radam`).
 
-    Of torch's members the only one with the epsilon hat. Weight decay and names as in `torch_nadam`.
-    Source: ``torch/optim/radam.py``.
+    The only one of torch's optimizers with the epsilon hat. Weight decay and names as in `torch_nadam`. Source:
+    ``torch/optim/radam.py``.
     """
     meaning = _meaning("scaled" if decoupled_weight_decay else "l2", options)
     return radam(learning_rate, b1, b2, eps, eps_hat=True, **meaning)

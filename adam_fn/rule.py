@@ -151,9 +151,9 @@ class Rule(abc.ABC):
     def bounded(self, g: jax.Array) -> jax.Array:
         """The gradient as `leaf` gets it: the largest finite ones clipped, so that what is remembered stays finite.
 
-        A rule that squares gets no more than ``2⁶³/squares`` (float64: ``2⁵¹¹/squares``), whose square a float holds:
-        beyond it v would no longer grow with m, nor the update be bounded. Others with a memory get up to a quarter of
-        the largest number, those without get all. inf and nan stay what they are.
+        A rule that squares receives at most ``2⁶³/squares`` (float64: ``2⁵¹¹/squares``), whose square a float can hold:
+        beyond that v would no longer grow with m, and the update would not be bounded. Other rules with slots receive
+        at most a quarter of the largest number, rules without slots receive everything. inf and nan are never changed.
         """
         return bounded(g, self.squares) if self.slots else g
 

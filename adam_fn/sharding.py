@@ -112,10 +112,10 @@ def _is_blank(x: object) -> bool:
 def state_shardings(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
     """The shardings of ``tx.init(params)``, as a tree of the state's structure: ``jit(tx.init, out_shardings=…)``.
 
-    What is remembered of a parameter lives where the parameter lives: moments, codes, their scales, remainders of
-    masters, averages, and what transformations of optax remember too, which `jit` alone would put on one device. Scales
-    that are too few to be divided are whole on every device, and so are counts and whatever belongs to no parameter.
-    With `jax.eval_shape` it tells a checkpointer where to restore a state::
+    Whatever belongs to a parameter is sharded like the parameter: moments, codes, scales, remainders of masters,
+    averages, and the states of optax's transformations, which `jit` alone would put on one device. Scales that are too
+    few to be divided are whole on every device, and so are counts and everything that belongs to no parameter. With
+    `jax.eval_shape` it tells a checkpointer where to restore a state::
 
         shardings = adam_fn.state_shardings(tx, params)
         state = jax.jit(tx.init, out_shardings=shardings)(params)

@@ -22,8 +22,8 @@ class Step(Protocol):
 def make_step(tx: optax.GradientTransformation) -> Step:
     """``step(params, state, grads) -> (params, state)``: one compiled program that works in place.
 
-    It donates `params` and `state`: their buffers become the new ones and must not be used again, nor be the
-    gradients or one another's (tied leaves). `tx` is any optax transformation.
+    It donates `params` and `state`: their buffers are reused for the results. Do not use them again, and do not pass
+    one buffer twice (as with tied leaves, or a parameter given as its own gradient). `tx` is any optax transformation.
     """
 
     def step(params: optax.Params, state: optax.OptState, grads: optax.Updates) -> tuple[optax.Params, optax.OptState]:

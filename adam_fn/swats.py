@@ -25,7 +25,7 @@ class SwatsState(NamedTuple):
     """The state of `swats`.
 
     Attributes:
-      adam: that of Adam. After the switch its m is SGD's momentum, which starts again at 0; v and the weights stay.
+      adam: the state of Adam. After the switch its m is SGD's momentum, which starts again at 0; v and the weights stay.
       average: the raw moving average of the rates γ, a scalar of the dtype of the bias weights (float32).
       switched: bool scalar, whether SGD has taken over.
       sgd_rate: the rate Λ that was found, a scalar; 0 before the switch.
@@ -226,7 +226,7 @@ def swats(
     eps_hat: bool = False,
     **options: Unpack[MomentOptions],
 ) -> optax.GradientTransformationExtraArgs:
-    """SWATS (Keskar and Socher, arXiv 1712.07628): Adam, which switches to SGD with momentum when it has found a rate.
+    """SWATS (Keskar and Socher, arXiv 1712.07628): Adam, then SGD with momentum as soon as its rate is found.
 
     ::
 
@@ -234,9 +234,9 @@ def swats(
         λ ← β₂λ + (1-β₂)γ;   switch after step k > 1 when |λ/(1-β₂ᵏ) - γ| < tolerance and λ > 0, with Λ = λ/(1-β₂ᵏ)
         then  m ← β₁m + (1-β₁)g from m = 0,   u = -Λ m
 
-    All leaves switch at once. ``state.switched`` and ``state.sgd_rate`` (Λ) tell whether and to what. A schedule of the
-    rate, or `update(..., learning_rate=x)`, goes on after the switch: SGD's rate is ``Λ α_t/α_switch``. The paper's L2
-    decay is a link before this one, ``optax.chain(transform(Decay(λ)), swats())``.
+    All leaves switch at once. ``state.switched`` tells whether they have, and ``state.sgd_rate`` is Λ. A schedule of
+    the rate, or `update(..., learning_rate=x)`, stays in effect after the switch: SGD's rate is ``Λ α_t/α_switch``. The
+    paper's L2 decay is a link before this one, ``optax.chain(transform(Decay(λ)), swats())``.
 
     Args:
       learning_rate: Adam's α, a number, a 0-d array or a schedule.

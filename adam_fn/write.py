@@ -262,17 +262,18 @@ def _written(updates: PyTree, masters: PyTree, low: PyTree, params: PyTree, bits
 
 
 def master_weights(tx: optax.GradientTransformation, bits: int = 16) -> optax.GradientTransformationExtraArgs:
-    """float32 master weights for bfloat16 parameters, for 2 bytes more a parameter (or 1), around any transformation.
+    """float32 master weights for bfloat16 parameters, in 2 more bytes per parameter (or 1), around any transformation.
 
     ::
 
         x = (bits(p) << 16) + r;   x ← x + tx(g, x);   q = x rounded to bfloat16;   r = x - q in units of x's last bit
 
     The master x is a float32; of it the parameter is the upper half, rounded to nearest (halves away from 0), and the
-    state keeps the rest, an int16 r. Nothing is lost: training is that of float32, and the parameters are its rounding.
-    (XLA may contract the addition and a multiplication in `tx`, in one program and not in another: then x differs in
-    the last bit.) `tx` sees the masters as parameters, weight decay included, and gradients in float32; so its state is
-    in float32 too. The updates are float32, and `optax.apply_updates` lands on q exactly.
+    state keeps the rest, an int16 r. Nothing is lost: training is that of float32 parameters, and the bfloat16
+    parameters are these, rounded. (XLA may contract the addition and a multiplication in `tx`, in one program and not
+    in another: then x differs in the last bit.) `tx` sees the masters as parameters, weight decay included, and
+    gradients in float32; so its state is in float32 too. The updates are float32, and `optax.apply_updates` lands on q
+    exactly.
 
     The remainder is added to whatever parameter is given. A parameter that was changed between two steps (tied,
     clipped, averaged, restored) is taken as it is, up to half a unit of its last place. bfloat16 is the only short

@@ -223,15 +223,15 @@ def zero1(
         tx = adam_fn.zero1(adam_fn.adamw(3e-4), params, mesh, "data")
         state = jax.jit(tx.init)(params)  # The rest as before, with `tx.update` or `make_step`.
 
-    Each of the n devices has 1/n of the moments, codes, scales and masters and steps 1/n of the parameters (Rajbhandari
-    et al., arXiv 1910.02054, section 5.1). Where the gradients in the same program are of a batch that is divided over
-    the axis, their all-reduce becomes a reduce-scatter, and the updates are gathered; in `make_step` it is the new
-    parameters, which are shorter in bfloat16. Results are those of `tx` alone, random streams included.
+    Each of the n devices holds 1/n of the moments, codes, scales and masters, and steps 1/n of the parameters
+    (Rajbhandari et al., arXiv 1910.02054, section 5.1). Where the gradients in the same program are of a batch that is
+    divided over the axis, their all-reduce becomes a reduce-scatter, and the updates are gathered; in `make_step` it is
+    the new parameters, which are shorter in bfloat16. Results are those of `tx` alone, random streams included.
 
     A leaf is divided along the first of its axes that the n devices divide evenly, on top of what divides it already
     (tensor parallelism); the axis of the blocks of codes only between blocks. A leaf that is divided over the axis
-    already (FSDP) stays as it is. What cannot be divided stays whole: `undivided` names it, and a warning those of 4096
-    elements or more.
+    already (FSDP) stays as it is. Leaves that cannot be divided stay whole: `undivided` lists them, and a warning names
+    those of 4096 elements or more.
 
     It must be outermost: ``zero1(optax.chain(optax.clip_by_global_norm(1.0), adamw(3e-4)), …)``. Axes may be automatic
     or explicit. Inside a `shard_map` over the axis it takes whole parameters; gradients that vary over it are summed,

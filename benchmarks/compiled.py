@@ -205,12 +205,13 @@ def remarks(rows: Sequence[Row]) -> Iterator[str]:
         text = ", ".join(f"{kind} {size}" for kind, size in kinds)
         text += f", all-reduce {of('all-reduce', '.4f', ZERO1)}, others {of('other exchanges', 'g', ZERO1)}"
         count = sum(row["part"] == ZERO1 for row in there)
-        text = f"`zero1`, {count} training steps on four devices, bytes a parameter: {text}"
-        yield f"{text}; a device's part of the state: {state}"
+        yield f"`zero1`, communication of {count} training steps on four devices, in bytes a parameter: {text}"
+        yield f"`zero1`, the part of the state that one of four devices holds: {state}"
     if own := of("peak", ".1f", OFFLOAD, step=TREE):
         saved = (f"{of('saved', '.1f', OFFLOAD, way=way)} as {way}" for way in ("one program", "two programs"))
-        text = f"`offload`, bytes a parameter less at the peak of a training step: {', '.join(saved)}"
-        yield f"{text}; the peak of a step of {TREE} alone: {own}"
+        text = "`offload`, what it takes off the peak of a training step, in bytes a parameter (negative: what it adds)"
+        yield f"{text}: {', '.join(saved)}"
+        yield f"`offload`, the peak of a step of {TREE} alone, in bytes a parameter: {own}"
 
 
 def summary(found: Row) -> Iterator[tuple[list[str], list[list[str]], str]]:
@@ -227,19 +228,21 @@ def summary(found: Row) -> Iterator[tuple[list[str], list[list[str]], str]]:
             [step if part == LEAF else f"{part}: {step}", *(span([x[y] for x in group], FIGURES[y][1]) for y in shown)]
             for (part, step), group in groups.items()
         ]
-        about = f"Compiled for {' and '.join(targets)}, **not run**, with "
+        about = f"Compiled for {' and '.join(targets)}, but **not run**, with "
         about += (
             f"{', '.join(f'{package} {version}' for package, version in versions.items())} ({found['date'][:10]}), "
         )
-        about += "by `benchmarks/compiled.py`."
+        about += "by `benchmarks/compiled.py`.\n"
         if talk := [bool(row.get("collectives") or "error" in row) for row in rows if row["part"] == "sharded"]:
-            about += f" Sharded over four devices, {len(talk) - sum(talk)} of {len(talk)} programs have no collective."
+            about += (
+                f"\n- Sharded over four devices, {len(talk) - sum(talk)} of {len(talk)} programs have no collective."
+            )
         if programs := sum(row.get("programs", 0) for row in rows):
             members = [row for row in rows if row["part"] == "family"]
             failed = sum(len(row.get("failed", [])) for row in members)
-            about += f" The {len(members)} members of the family with every storage and every write: "
+            about += f"\n- The {len(members)} members of the family with every storage and every write: "
             about += f"{programs - failed} of {programs} steps compile."
-        about += "".join(f" {remark[0].upper()}{remark[1:]}." for remark in remarks(rows))
+        about += "".join(f"\n- {remark}." for remark in remarks(rows))
         yield ["step", *(FIGURES[figure][0] for figure in shown)], body, about
 
 

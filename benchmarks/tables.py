@@ -1,4 +1,4 @@
-"""Write the tables of README.md, docs and examples/README.md from benchmarks/results and examples/results.
+"""Write the tables of README.md and docs from benchmarks/results and examples/results.
 
     python benchmarks/tables.py [--check]
 
@@ -9,6 +9,7 @@ status is 1 when a file does not hold what the results say.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import pathlib
 import re
@@ -65,8 +66,9 @@ def exactness() -> str:
     return (
         f"{table(head, body)}\n\n"
         f"Relative L2 error of the update against float64: random gradients, {found['coordinates']:,} coordinates "
-        f"whose scales span e^±9. adam_fn: the largest over hyperparameters given as {', '.join(forms)}; optax.adam: "
-        f"as numbers. Measured on {found['device']} with {named(found['versions'])} by `benchmarks/exactness.py`."
+        "whose scales span e^±9. adam_fn: the largest error over hyperparameters given as "
+        f"{', '.join(forms)}; optax.adam: hyperparameters given as numbers. Measured on {found['device']} with "
+        f"{named(found['versions'])} by `benchmarks/exactness.py`."
     )
 
 
@@ -184,10 +186,10 @@ def speed() -> str:
     devices = dict.fromkeys(record["device"] for record in records)
     texts = [Device([record for record in records if record["device"] == device]).text() for device in devices]
     note = (
-        "Medians of steps timed in turn within one run. GB/s counts the least traffic: gradients, parameters and "
-        "moments read once, parameters and moments written once, each in its own dtype. `copy` moves as many bytes "
-        "from one array to another, `in place` changes one array where it lies; what fits into the caches may exceed "
-        "both."
+        "Medians of steps timed in turn within one run. GB/s counts the least possible traffic: gradients, parameters "
+        "and moments read once, parameters and moments written once, each in its dtype. `copy` moves as many bytes "
+        "from one array to another, `in place` changes one array in place. Steps whose data fit into the caches may "
+        "exceed both."
     )
     return "\n\n".join([*texts, note])
 
@@ -221,18 +223,18 @@ def comparison() -> str:
     rows = [
         ["error of an update, β₂ = 0.999", *error(0.999)],
         ["error of an update, β₂ = 0.999999", *error(0.999999)],
-        ["state, bytes a parameter", state("optax"), f"{state('adam_fn')}, {ours}"],
+        ["bytes of state per parameter", state("optax"), f"{state('adam_fn')}, {ours}"],
         ["time of a step of GPT-2 small", "1", device.ratio("gpt2", "adam_fn", "step")],
-        ["its compilation", "1", device.ratio("gpt2", "adam_fn", "total")],
-        ["an update of 200 leaves outside `jit`", "1", device.ratio("eager", "adam_fn", "eager update")],
-        ["bfloat16 parameters: loss above float32's", "no masters", above("bfloat16, 32-bit masters")],
+        ["time to compile it", "1", device.ratio("gpt2", "adam_fn", "total")],
+        ["time of an update of 200 leaves outside `jit`", "1", device.ratio("eager", "adam_fn", "eager update")],
+        ["loss above float32's with bfloat16 parameters", "no masters", above("bfloat16, 32-bit masters")],
     ]
     return (
         f"{table(['', '`optax.adam`', '`adam_fn.adam`'], rows)}\n\n"
-        "Relative L2 error against float64 at step 1,000; times as ratios within one run; the loss of a character "
-        "transformer trained further at a low rate with `master_weights`, and without, by adam_fn, "
-        f"{above('bfloat16')}. On {device.records[0]['device']}, by `exactness.py`, `speed.py` and `precision.py` of "
-        "`benchmarks`."
+        "Errors are relative L2 errors against float64 at step 1,000; times are ratios within one run. The last row is "
+        "a character transformer trained further at a low rate with `master_weights`; with bfloat16 parameters alone "
+        f"the loss is {above('bfloat16')} above. Measured on {device.records[0]['device']}, by `exactness.py`, "
+        "`speed.py` and `precision.py` of `benchmarks`."
     )
 
 
@@ -273,8 +275,9 @@ def codes() -> str:
             body.append([f"**{label}**" if row["ours"] else label, f"{row['bytes']:.4g}", *cells(key)])
         texts.append(table([*head, "bytes", *columns], body))
     about = (
-        f"Of the last {found['last']} of {found['steps']:,} updates, in float64: relative L2 error against exact "
-        "Adam's, RMS and largest element in its units; synthetic: least and largest over σ from 1 to 1e-15. Bold: "
+        f"The last {found['last']} of {found['steps']:,} updates, computed in float64: their relative L2 error against "
+        "exact Adam's, and their RMS and largest element relative to exact Adam's. Synthetic: smallest and largest "
+        "over σ from 1 to 1e-15. Bold: "
         f"`Block(8)` and `Block(4)`. {named(found['versions'])} ({found['date'][:10]}), by `benchmarks/codes.py`."
     )
     details = "<details><summary>Each moment alone: our codes beside others</summary>"
@@ -301,8 +304,8 @@ def precision() -> str:
             cells.append(NONE if label == "float32" else spread(above, 4))
         body.append(cells)
     about = (
-        "Validation loss in nats, mean ± standard deviation over the seeds; *above float32*: the difference to float32 "
-        "of the same seed. Bytes a parameter: parameter, gradient and state (of char). "
+        "Validation loss in nats, mean ± standard deviation over the seeds; *above float32*: the difference from "
+        "float32 with the same seed. Bytes a parameter: parameter, gradient and state (of char). "
         f"{found['device']}, {named(found['versions'])}, by `benchmarks/precision.py`."
     )
     return f"{table(head, body)}\n\n{about}"
@@ -375,22 +378,16 @@ def mnist() -> str:
     return "\n\n".join(texts)
 
 
-def claims() -> str:
-    """Every claim of the paper beside what the scripts of examples/paper measured."""
-    words = {True: "yes", False: "**no**", None: "not decided"}
-    rows, about = [], {}
-    for path in sorted(EXAMPLES.glob("*.json")):
-        found = read(path, "")
-        for claim in found.get("claims", ()):
-            cells = (claim["section"], claim["text"], claim["measured"], words[claim["holds"]])
-            rows.append([cell.replace("|", "ǀ") for cell in cells])
-            about[f"{found['device']}, {named(found['versions'])}"] = None
-    if not rows:
-        raise MissingError(f"no claims in {EXAMPLES.relative_to(ROOT)}: python examples/paper/figure1.py --out ...")
-    return (
-        f"{table(['section', 'claim', 'measured', 'holds'], rows)}\n\n"
-        f"Measured on {'; '.join(about)} by the scripts of `examples/paper`."
-    )
+def claims(name: str) -> str:
+    """The claims of one figure of the paper, each with what its script in examples/paper measured."""
+    words = {True: "Yes", False: "No", None: "Not decided"}
+    found = read(EXAMPLES / f"{name}.json", f"python examples/paper/{name}.py --out examples/results")
+    lines = []
+    for claim in found["claims"]:
+        said = f"**{words[claim['holds']]}.** {claim['text']} ({claim['section']})."
+        lines.append(f"- {said} *Measured:* {claim['measured']}.".replace("|", "ǀ"))
+    about = f"Measured on {found['device']}, {named(found['versions'])}, by `examples/paper/{name}.py`."
+    return "\n".join([*lines, "", about])
 
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
@@ -404,7 +401,9 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "speed": speed,
         "mnist": mnist,
     },
-    "examples/README.md": {"claims": claims},
+    "docs/paper.md": {
+        name: functools.partial(claims, name) for name in ("figure1", "figure2", "figure3", "figure4", "section7")
+    },
 }
 
 

@@ -220,7 +220,7 @@ def test_another_checkpoint_is_an_error_that_names_what_differs(other: str) -> N
     saved = json.loads(json.dumps(checkpoint.describe(ADAMW, P)))
     checkpoint.check(saved, ADAMW, P)
     tx, params, expected = OTHERS[other]
-    with pytest.raises(ValueError, match="not of this transformation and these parameters") as error:
+    with pytest.raises(ValueError, match="does not belong to this transformation and these parameters") as error:
         checkpoint.check(saved, tx, params)
     lines = [line.strip() for line in str(error.value).splitlines()[1:]]
     if not expected:
@@ -236,7 +236,7 @@ def test_another_checkpoint_is_an_error_that_names_what_differs(other: str) -> N
         if not seen:
             checkpoint.check(state, tx, params)
             continue
-        with pytest.raises(ValueError, match="not of this") as error:
+        with pytest.raises(ValueError, match="does not belong to this") as error:
             checkpoint.check(state, tx, params)
         assert sorted(line.strip() for line in str(error.value).splitlines()[1:]) == seen
 

@@ -1,4 +1,4 @@
-"""The state of other frameworks' optimizers, to ours and back. torch and Keras need not be there."""
+"""Converts the states of other frameworks' optimizers to ours and back. torch and Keras need not be installed."""
 
 from adam_fn.interop.keras import from_keras as from_keras
 from adam_fn.interop.keras import to_keras as to_keras

@@ -1,4 +1,4 @@
-"""The variables of Keras 3's optimizers, to a state of ours and back. Keras is not imported."""
+"""Converts the variables of Keras 3's optimizers to a state of ours and back. Keras is not imported."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -38,7 +38,7 @@ def from_keras(
     names: Sequence[str] | None = None,
     transpose: Transpose | None = None,
 ) -> State | MasterState:
-    """The state with which `tx` goes on where Keras 3's Adam, AdamW, Adamax, Nadam or Lion stopped.
+    """The state with which `tx` continues where Keras 3's Adam, AdamW, Adamax, Nadam or Lion stopped.
 
     ::
 
@@ -81,7 +81,7 @@ def to_keras(
     names: Sequence[str] | None = None,
     transpose: Transpose | None = None,
 ) -> list[NDArray[Any]]:
-    """The values with which Keras's optimizer goes on where `tx` stopped: the inverse of `from_keras`.
+    """The values with which Keras's optimizer continues where `tx` stopped: the inverse of `from_keras`.
 
     ::
 

@@ -1,4 +1,4 @@
-"""The state of optax's optimizers, to ours and back."""
+"""Converts the states of optax's optimizers to ours and back."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -59,7 +59,7 @@ _SCHEDULES = {
 
 
 def from_optax(tx: optax.GradientTransformation, params: PyTree, optax_state: optax.OptState) -> State | MasterState:
-    """The state with which `tx` goes on where an optimizer of optax stopped.
+    """The state with which `tx` continues where an optimizer of optax stopped.
 
     ::
 
@@ -71,8 +71,8 @@ def from_optax(tx: optax.GradientTransformation, params: PyTree, optax_state: op
     What else such wrappers keep (injected hyperparameters, accumulated gradients) is not taken over, nor are moments of
     leaves that `tx` has frozen. `tx` should have the hyperparameters that optax's had: they are no part of a state.
 
-    Those of Adam, AdamW, NAdam, AdaMax, RAdam, AdaBelief, Yogi, Lion, ADOPT and AdEMAMix go on as they would have. Two
-    of optax's optimizers are other ones than those of this name here: `optax.amsgrad` takes the maximum of the
+    Adam, AdamW, NAdam, AdaMax, RAdam, AdaBelief, Yogi, Lion, ADOPT and AdEMAMix continue as they would have in optax.
+    Two of optax's optimizers differ from those of the same name here: `optax.amsgrad` takes the maximum of the
     corrected v, `AMSGrad` (and torch) corrects the maximum. ``nu_max`` is converted so that the two agree now; later
     only where ``β₂ᵗ`` is negligible, or without ``bias_correction_nu``, where they are the same. `optax.adan` has 1-β₂
     in the place of β₂ (see `adam_fn.adan`).
@@ -130,7 +130,7 @@ def from_optax(tx: optax.GradientTransformation, params: PyTree, optax_state: op
 
 
 def to_optax(tx: optax.GradientTransformation, params: PyTree, state: State | MasterState, optax_state: S) -> S:
-    """The state with which an optimizer of optax goes on where `tx` stopped: the inverse of `from_optax`.
+    """The state with which an optimizer of optax continues where `tx` stopped: the inverse of `from_optax`.
 
     ::
 

@@ -1,4 +1,4 @@
-"""The state of torch's optimizers, to ours and back. torch is imported only for its files and its tensors."""
+"""Converts the states of torch's optimizers to ours and back. torch is imported only for its files and its tensors."""
 
 import importlib
 import os
@@ -47,7 +47,7 @@ def from_torch(
     names: Sequence[str] | None = None,
     transpose: Transpose | None = None,
 ) -> State | MasterState:
-    """The state with which `tx` goes on where torch's Adam, AdamW, Adamax, NAdam or RAdam stopped.
+    """The state with which `tx` continues where torch's Adam, AdamW, Adamax, NAdam or RAdam stopped.
 
     ::
 
@@ -111,7 +111,7 @@ def to_torch(
     names: Sequence[str] | None = None,
     transpose: Transpose | None = None,
 ) -> dict[str, Any]:
-    """What torch's optimizer loads to go on where `tx` stopped: the inverse of `from_torch`.
+    """What torch's optimizer loads to continue where `tx` stopped: the inverse of `from_torch`.
 
     ::
 
@@ -159,8 +159,8 @@ def torch_groups(
 ) -> list[tuple[dict[str, Any], list[str]]]:
     """The parameter groups of a state of torch: the hyperparameters of each, and the paths of its parameters here.
 
-    They are what multipliers and masks of `tx` are made of: ``mask=masks.path(*decaying)`` where only those decay.
-    The arguments are those of `from_torch`.
+    Multipliers and masks of `tx` are made of them: ``mask=masks.path(*decaying)`` where only those decay. The arguments
+    are those of `from_torch`.
     """
     saved = _read(state_dict)
     order = _order(saved, paths, names)

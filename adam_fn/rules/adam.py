@@ -147,7 +147,7 @@ def adam(
       **options: see `adam_fn.options.DecayOptions`.
 
     Raises:
-      ValueError, TypeError: at once, naming the argument, where it is out of range or of the wrong kind.
+      ValueError, TypeError: at once, if an argument is out of range or of the wrong kind; the error names it.
     """
     rule = Adam(b1, b2, eps, eps_root, nesterov, momentum_decay, eps_hat)
     return optimizer(rule, learning_rate, mu_dtype=mu_dtype, **options)

@@ -114,8 +114,8 @@ def ademamix(
       alpha: how much of the slow momentum is added; 5 in optax and Apple's optax code, 2 in Apple's torch code.
       eps: in units of the gradient.
       eps_root: in units of its square.
-      mu_dtype: the dtype in which the fast momentum is stored; float32 by default. The slow one is always: in bfloat16,
-        rounding would lose the ten-thousandth that each gradient adds.
+      mu_dtype: the dtype in which the fast momentum is stored; float32 by default. The slow one is always
+        float32: in bfloat16, rounding would lose the ten-thousandth that each gradient adds.
       weight_decay: λ.
       mask: the leaves that decay; all by default.
       **options: see `adam_fn.options.CommonOptions`.
@@ -200,7 +200,7 @@ def fourth_root(count: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class ADOPT(Rule):
-    """ADOPT (arXiv 2411.02853): the gradient is divided by the second moment of those before it.
+    """ADOPT (arXiv 2411.02853): the gradient is divided by the root of the second moment of those before it.
 
     ::
 

@@ -70,9 +70,9 @@ def radam(
 ) -> Transformation:
     """RAdam (Liu et al., arXiv 1908.03265): `adam` times r, see the rule `RAdam`.
 
-    The step is adaptive from where the length ρ of the average reaches `threshold`. Before that it is by m̂ (the paper,
-    optax, torch), or without `degenerated_to_sgd` there is none (the authors' code). The other arguments are those of
-    `adam`; torch has ``eps_hat=True``.
+    The step is adaptive once the length ρ of the average reaches `threshold`. Before that the update is m̂ (the paper,
+    optax, torch), or 0 without `degenerated_to_sgd` (the authors' code). The other arguments are those of `adam`; torch
+    has ``eps_hat=True``.
     """
     rule = RAdam(
         b1,

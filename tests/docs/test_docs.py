@@ -1,17 +1,39 @@
-"""The guides, where a machine can tell: their code runs and prints what they show, their links lead somewhere."""
+"""The documentation, where a machine can tell: its code runs and prints what it shows, its links lead somewhere."""
 
 import contextlib
 import io
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
+from sybil import Document, Example
+from sybil.evaluators.python import PythonEvaluator
+from sybil.parsers.myst import CodeBlockParser
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-#: Code, and the output that may follow it; a single line stands behind the `print` that makes it.
-BLOCKS = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
+OTHERS = [ROOT / "README.md", ROOT / "examples/README.md", ROOT / "CONTRIBUTING.md"]
+
+
+class Printed:
+    """What the last block printed. It is shown in comments beside its prints, or in the ``text`` block that follows."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.run = PythonEvaluator()
+
+    def python(self, example: Example) -> None:
+        assert not self.text, f"printed above line {example.line} and not shown:\n{self.text}"
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            self.run(example)
+        self.text = printed.getvalue()
+        if beside := re.findall(r"^ *print\(.*\)  # (.*)$", example.parsed, re.MULTILINE):
+            assert self.text.splitlines() == beside, f"line {example.line}"
+            self.text = ""
+
+    def shown(self, example: Example) -> None:
+        assert self.text == example.parsed, f"line {example.line}"
+        self.text = ""
 
 
 def _anchor(heading: str) -> str:
@@ -19,19 +41,17 @@ def _anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_code_runs_and_prints_what_is_shown(page: Path) -> None:
     """The blocks of a page in order, in one namespace."""
-    names: dict[str, Any] = {}
-    for code, shown in BLOCKS.findall(page.read_text()):
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(compile(code, str(page), "exec"), names)
-        beside = re.findall(r"^ *print\(.*\)  # (.*)$", code, re.MULTILINE)
-        assert printed.getvalue() == (shown or "".join(f"{line}\n" for line in beside)), code
+    printed = Printed()
+    parsers = CodeBlockParser("python", printed.python), CodeBlockParser("text", printed.shown)
+    for example in Document.parse(str(page), *parsers).examples():
+        example.evaluate()
+    assert not printed.text
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "examples/README.md"], ids=str)
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     for link in re.findall(r"\]\(([^)\s]+)\)", text):

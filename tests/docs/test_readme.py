@@ -1,5 +1,6 @@
-"""What the README says, where a machine can tell: its code runs, its table of the family is complete and true."""
+"""What the README says, where a machine can tell: its size, and that its table of the family is complete and true."""
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from cases import CASES
 
 import adam_fn
-from adam_fn import presets
+from adam_fn import Block, Cast, presets
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -52,6 +53,23 @@ def test_family_table_is_complete_and_its_bytes_are_true(name: str) -> None:
         assert state_bytes(make(1e-3, b1=0.0)) == int(numbers[1])
 
 
+def test_bytes_by_storage_are_true() -> None:
+    page = (ROOT / "docs" / "choosing.md").read_text()
+    rows = page.split("Bytes of the state alone")[1].split("|--:|\n")[1].split("\n\n")[0].splitlines()
+    kinds = (None, Cast("bfloat16"), Block(8), Block(4))
+    params = jax.ShapeDtypeStruct((4096, 4096), jnp.float32)
+    named = set()
+    for row in rows:
+        names, *said = (cell.strip() for cell in row.strip("|").split("|"))
+        for name in re.findall(r"`(\w+)", names):
+            options = {"b1": 0.0} if f"`{name}(b1=0)`" in names else {}
+            make: Any = functools.partial(getattr(adam_fn, name), 1e-3, **options)
+            sizes = [adam_fn.state_bytes(make(storage=kind), params) / params.size for kind in kinds]
+            assert [f"{size:.2f}".removesuffix(".00") for size in sizes] == said, name
+            named.add(name)
+    assert named == {case.alias.__name__ for case in CASES} | {"lamb"}
+
+
 def test_presets_table_names_every_preset() -> None:
     section = OPTIMIZERS.split("## Other frameworks' Adam")[1].split("\n## ")[0]
     named = {name for name in re.findall(r"`(\w+)`", section) if "_" in name and name not in ("adam_fn",)}
@@ -63,16 +81,6 @@ def test_presets_table_names_every_preset() -> None:
     assert public == named - {"inverse_time"}
 
 
-@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
-def test_code_runs(block: str) -> None:
-    names: dict[str, Any] = {}
-    exec("import adam_fn, jax, jax.numpy as jnp, optax", names)
-    if "tx.update(" in block and "tx =" not in block:  # It goes on from the block before.
-        names |= {"tx": adam_fn.adam(1e-3), "params": jnp.ones(2), "grads": jnp.ones(2)}
-        names["state"] = names["tx"].init(names["params"])
-    exec(block, names)
-
-
 def test_two_screens() -> None:
     """The tables belong into docs."""
     assert len(README.splitlines()) <= 200
@@ -81,8 +89,10 @@ def test_two_screens() -> None:
     assert not missing, "the short table of the family"
 
 
-def test_pictures_of_the_examples_are_there_and_small() -> None:
-    folder = ROOT / "examples"
-    named = re.findall(r"!\[.*?\]\((.*?)\)", (folder / "README.md").read_text())
-    assert {folder / name for name in named} == set((folder / "results").glob("*.png"))
-    assert all((folder / name).stat().st_size < 150_000 for name in named)
+def test_pictures_of_the_examples_are_shown_and_small() -> None:
+    pages = ROOT / "examples/README.md", ROOT / "docs/paper.md"
+    named = {
+        (page.parent / name).resolve() for page in pages for name in re.findall(r"!\[.*?\]\((.*?)\)", page.read_text())
+    }
+    assert named == set((ROOT / "examples/results").glob("*.png"))
+    assert all(name.stat().st_size < 150_000 for name in named)
