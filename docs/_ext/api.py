@@ -1,0 +1,211 @@
+"""What Sphinx needs to know of this package: signatures as they are written, and formulas typeset (see `formulas`)."""
+
+import ast
+import functools
+import inspect
+import pathlib
+import posixpath
+import re
+from types import ModuleType
+from typing import Any
+
+import formulas
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.transforms import SphinxTransform
+from sphinx.util import logging
+
+LOGGER = logging.getLogger(__name__)
+#: Pages of the site that are files of their own elsewhere.
+PAGES = {"../CHANGELOG.md": "changelog.md", "../README.md": "index.md", "../examples/README.md": "examples.md"}
+#: Names in signatures that are documented under a longer one.
+TYPES = {
+    name: f"adam_fn.{module}.{name}"
+    for module, names in {
+        "rule": ("Hyper", "Schedule"),
+        "arithmetic": ("Scalar",),
+        "leaves": ("Mask", "PyTree"),
+        "codec": ("Stored",),
+        "options": ("Meaning",),
+        "interop.moments": ("Paths", "Transpose"),
+        "interop.torch": ("StateDict",),
+        "interop.keras": ("Variables",),
+    }.items()
+    for name in names
+}
+
+
+@functools.cache
+def _written(module: ModuleType) -> dict[str, ast.ClassDef | ast.FunctionDef]:
+    """The classes and functions of a module's source by qualified name."""
+    found: dict[str, ast.ClassDef | ast.FunctionDef] = {}
+
+    def collect(parent: ast.Module | ast.ClassDef, prefix: str) -> None:
+        for node in parent.body:
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                found[prefix + node.name] = node
+            if isinstance(node, ast.ClassDef):
+                collect(node, f"{prefix}{node.name}.")
+
+    collect(ast.parse(inspect.getsource(module)), "")
+    return found
+
+
+def _node(thing: Any) -> ast.ClassDef | ast.FunctionDef | None:  # noqa: ANN401
+    module = inspect.getmodule(thing)
+    inside = module is not None and module.__name__.startswith("adam_fn")
+    return _written(module).get(thing.__qualname__) if module and inside else None
+
+
+def _fields(kind: type) -> dict[str, tuple[str, str]]:
+    """Annotation and default, as written, of the fields of a class and of the classes that it comes from."""
+    found: dict[str, tuple[str, str]] = {}
+    node = _node(kind)
+    if isinstance(node, ast.ClassDef):
+        for base in reversed(node.bases):
+            found |= _fields(getattr(inspect.getmodule(kind), ast.unparse(base), object))
+        for line in node.body:
+            if isinstance(line, ast.AnnAssign) and "ClassVar" not in ast.unparse(line.annotation):
+                default = f" = {ast.unparse(line.value)}" if line.value else ""
+                found[ast.unparse(line.target)] = (ast.unparse(line.annotation), default)
+    return found
+
+
+def _arguments(function: Any) -> tuple[dict[str, tuple[str, str]], str | None]:  # noqa: ANN401
+    """The same of the parameters of a function, unpacked options included, and what it returns."""
+    function = inspect.unwrap(function)
+    node = _node(function)
+    if not isinstance(node, ast.FunctionDef):
+        return {}, None
+    every = [*node.args.posonlyargs, *node.args.args]
+    defaults = dict(zip((x.arg for x in reversed(every)), reversed(node.args.defaults), strict=False))
+    every += [x for x in (node.args.vararg, *node.args.kwonlyargs, node.args.kwarg) if x is not None]
+    defaults |= {x.arg: value for x, value in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True) if value}
+    found = {
+        x.arg: (
+            ast.unparse(x.annotation) if x.annotation else "",
+            f" = {ast.unparse(defaults[x.arg])}" if x.arg in defaults else "",
+        )
+        for x in every
+    }
+    rest = inspect.signature(function).parameters.get(node.args.kwarg.arg) if node.args.kwarg else None
+    for options in getattr(rest.annotation if rest else None, "__args__", ()):
+        found |= {name: (hint, "") for name, (hint, _) in _fields(options).items()}
+    return found, ast.unparse(node.returns) if node.returns else None
+
+
+def _qualified(source: str) -> str:
+    return re.sub(r"(?<![\w.\"'])[A-Z]\w+", lambda match: TYPES.get(match[0], match[0]), source)
+
+
+def signature(
+    app: Sphinx, what: str, name: str, thing: Any, options: object, arguments: str | None, returns: str | None  # noqa: ANN401
+) -> tuple[str | None, str | None]:
+    """The runtime signature, with annotations and defaults as they are written: `Hyper` and not what it stands for."""
+    if what not in ("function", "class", "method"):
+        return arguments, returns
+    if what == "class" and (not getattr(thing, "__match_args__", ()) or "__init__" in vars(thing)):
+        maker = vars(thing).get("__init__")
+        written, back = _arguments(maker) if inspect.isfunction(maker) else ({}, None)
+    elif what == "class":
+        written, back = _fields(thing), None
+    else:
+        written, back = _arguments(thing)
+    if not written:
+        return (None if what == "class" else arguments), returns
+    parts, keyword_only = [], False
+    for parameter in inspect.signature(thing).parameters.values():
+        if parameter.name in ("self", "cls"):
+            continue
+        if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
+            keyword_only = True
+            parts += [] if parts and parts[-1].startswith("*") else ["*"]
+        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        hint, default = written[parameter.name]
+        if not default and parameter.default is not parameter.empty:
+            default = f" = {parameter.default!r}"
+        parts.append(f"{stars}{parameter.name}: {_qualified(hint)}{default}")
+    return f"({', '.join(parts)})", None if back in (None, "None") else _qualified(back)
+
+
+def relative(source: str, folder: pathlib.PurePosixPath) -> str:
+    """Markdown of a file in `folder`, which is relative to `docs`, with its links as they are from `docs`."""
+
+    def link(match: re.Match[str]) -> str:
+        path, mark, fragment = match[1].partition("#")
+        if "://" in path or path.startswith("mailto:") or not path:
+            return match[0]
+        path = posixpath.normpath(folder / path)
+        if path in PAGES:
+            path = PAGES[path]
+        elif path.startswith("..") and path.endswith(".md"):
+            path, mark, fragment = f"path:{path}", "", ""
+        return f"]({path}{mark}{fragment})"
+
+    return re.sub(r"\]\(([^)\s]+)\)", link, source)
+
+
+def _page(app: Sphinx, docname: str, content: list[str]) -> None:
+    if app.env.doc2path(docname).suffix == ".md":
+        content[0] = relative(content[0], pathlib.PurePosixPath(docname).parent)
+
+
+def _included(app: Sphinx, path: pathlib.Path, docname: str, content: list[str]) -> None:
+    content[0] = relative(content[0], pathlib.PurePosixPath(path.as_posix()).parent)
+
+
+class Typeset(SphinxTransform):
+    """Formulas of docstrings: literal blocks that are not Python, and inline code with mathematical signs."""
+
+    default_priority = 500
+
+    def apply(self, **kwargs: object) -> None:
+        if not self.env.docname.startswith("api/"):
+            return
+        for block in list(self.document.findall(nodes.literal_block)):
+            if "language" not in block and formulas.is_block(block.astext()):
+                self._replace(block, self._block(block))
+        for code in list(self.document.findall(nodes.literal)):
+            if formulas.is_inline(code.astext()):
+                self._replace(code, lambda text=code.astext(): self._nodes(formulas.inline(text)))
+
+    def _replace(self, old: nodes.Element, make: Any) -> None:  # noqa: ANN401
+        try:
+            old.replace_self(make())
+        except ValueError as error:
+            LOGGER.warning("formula %r: %s", old.astext(), error, location=old)
+
+    def _block(self, block: nodes.literal_block) -> Any:  # noqa: ANN401
+        def make() -> list[nodes.Node]:
+            lines = nodes.container(classes=["formula"])
+            for line in block.astext().splitlines():
+                row = nodes.paragraph(classes=["continued"] if line.startswith(" ") else [])
+                for pieces in formulas.statements(line):
+                    row += nodes.inline("", "", *self._nodes(pieces, r"\displaystyle "), classes=["statement"])
+                lines += row
+            return [lines]
+
+        return make
+
+    @staticmethod
+    def _nodes(pieces: list[formulas.Piece], style: str = "") -> list[nodes.Node]:
+        found: list[nodes.Node] = []
+        for kind, content in pieces:
+            if found:
+                found.append(nodes.Text(" "))
+            found.append(
+                nodes.Text(content)
+                if kind == "text"
+                else nodes.literal("", content)
+                if kind == "code"
+                else nodes.math(content, style + content)
+            )
+        return found
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.connect("autodoc-process-signature", signature)
+    app.connect("source-read", _page)
+    app.connect("include-read", _included)
+    app.add_transform(Typeset)
+    return {"parallel_read_safe": True}
