@@ -135,7 +135,7 @@ def relative(source: str, folder: pathlib.PurePosixPath) -> str:
         path, mark, fragment = match[1].partition("#")
         if "://" in path or path.startswith("mailto:") or not path:
             return match[0]
-        path = posixpath.normpath(folder / path)
+        path = posixpath.relpath(pathlib.PurePosixPath("docs", folder, path), "docs")
         if path in PAGES:
             path = PAGES[path]
         elif path.startswith("..") and path.endswith(".md"):
