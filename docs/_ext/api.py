@@ -51,6 +51,12 @@ def _written(module: ModuleType) -> dict[str, ast.ClassDef | ast.FunctionDef]:
     return found
 
 
+def _source(thing: Any, node: ast.expr | None) -> str:  # noqa: ANN401
+    """An expression as it is written in the module of a thing, in one line."""
+    text = ast.get_source_segment(inspect.getsource(inspect.getmodule(thing) or thing), node) if node else ""
+    return " ".join((text or "").split())
+
+
 def _node(thing: Any) -> ast.ClassDef | ast.FunctionDef | None:  # noqa: ANN401
     module = inspect.getmodule(thing)
     inside = module is not None and module.__name__.startswith("adam_fn")
@@ -66,8 +72,8 @@ def _fields(kind: type) -> dict[str, tuple[str, str]]:
             found |= _fields(getattr(inspect.getmodule(kind), ast.unparse(base), object))
         for line in node.body:
             if isinstance(line, ast.AnnAssign) and "ClassVar" not in ast.unparse(line.annotation):
-                default = f" = {ast.unparse(line.value)}" if line.value else ""
-                found[ast.unparse(line.target)] = (ast.unparse(line.annotation), default)
+                default = f" = {_source(kind, line.value)}" if line.value else ""
+                found[ast.unparse(line.target)] = (_source(kind, line.annotation), default)
     return found
 
 
@@ -83,15 +89,15 @@ def _arguments(function: Any) -> tuple[dict[str, tuple[str, str]], str | None]: 
     defaults |= {x.arg: value for x, value in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True) if value}
     found = {
         x.arg: (
-            ast.unparse(x.annotation) if x.annotation else "",
-            f" = {ast.unparse(defaults[x.arg])}" if x.arg in defaults else "",
+            _source(function, x.annotation),
+            f" = {_source(function, defaults[x.arg])}" if x.arg in defaults else "",
         )
         for x in every
     }
     rest = inspect.signature(function).parameters.get(node.args.kwarg.arg) if node.args.kwarg else None
     for options in getattr(rest.annotation if rest else None, "__args__", ()):
         found |= {name: (hint, "") for name, (hint, _) in _fields(options).items()}
-    return found, ast.unparse(node.returns) if node.returns else None
+    return found, _source(function, node.returns) or None
 
 
 def _qualified(source: str) -> str:
@@ -102,17 +108,17 @@ def signature(
     app: Sphinx, what: str, name: str, thing: Any, options: object, arguments: str | None, returns: str | None  # noqa: ANN401
 ) -> tuple[str | None, str | None]:
     """The runtime signature, with annotations and defaults as they are written: `Hyper` and not what it stands for."""
-    if what not in ("function", "class", "method"):
+    if what not in ("function", "class", "method") or arguments is None:
         return arguments, returns
-    if what == "class" and (not getattr(thing, "__match_args__", ()) or "__init__" in vars(thing)):
-        maker = vars(thing).get("__init__")
-        written, back = _arguments(maker) if inspect.isfunction(maker) else ({}, None)
-    elif what == "class":
-        written, back = _fields(thing), None
-    else:
+    node = _node(thing)
+    if what != "class":
         written, back = _arguments(thing)
-    if not written:
-        return (None if what == "class" else arguments), returns
+    elif isinstance(node, ast.ClassDef) and any(getattr(line, "name", None) == "__init__" for line in node.body):
+        written, back = _arguments(thing.__init__)
+    else:
+        written, back = _fields(thing), None
+    if not written:  # Nothing that a reader would give it.
+        return ("" if what == "class" else arguments), returns
     parts, keyword_only = [], False
     for parameter in inspect.signature(thing).parameters.values():
         if parameter.name in ("self", "cls"):
@@ -168,6 +174,9 @@ class Typeset(SphinxTransform):
         for code in list(self.document.findall(nodes.literal)):
             if formulas.is_inline(code.astext()):
                 self._replace(code, lambda text=code.astext(): self._nodes(formulas.inline(text)))
+        for name in list(self.document.findall(nodes.field_name)):
+            if name.astext() == "Variables":  # What Sphinx makes of "Attributes".
+                name.replace_self(nodes.field_name("", "Attributes"))
 
     def _replace(self, old: nodes.Element, make: Any) -> None:  # noqa: ANN401
         try:
