@@ -3,9 +3,9 @@
     sphinx-build --fail-on-warning --keep-going docs docs/_build
     python docs/check.py [SITE] [--screenshots DIR]
 
-On each page: links and their fragments lead somewhere, pictures are there, nothing is asked of another host, the console
-has no errors, every formula is rendered, and on a narrow screen the page is no wider than that. Exit status 1, with a
-list, where something is not so.
+On each page: links and their fragments lead somewhere, pictures are there, nothing is asked of another host, the
+console has no errors, every formula is rendered, and on a narrow screen the page is no wider than that. Exit status 1,
+with a list, where something is not so.
 """
 
 import argparse
@@ -72,7 +72,7 @@ OVERFLOW = r"""() => {
 class Quiet(http.server.SimpleHTTPRequestHandler):
     """Serves a folder without a word."""
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+    def log_message(self, format: str, *args: object) -> None:
         pass
 
 
@@ -159,7 +159,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     built = pathlib.Path(__file__).parent / "_build"
     parser.add_argument("site", nargs="?", type=pathlib.Path, default=built, help="the built site (docs/_build)")
-    parser.add_argument("--screenshots", type=pathlib.Path, metavar="DIR", help="a picture of each page, wide and narrow")
+    parser.add_argument(
+        "--screenshots", type=pathlib.Path, metavar="DIR", help="pictures of each page, wide and narrow"
+    )
     parser.add_argument("--chromium", default=shutil.which("chromium"), help="the browser (chromium on the PATH)")
     options = parser.parse_args()
     if options.chromium is None:

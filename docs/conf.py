@@ -18,6 +18,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx-mathjax-offline",
     "api",
+    "pages",
 ]
 exclude_patterns = ["_build"]
 nitpicky = True

@@ -3,9 +3,8 @@
 import ast
 import functools
 import inspect
-import pathlib
-import posixpath
 import re
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -16,8 +15,6 @@ from sphinx.transforms import SphinxTransform
 from sphinx.util import logging
 
 LOGGER = logging.getLogger(__name__)
-#: Pages of the site that are files of their own elsewhere.
-PAGES = {"../CHANGELOG.md": "changelog.md", "../README.md": "index.md", "../examples/README.md": "examples.md"}
 #: Names in signatures that are documented under a longer one.
 TYPES = {
     name: f"adam_fn.{module}.{name}"
@@ -105,7 +102,13 @@ def _qualified(source: str) -> str:
 
 
 def signature(
-    app: Sphinx, what: str, name: str, thing: Any, options: object, arguments: str | None, returns: str | None  # noqa: ANN401
+    app: Sphinx,
+    what: str,
+    name: str,
+    thing: Any,  # noqa: ANN401
+    options: object,
+    arguments: str | None,
+    returns: str | None,
 ) -> tuple[str | None, str | None]:
     """The runtime signature, with annotations and defaults as they are written: `Hyper` and not what it stands for."""
     if what not in ("function", "class", "method") or arguments is None:
@@ -134,32 +137,6 @@ def signature(
     return f"({', '.join(parts)})", None if back in (None, "None") else _qualified(back)
 
 
-def relative(source: str, folder: pathlib.PurePosixPath) -> str:
-    """Markdown of a file in `folder`, which is relative to `docs`, with its links as they are from `docs`."""
-
-    def link(match: re.Match[str]) -> str:
-        path, mark, fragment = match[1].partition("#")
-        if "://" in path or path.startswith("mailto:") or not path:
-            return match[0]
-        path = posixpath.relpath(pathlib.PurePosixPath("docs", folder, path), "docs")
-        if path in PAGES:
-            path = PAGES[path]
-        elif path.startswith("..") and path.endswith(".md"):
-            path, mark, fragment = f"path:{path}", "", ""
-        return f"]({path}{mark}{fragment})"
-
-    return re.sub(r"\]\(([^)\s]+)\)", link, source)
-
-
-def _page(app: Sphinx, docname: str, content: list[str]) -> None:
-    if app.env.doc2path(docname).suffix == ".md":
-        content[0] = relative(content[0], pathlib.PurePosixPath(docname).parent)
-
-
-def _included(app: Sphinx, path: pathlib.Path, docname: str, content: list[str]) -> None:
-    content[0] = relative(content[0], pathlib.PurePosixPath(path.as_posix()).parent)
-
-
 class Typeset(SphinxTransform):
     """Formulas of docstrings: literal blocks that are not Python, and inline code with mathematical signs."""
 
@@ -170,31 +147,31 @@ class Typeset(SphinxTransform):
             return
         for block in list(self.document.findall(nodes.literal_block)):
             if "language" not in block and formulas.is_block(block.astext()):
-                self._replace(block, self._block(block))
+                self._replace(block, self._block)
         for code in list(self.document.findall(nodes.literal)):
             if formulas.is_inline(code.astext()):
-                self._replace(code, lambda text=code.astext(): self._nodes(formulas.inline(text)))
+                self._replace(code, self._inline)
         for name in list(self.document.findall(nodes.field_name)):
             if name.astext() == "Variables":  # What Sphinx makes of "Attributes".
                 name.replace_self(nodes.field_name("", "Attributes"))
 
-    def _replace(self, old: nodes.Element, make: Any) -> None:  # noqa: ANN401
+    def _replace(self, old: nodes.Element, typeset: Callable[[str], list[nodes.Node]]) -> None:
         try:
-            old.replace_self(make())
+            old.replace_self(typeset(old.astext()))
         except ValueError as error:
             LOGGER.warning("formula %r: %s", old.astext(), error, location=old)
 
-    def _block(self, block: nodes.literal_block) -> Any:  # noqa: ANN401
-        def make() -> list[nodes.Node]:
-            lines = nodes.container(classes=["formula"])
-            for line in block.astext().splitlines():
-                row = nodes.paragraph(classes=["continued"] if line.startswith(" ") else [])
-                for pieces in formulas.statements(line):
-                    row += nodes.inline("", "", *self._nodes(pieces, r"\displaystyle "), classes=["statement"])
-                lines += row
-            return [lines]
+    def _inline(self, text: str) -> list[nodes.Node]:
+        return self._nodes(formulas.inline(text))
 
-        return make
+    def _block(self, text: str) -> list[nodes.Node]:
+        lines = nodes.container(classes=["formula"])
+        for line in text.splitlines():
+            row = nodes.paragraph(classes=["continued"] if line.startswith(" ") else [])
+            for pieces in formulas.statements(line):
+                row += nodes.inline("", "", *self._nodes(pieces, r"\displaystyle "), classes=["statement"])
+            lines += row
+        return [lines]
 
     @staticmethod
     def _nodes(pieces: list[formulas.Piece], style: str = "") -> list[nodes.Node]:
@@ -214,7 +191,5 @@ class Typeset(SphinxTransform):
 
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("autodoc-process-signature", signature)
-    app.connect("source-read", _page)
-    app.connect("include-read", _included)
     app.add_transform(Typeset)
     return {"parallel_read_safe": True}

@@ -9,7 +9,7 @@ import ast
 import itertools
 import re
 import unicodedata
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 GREEK = {
     **{"α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "varepsilon", "η": "eta", "λ": "lambda", "μ": "mu"},
@@ -36,10 +36,13 @@ TOKEN = re.compile(
 )
 
 
+Kind: TypeAlias = Literal["math", "text", "code"]
+
+
 class Piece(NamedTuple):
     """A part of a line."""
 
-    kind: Literal["math", "text", "code"]
+    kind: Kind
     content: str
 
 
@@ -182,7 +185,8 @@ def is_block(text: str) -> bool:
 
 def is_inline(text: str) -> bool:
     """Whether inline code is a formula: it has signs that Python code of this package has not."""
-    return any(not x.isascii() and x != "…" for x in text) and not re.search(r"\w\.[a-z]|[\"\[]", text)
+    signs = any(not x.isascii() and x != "…" for x in text) or re.fullmatch(r"\|\w\|", text) is not None
+    return signs and not re.search(r"\w\.[a-z]|[\"\[]", text)
 
 
 def _tokens(source: str) -> list[Token]:
@@ -199,7 +203,7 @@ def _tokens(source: str) -> list[Token]:
 
 def _pieces(tokens: list[Token], *, tall: bool) -> list[Piece]:
     """The formulas of a line, and the words between them: those outside of fences that are no operand."""
-    kinds: list[Literal["math", "text", "code"]] = []
+    kinds: list[Kind] = []
     inside: list[str] = []  # The fences that are to be closed.
     for before, token, after in zip([Token("end", ""), *tokens], tokens, [*tokens[1:], Token("end", "")], strict=False):
         if inside and token.text == inside[-1]:
@@ -215,13 +219,13 @@ def _pieces(tokens: list[Token], *, tall: bool) -> list[Piece]:
         else:
             stop = token.text in (",", ";", ":") and kinds[-1:] not in ([], ["math"])
             kinds.append("text" if stop else "math")
-    found = []
+    found: list[Piece] = []
     for kind, group in itertools.groupby(zip(kinds, tokens, strict=True), key=lambda pair: pair[0]):
         own = [token for _, token in group]
         if kind == "math":
             tex = Parser(own).sequence()
-            found.append(Piece(kind, tex.tall if tall else tex.flat))
+            found.append(Piece("math", tex.tall if tall else tex.flat))
         else:
             text = "".join(" " * (token.spaces > 0) + token.text for token in own).strip()
-            found.append(Piece(kind, text.strip("`")))
+            found.append(Piece("code" if kind == "code" else "text", text.strip("`")))
     return found
