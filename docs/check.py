@@ -57,15 +57,16 @@ LOOK = r"""async () => {
         links: [...document.querySelectorAll("a[href]")].map((node) => node.href),
     };
 }"""
-#: What sticks out on the right of a page that is wider than its window.
+#: What sticks out on the right of a narrow window, but for what scrolls in a container of its own within the article.
 OVERFLOW = r"""() => {
     const width = document.documentElement.clientWidth;
-    if (document.documentElement.scrollWidth <= width) return [];
-    const scrolls = (node) => node && node !== document.body
+    const article = document.querySelector("article") ?? document.body;
+    const scrolls = (node) => node !== article
         && (getComputedStyle(node).overflowX !== "visible" || scrolls(node.parentElement));
-    return [...document.body.querySelectorAll("*")]
-        .filter((node) => node.getBoundingClientRect().right > width + 1 && !scrolls(node))
-        .map((node) => `${node.tagName.toLowerCase()}.${node.className} ends at ${node.getBoundingClientRect().right}`);
+    return [...article.querySelectorAll("*")]
+        .map((node) => [node, node.getBoundingClientRect().right])
+        .filter(([node, right]) => right > width + 1 && !scrolls(node))
+        .map(([node, right]) => `${node.tagName.toLowerCase()} ${node.className} ends at ${right} px`);
 }"""
 
 
@@ -136,7 +137,11 @@ def check(site: pathlib.Path, chromium: str, screenshots: pathlib.Path | None) -
             overflow = visit.page.evaluate(OVERFLOW)
             _picture(visit.page, screenshots, name, "narrow")
             visit.page.close()
-            wrong[name] += [*visit.wrong, *seen["wrong"], *(f"wider than {NARROW[0]} px: {x}" for x in overflow[:3])]
+            wrong[name] += [
+                *visit.wrong,
+                *seen["wrong"],
+                *(f"wider than the window of {NARROW[0]} px: {x}" for x in overflow[:3]),
+            ]
         browser.close()
         for name, found in links.items():
             for link in dict.fromkeys(found):
@@ -162,7 +167,8 @@ def main() -> None:
     parser.add_argument(
         "--screenshots", type=pathlib.Path, metavar="DIR", help="pictures of each page, wide and narrow"
     )
-    parser.add_argument("--chromium", default=shutil.which("chromium"), help="the browser (chromium on the PATH)")
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    parser.add_argument("--chromium", default=browser, help="the browser (chromium or google-chrome on the PATH)")
     options = parser.parse_args()
     if options.chromium is None:
         parser.error("there is no chromium on the PATH: --chromium says where one is")

@@ -50,4 +50,8 @@ html_show_sphinx = False
 html_show_copyright = False
 html_theme_options = {"top_of_page_buttons": []}
 pygments_style = "friendly"
-mathjax3_config = {"options": {"enableMenu": False}, "chtml": {"matchFontHeight": False, "scale": 1.08}}
+mathjax3_config = {
+    "tex": {"packages": {"[-]": ["noundefined"]}},
+    "options": {"enableMenu": False},
+    "chtml": {"matchFontHeight": False, "scale": 1.08},
+}

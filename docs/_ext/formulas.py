@@ -27,6 +27,7 @@ OPERATORS = {*SIGNS, "√", "/", "^", "**"} - {",", ";", ":"}
 FENCES = {"(": "()", "[": "[]", "{": "{}", "⌊": "⌊⌋", "⌈": "⌈⌉", "|": "||", "‖": "‖‖"}
 FENCE_TEX = {"{": r"\{", "}": r"\}", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "‖": r"\|"}
 PREFIXES = {"max": r"\max ", "min": r"\min ", "ln": r"\ln ", "Σ": r"\textstyle\sum "}
+LONG = 40
 TOKEN = re.compile(
     rf"(?P<code>`[^`]+`)|(?P<space>\s+)|(?P<number>\d+(?:\.\d+)?|[½¼])"
     rf"|(?P<word>[A-Za-z]{{2,}}\w*(?:'s)?|[A-Za-z]'s)"
@@ -170,8 +171,9 @@ def statements(line: str) -> list[list[Piece]]:
 
 
 def inline(source: str) -> list[Piece]:
-    """A formula within a sentence: everything in one line."""
-    return _pieces(_tokens(source), tall=False)
+    """A formula within a sentence: no fractions built up, and a long one in pieces, between which the line may end."""
+    parts = re.split(r" (?=[=←≤≥] )", source) if len(source) > LONG else [source]
+    return [piece for part in parts for piece in _pieces(_tokens(part), tall=False)]
 
 
 def is_block(text: str) -> bool:
