@@ -98,6 +98,8 @@ def _arguments(function: Any) -> tuple[dict[str, tuple[str, str]], str | None]: 
 
 
 def _qualified(source: str) -> str:
+    """An annotation with the documented names of its types, and without the quotes of what comes later in the file."""
+    source = source.strip("\"'")
     return re.sub(r"(?<![\w.\"'])[A-Z]\w+", lambda match: TYPES.get(match[0], match[0]), source)
 
 
@@ -151,6 +153,10 @@ class Typeset(SphinxTransform):
         for code in list(self.document.findall(nodes.literal)):
             if formulas.is_inline(code.astext()):
                 self._replace(code, self._inline)
+        for math in list(self.document.findall(nodes.math)):
+            self._keep_together(math)
+        for alias in [x for x in self.document.findall(nodes.paragraph) if x.astext().startswith("alias of ")]:
+            alias.parent.remove(alias)  # What a type's own documentation says better.
         for name in list(self.document.findall(nodes.field_name)):
             if name.astext() == "Variables":  # What Sphinx makes of "Attributes".
                 name.replace_self(nodes.field_name("", "Attributes"))
@@ -160,6 +166,22 @@ class Typeset(SphinxTransform):
             old.replace_self(typeset(old.astext()))
         except ValueError as error:
             LOGGER.warning("formula %r: %s", old.astext(), error, location=old)
+
+    @staticmethod
+    def _keep_together(math: nodes.math) -> None:
+        """No line begins with the punctuation after a formula or ends with a parenthesis before it."""
+        parent, place = math.parent, math.parent.index(math)
+        before, after = ([*parent, nodes.Text("")][i] if i >= 0 else None for i in (place - 1, place + 1))
+        kept = nodes.inline(classes=["together"])
+        if isinstance(before, nodes.Text) and before.endswith("("):
+            parent.replace(before, nodes.Text(before[:-1]))
+            kept += nodes.Text("(")
+        kept += math.deepcopy()
+        if isinstance(after, nodes.Text) and (stop := re.match(r"[.,;:)]+", after)):
+            parent.replace(after, nodes.Text(after[stop.end() :]))
+            kept += nodes.Text(stop[0])
+        if len(kept) > 1:
+            parent.replace(math, kept)
 
     def _inline(self, text: str) -> list[nodes.Node]:
         return self._nodes(formulas.inline(text))

@@ -123,7 +123,7 @@ class Parser:
             of = self.factor()
             return Tex(rf"\operatorname{{{text}}}{of.tall}", rf"\operatorname{{{text}}}{of.flat}")
         if kind == "word":
-            tex = rf"\text{{{text}}}".replace("_", r"\_")
+            tex = rf"\text{{{text}}}"
         elif kind == "letter":
             tex = rf"\{GREEK[text[0]]} " if text[0] in GREEK else text[0]
             for accent in text[1:].rstrip("'"):
@@ -213,7 +213,9 @@ def _pieces(tokens: list[Token], *, tall: bool) -> list[Piece]:
         elif token.text in FENCES:
             inside.append(FENCES[token.text][-1])
         called = after.text in ("(", "[") and not after.spaces
-        operand = before.text in OPERATORS or after.text in OPERATORS
+        operand = (before.text in OPERATORS and (after.kind != "word" or not token.spaces)) or (
+            after.text in OPERATORS and before.kind != "word"
+        )
         if token.kind == "code":
             kinds.append("code")
         elif token.kind == "word" and not (inside or called or operand or token.text in PREFIXES):
