@@ -1,4 +1,4 @@
-"""What Sphinx needs to know of the Markdown pages: where links lead that leave `docs`, and how tables are laid out."""
+"""What Sphinx needs to know of the Markdown pages: links that leave `docs`, names of the reference, tables."""
 
 import pathlib
 import posixpath
@@ -55,8 +55,26 @@ class Columns(SphinxTransform):
                         cell["classes"].append(kind)
 
 
+def _reference(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    """Makes code that is a public name, or a call of one, a link to the reference."""
+    if docname.startswith("api/"):
+        return
+    objects = app.env.domains.python_domain.objects
+    for code in list(doctree.findall(nodes.literal)):
+        called = re.fullmatch(r"(?:adam_fn\.)?([a-zA-Z_][\w.]*)(?:\(.*\))?", code.astext())
+        names = (
+            [f"adam_fn.{module}{called[1]}" for module in ("", "presets.", "schedules.", "interop.")] if called else []
+        )
+        name = next((name for name in names if name in objects), None)
+        if name and not isinstance(code.parent, (nodes.reference, nodes.title)):
+            place = objects[name]
+            uri = f"{app.builder.get_relative_uri(docname, place.docname)}#{place.node_id}"
+            code.replace_self(nodes.reference("", "", code.deepcopy(), internal=True, refuri=uri, reftitle=name))
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("source-read", _page)
     app.connect("include-read", _included)
+    app.connect("doctree-resolved", _reference)
     app.add_transform(Columns)
     return {"parallel_read_safe": True}
