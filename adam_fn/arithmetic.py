@@ -5,6 +5,7 @@ from typing import NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
+#: A number or a 0-d array, what a hyperparameter is while a rule computes.
 Scalar: TypeAlias = float | jax.Array
 
 

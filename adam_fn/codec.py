@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-#: What is stored of one array: an array, or a dictionary of arrays.
+#: What is stored of one array, which is an array or a dictionary of arrays.
 Stored: TypeAlias = jax.Array | dict[str, Any]
 
 
@@ -36,7 +36,7 @@ class Codec(abc.ABC):
 
     @property
     def random(self) -> bool:
-        """Whether codes are rounded at random: `scale` and `encode` then get a `chance`."""
+        """Whether codes are rounded at random; `scale` and `encode` then get a `chance`."""
         return False
 
     @property

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import optax
 
+#: Any tree of JAX, of parameters, gradients or what else.
 PyTree: TypeAlias = Any
-#: Which leaves: a tree of booleans (a prefix will do), or a function of the parameters that returns one.
+#: A tree of booleans (a prefix will do), or a function of the parameters that returns one.
 Mask: TypeAlias = PyTree | Callable[[PyTree], PyTree]
 
 

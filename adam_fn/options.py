@@ -14,6 +14,7 @@ from adam_fn.leaves import Mask
 from adam_fn.rule import Decay, Hyper, ProximalDecay, Rate, Rule
 from adam_fn.transform import Transformation, transform
 
+#: What `weight_decay` means; see `CommonOptions`.
 Meaning: TypeAlias = Literal["scaled", "independent", "l2", "proximal"]
 P = ParamSpec("P")
 T = TypeVar("T")

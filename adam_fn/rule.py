@@ -20,8 +20,11 @@ from jax.typing import ArrayLike, DTypeLike
 
 from adam_fn.arithmetic import OneMinus, Scalar, Weight, bounded
 
+#: A function of the zero-based step, an int32 scalar, that returns a number or a 0-d array.
 Schedule: TypeAlias = Callable[[jax.Array], ArrayLike]
+#: A hyperparameter where a rule is made, that is, a number, a 0-d array or a `Schedule`.
 Hyper: TypeAlias = ArrayLike | Schedule
+#: What a rule remembers of one array, by name.
 Slots: TypeAlias = Mapping[str, jax.Array]
 
 
@@ -35,7 +38,9 @@ class Range(NamedTuple):
 UNIT = Range(0.0, 1.0)
 # A rule's field is a `Hyper` where the rule is made and a `Scalar` where its arithmetic runs (after `Rule.at`): no one
 # type says that.
+#: The annotation of a rule's field that is a decay rate, a `Hyper` in [0, 1).
 Beta: TypeAlias = Annotated[Any, UNIT]
+#: The annotation of a rule's field that is a `Hyper` of at least 0, and finite.
 NonNegative: TypeAlias = Annotated[Any, Range(0.0, math.inf)]
 
 

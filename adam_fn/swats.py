@@ -230,7 +230,7 @@ def swats(
 
     ::
 
-        u = Adam's update -α m̂/(√v̂ + ε);   γ = u·u / (-u·g)  if u·g ≠ 0, over all parameters
+        u = -α m̂/(√v̂ + ε), as Adam;   γ = u·u / (-u·g)  if u·g ≠ 0, over all parameters
         λ ← β₂λ + (1-β₂)γ;   switch after step k > 1 when |λ/(1-β₂ᵏ) - γ| < tolerance and λ > 0, with Λ = λ/(1-β₂ᵏ)
         then  m ← β₁m + (1-β₁)g from m = 0,   u = -Λ m
 

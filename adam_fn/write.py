@@ -282,7 +282,7 @@ def master_weights(tx: optax.GradientTransformation, bits: int = 16) -> optax.Gr
 
     Gradients are best accumulated inside, in float32: ``master_weights(optax.MultiSteps(tx, n))``.
 
-    Where |q| is below about 2⁻¹⁶|p| float32 may not hold the update q - p: then the parameter is off by 2⁻²⁵|p| at
+    Where ``|q|`` is below about ``2⁻¹⁶|p|`` float32 may not hold the update q - p: then it is off by ``2⁻²⁵|p|`` at
     most, which is float32's rounding of the step, and the remainder fits the parameter as it is. Masters of more than
     3.396e38, which bfloat16 would round to inf, stay there.
 

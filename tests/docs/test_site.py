@@ -1,0 +1,129 @@
+"""The site, as far as it can be seen without Sphinx: a complete reference, and the formulas of docstrings as TeX."""
+
+import ast
+import importlib
+import inspect
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import formulas
+import pytest
+
+import adam_fn
+from adam_fn import checkpoint, diagnostics, interop, masks, presets, schedules
+
+ROOT = Path(__file__).parents[2]
+REFERENCE = {
+    page.stem: re.findall(r"^\.\. auto\w+:: (\S+)$", page.read_text(), re.MULTILINE)
+    for page in sorted((ROOT / "docs/api").glob("*.rst"))
+}
+
+
+def _found(name: str) -> Any:
+    """What a dotted name stands for."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError):
+        return importlib.import_module(name)
+
+
+def _public() -> dict[str, Any]:
+    """What a user may import, by name."""
+    found = {f"adam_fn.{name}": getattr(adam_fn, name) for name in adam_fn.__all__}
+    found |= {f"adam_fn.interop.{name}": getattr(interop, name) for name in interop.__all__}
+    for module in (checkpoint, diagnostics, masks, presets, schedules):
+        for name, thing in vars(module).items():
+            own = (inspect.isclass(thing) or inspect.isfunction(thing)) and thing.__module__ == module.__name__
+            if own and not name.startswith("_"):
+                found[f"{module.__name__}.{name}"] = thing
+    return found
+
+
+def test_the_reference_has_every_public_name_once() -> None:
+    documented = Counter(id(_found(name)) for names in REFERENCE.values() for name in names)
+    public = _public()
+    assert not [name for name, thing in public.items() if documented[id(thing)] != 1]
+    assert max(documented.values()) == 1
+
+
+def test_every_page_of_the_reference_is_in_its_contents() -> None:
+    contents = (ROOT / "docs/api/index.rst").read_text().split("toctree::")[1]
+    assert sorted(re.findall(r"^   (\w+)$", contents, re.MULTILINE)) == sorted(REFERENCE.keys() - {"index"})
+
+
+def _docstrings() -> dict[str, str]:
+    return {
+        f"{file.stem}.{getattr(node, 'name', '')}": ast.get_docstring(node) or ""
+        for file in sorted((ROOT / "adam_fn").rglob("*.py"))
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+    }
+
+
+def test_the_formulas_of_all_docstrings_are_known() -> None:
+    seen = 0
+    for docstring in _docstrings().values():
+        for block in re.findall(r"::\n\n((?:    .*\n|\n)+)", docstring + "\n"):
+            code = inspect.cleandoc(block)
+            if formulas.is_block(code):
+                seen += 1
+                for line in code.splitlines():
+                    assert formulas.statements(line)
+        for text in re.findall(r"``(.+?)``", docstring, re.DOTALL):
+            if formulas.is_inline(text):
+                seen += 1
+                assert formulas.inline(text)
+    assert seen > 150
+
+
+@pytest.mark.parametrize(
+    ("source", "tex"),
+    [
+        ("m̂ / (√(v̂ + ε_root) + ε)", r"\frac{\hat{m}}{\sqrt{\hat{v}+\varepsilon _{\text{root}}}+\varepsilon }"),
+        ("r = √((ρ-4)ρ∞ / (ρ∞ρ))", r"r=\sqrt{\frac{(\rho -4)\rho _{\infty}}{\rho _{\infty}\rho }}"),
+        ("u = (m/w₁) / v", r"u=\frac{m/w_{1}}{v}"),
+        ("2tβ₂ᵗ/(1-β₂ᵗ) - 1", r"\frac{2t\beta _{2}^{t}}{1-\beta _{2}^{t}}-1"),
+        ("(1-β)/w · (u - p̄)", r"\frac{1-\beta }{w}\cdot (u-\bar{p})"),
+        (
+            "clip(g / max(√v, ε), ±c)",
+            r"\operatorname{clip}\left(\frac{g}{\max (\sqrt{v},\ \varepsilon )},\ \pm c\right)",
+        ),
+        ("|λ/k - γ| < tolerance", r"\left|\frac{\lambda }{k}-\gamma \right|<\text{tolerance}"),
+        ("u·u / (-u·g)", r"\frac{u\cdot u}{-u\cdot g}"),
+    ],
+)
+def test_formula(source: str, tex: str) -> None:
+    assert formulas.statements(source) == [[formulas.Piece("math", tex)]]
+
+
+def test_formulas_within_a_sentence_stay_in_one_line() -> None:
+    assert formulas.inline("α_t/√t ≥ 0.96^(tψ)/2") == [
+        formulas.Piece("math", r"\alpha _{t}/\sqrt{t}\ge 0.96^{t\psi }/2")
+    ]
+
+
+def test_words_and_code_among_formulas() -> None:
+    assert formulas.statements("u = m  where ρ ≥ threshold,  or 0 without `sgd_x`") == [
+        [formulas.Piece("math", "u=m")],
+        [formulas.Piece("text", "where"), formulas.Piece("math", r"\rho \ge \text{threshold},")],
+        [
+            formulas.Piece("text", "or"),
+            formulas.Piece("math", "0"),
+            formulas.Piece("text", "without"),
+            formulas.Piece("code", "sgd_x"),
+        ],
+    ]
+
+
+@pytest.mark.parametrize("source", ["m ⊗ v", "√", "(m + v", "m̃"])
+def test_what_is_not_known_is_an_error(source: str) -> None:
+    with pytest.raises(ValueError, match=r"no place|ends|closed"):
+        formulas.statements(source)
+
+
+def test_code_stays_code() -> None:
+    assert not formulas.is_block("tx = optax.chain(adam_fn.adam(1e-3), adam_fn.average_params(0.999))\n...")
+    assert not any(map(formulas.is_inline, ["b1 = 0", "transform(a >> b)", "jit(f, out=…)", "optax.chain(g(λ))"]))
