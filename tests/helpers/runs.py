@@ -1,5 +1,6 @@
 """What several test files need: deterministic gradients, and whole trajectories in one compiled scan."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,17 @@ import optax
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+
+#: `jax.jit` without XLA's optimizations, which compiles in a third of the time: for large programs of which a test asks
+#: what they compute, but not how well or to which last bit they are compiled.
+quick_jit = functools.partial(
+    jax.jit,
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+        "xla_cpu_use_fusion_emitters": False,
+    },
+)
 
 
 def random_gradients(steps: int, size: int, spread: float = 3.0, seed: int = 0) -> Array:
