@@ -85,9 +85,9 @@ def test_sums_over_leaves_are_over_all_shards(wrapper: str, kind: AxisType) -> N
     alone = {key: jnp.asarray(value, jnp.float32) for key, value in values.items()}
     found = []
     for p in (sharded, alone):
-        state = jax.jit(tx.init)(p)
+        state = quick_jit(tx.init)(p)
         for scale in (1.0, 0.5, -0.1, 0.3):
-            updates, state = jax.jit(tx.update)(jax.tree.map(lambda x: scale * jnp.sin(x), p), state, p)  # noqa: B023
+            updates, state = quick_jit(tx.update)(jax.tree.map(lambda x: scale * jnp.sin(x), p), state, p)  # noqa: B023
         found.append((updates, state))
     _same_sharding(found[0][0], params)
     for tree in (slot for part in jax.tree.leaves(found[0][1], is_leaf=_is_state) for slot in _slots(part)):

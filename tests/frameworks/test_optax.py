@@ -122,7 +122,7 @@ def test_inject_hyperparams_with_bfloat16_parameters(case: Case) -> None:
     injected = optax.inject_hyperparams(case.alias, hyperparam_dtype=np.dtype(np.float32))(0.1, **case.options)
     state, plain = injected.init(params), case.make(0.1).init(params)
     for g in GRADS:
-        updates, state = jax.jit(injected.update)(g, state, params)
+        updates, state = quick_jit(injected.update)(g, state, params)
         expected, plain = case.make(0.1).update(g, plain, params)
         chex.assert_trees_all_close(updates, expected, rtol=2e-5, atol=1e-6)
 
@@ -135,7 +135,7 @@ def test_the_rate_alone_injected_with_bfloat16_parameters() -> None:
     plain = adam_fn.adam(0.125, b2=0.99999)
     state, other = injected.init(params), plain.init(params)
     for g in GRADS:
-        updates, state = jax.jit(injected.update)(g, state, params)
+        updates, state = quick_jit(injected.update)(g, state, params)
         expected, other = plain.update(g, other, params)
         chex.assert_trees_all_close(updates, expected, rtol=1e-6)
 

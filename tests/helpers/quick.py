@@ -42,7 +42,7 @@ QUICK = (
     "test_wrappers.py::test_lamb_follows_its_paper[options0]",
     "test_wrappers.py::test_swats_follows_its_paper[constant]",
     "test_wrappers.py::test_cautious_follows_its_paper",
-    "test_wrappers.py::test_bad_options",
+    "test_wrappers_in_use.py::test_bad_options",
     "test_guard.py::test_past_the_limit_the_failure_shows_as_in_optax",
     "test_groups.py::test_every_member_follows_its_groups[adam]",
     "test_groups.py::test_a_pattern_that_matches_nothing_is_an_error",

@@ -32,11 +32,11 @@ def random_gradients(steps: int, size: int, spread: float = 3.0, seed: int = 0) 
 
 
 def trajectory(
-    tx: optax.GradientTransformation, grads: Array, params: Array, dtype: Any = jnp.float32
+    tx: optax.GradientTransformation, grads: Array, params: Array, dtype: Any = jnp.float32, jit: Any = jax.jit
 ) -> tuple[Array, Array]:
     """``(params, updates)``, each ``[steps, size]``, of one jitted scan over the gradients."""
 
-    @jax.jit
+    @jit
     def run(params: jax.Array, grads: jax.Array) -> tuple[jax.Array, jax.Array]:
         def step(carry: tuple[jax.Array, optax.OptState], g: jax.Array) -> Any:
             p, state = carry
@@ -65,11 +65,15 @@ def together(txs: Sequence[optax.GradientTransformation]) -> optax.GradientTrans
 
 
 def trajectories(
-    txs: Sequence[optax.GradientTransformation], grads: Array, params: Array, dtype: Any = jnp.float32
+    txs: Sequence[optax.GradientTransformation],
+    grads: Array,
+    params: Array,
+    dtype: Any = jnp.float32,
+    jit: Any = jax.jit,
 ) -> tuple[Array, Array]:
     """`trajectory` of each, in one program: ``(params, updates)``, each ``[len(txs), steps, size]``."""
     shape = (len(grads), len(txs), grads.shape[-1])
-    found = trajectory(together(txs), np.broadcast_to(grads[:, None], shape), np.stack([params] * len(txs)), dtype)
+    found = trajectory(together(txs), np.broadcast_to(grads[:, None], shape), np.stack([params] * len(txs)), dtype, jit)
     return np.swapaxes(found[0], 0, 1), np.swapaxes(found[1], 0, 1)
 
 
