@@ -13,6 +13,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
+from helpers.quick import QUICK, unknown
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -27,10 +28,20 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = place.name
 
 
+def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks what `-m quick` runs."""
+    names = [item.nodeid.removeprefix("tests/") for item in items]
+    for name, item in zip(names, items, strict=True):
+        if name.startswith(QUICK):
+            item.add_marker(pytest.mark.quick)
+    if config.args == config.getini("testpaths") and (lost := unknown(names)):
+        raise pytest.UsageError(f"helpers/quick.py names tests that are not there: {', '.join(lost)}")
+
+
 @pytest.fixture(autouse=True)
 def _forget_programs() -> Iterator[None]:
     """Now and then, or a worker ends with gigabytes of programs."""
     yield
-    if next(TESTS) % 50 == 0:
+    if next(TESTS) % 150 == 0:
         jax.clear_caches()
         gc.collect()

@@ -15,6 +15,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from cases import MEMBERS
+from helpers.runs import quick_jit
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import adam_fn
@@ -56,7 +57,7 @@ def begin() -> Any:
     return {name: {"params": params[name], "state": tx.init(params[name])} for name, tx in TXS.items()}
 
 
-@jax.jit
+@quick_jit
 def step(runs: Any, at: jax.Array) -> Any:
     """A step of every transformation."""
     after = {}

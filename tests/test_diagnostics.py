@@ -1,19 +1,16 @@
 """Diagnostics against float64 transcriptions, and found in every wrapper, storage and tree."""
 
 import functools
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import diagnostics as example
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
 import pytest
-from helpers.runs import Array, compilations, random_gradients, relative_error
+from helpers.runs import Array, compilations, quick_jit, random_gradients, relative_error
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import adam_fn
@@ -26,7 +23,7 @@ START = np.linspace(-1.0, 1.0, SIZE, dtype=np.float32)
 
 def stepped(tx: optax.GradientTransformation, grads: Any, params: Any) -> tuple[Any, Any, Any]:
     """Parameters, state and updates after a step for each of the gradients."""
-    step, state, updates = jax.jit(tx.update), tx.init(params), None
+    step, state, updates = quick_jit(tx.update), tx.init(params), None
     for g in grads:
         updates, state = step(g, state, params)
         params = optax.apply_updates(params, updates)
@@ -537,33 +534,3 @@ def test_annealing() -> None:
         assert np.mean(found[key][-50:]) < 0.5 * np.mean(found[key][:50]), key
     np.testing.assert_allclose(np.asarray(found["effective_step"]), RATE * np.asarray(found["signal_to_noise"]), 1e-5)
     np.testing.assert_allclose(np.asarray(found["learning_rate"]), RATE, 1e-6)
-
-
-class TestExample:
-    def test_draws_a_run(self, tmp_path: Path) -> None:
-        course = example.main(("--data", "digits", "--quick", "--out", str(tmp_path)))
-        assert (tmp_path / "diagnostics.png").read_bytes().startswith(b"\x89PNG")
-        numbers = json.loads((tmp_path / "diagnostics.json").read_text())
-        assert numbers["steps"] == sorted(set(numbers["steps"]))
-        assert set(numbers["scalars"]) >= {"cost", "signal_to_noise", "effective_step", "quantisation_error/nu"}
-        assert "signal_to_noise/hidden1/kernel" in course.scalars
-        assert np.diff(course.scalars["cost"][[0, -1]]) < 0
-        np.testing.assert_allclose(course.scalars["learning_rate"], 1e-3, rtol=1e-6)
-        steps = 1e-3 * course.scalars["signal_to_noise"]
-        np.testing.assert_allclose(course.scalars["effective_step"], steps, rtol=1e-5)
-
-    def test_means_of_stretches(self) -> None:
-        found = example.means(np.arange(5000.0) + 1)
-        assert found[0] == 1
-        assert np.all(np.diff(found) > 0)
-        assert found[-1] < 5000
-        assert example.means(np.ones(7)).tolist() == [1] * 7
-        assert example.means(np.full(5000, 2.0)).tolist() == [2] * len(found)
-
-    def test_bad_options_take_one_line(self, capsys: pytest.CaptureFixture[str]) -> None:
-        with pytest.raises(SystemExit):
-            example.main(("--epochs", "none"))
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("diagnostics.py: error: argument --epochs")
-        with pytest.raises(SystemExit, match="--batch 1438 is more than the 1437 training images"):
-            example.main(("--data", "digits", "--batch", "1438"))

@@ -1,33 +1,52 @@
 """A real process, killed with SIGKILL again and again, ends where an undisturbed one does: bit for bit."""
 
-import os
+import contextlib
+import multiprocessing
 import random
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-SCRIPT = Path(__file__).with_name("killed_training.py")
+import killed_training
+
 KILLS = 20
 STEPS = 500
 EVERY = 3
 
+#: A server that has imported what is large forks each process; none of them has run anything of JAX's before.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["jax", "optax", "orbax.checkpoint", "adam_fn.checkpoint"])
 
-def process(place: Path, name: str, every: int) -> subprocess.Popen[str]:
-    """Training with its checkpoints in a folder of that name; what it prints is read line by line."""
-    # One device starts sooner. A cache of its own: a killed process may leave half an entry behind.
-    env = {**os.environ, "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(place / "cache")}
-    command = [sys.executable, str(SCRIPT), str(place / name), str(STEPS), str(every)]
-    with (place / "errors").open("a") as errors:
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env)
+
+@contextlib.contextmanager
+def process(place: Path, name: str, every: int) -> Iterator[tuple[BaseProcess, Connection]]:
+    """Training with its checkpoints in a folder of that name, and where it says its lines."""
+    said, its_end = SERVER.Pipe(duplex=False)
+    # A cache of its own: a killed process may leave half an entry behind.
+    arguments = (str(place / name), STEPS, every, str(place / "cache"), its_end)
+    run = SERVER.Process(target=killed_training.main, args=arguments)
+    run.start()
+    its_end.close()
+    try:
+        with said:
+            yield run, said
+    finally:
+        run.kill()
+        run.join()
 
 
 def finished(place: Path, name: str, every: int) -> list[str]:
     """The lines of a process that nobody kills."""
-    with process(place, name, every) as run:
-        lines = run.communicate(timeout=120)[0].splitlines()
-    assert run.returncode == 0, (place / "errors").read_text()
+    lines = []
+    with process(place, name, every) as (run, said):
+        with contextlib.suppress(EOFError):
+            while said.poll(timeout=120):
+                lines.append(said.recv())
+        run.join(timeout=120)
+        assert run.exitcode == 0
     return lines
 
 
@@ -44,14 +63,13 @@ def test_a_killed_run_ends_where_an_undisturbed_one_does(tmp_path: Path) -> None
     chance = random.Random(0)
     starts = []
     for _ in range(KILLS):
-        with process(tmp_path, "killed", EVERY) as run:
-            assert run.stdout is not None
-            said = [run.stdout.readline() for _ in range(1 + chance.randrange(5))]  # "start" and up to 4 times "save"
+        with process(tmp_path, "killed", EVERY) as (run, said):
+            lines = [said.recv() for _ in range(1 + chance.randrange(5))]  # "start" and up to 4 times "save"
             time.sleep(chance.choice([0, chance.random() / 10]))
-            run.send_signal(signal.SIGKILL)
-            run.stdout.read()
-        assert run.returncode == -signal.SIGKILL, (tmp_path / "errors").read_text()
-        starts.append(start(said[0]))
+            run.kill()
+            run.join()
+            assert run.exitcode == -signal.SIGKILL
+        starts.append(start(lines[0]))
     assert starts == sorted(starts), "a complete checkpoint was lost"
     assert starts[0] == 0 < starts[-1] < STEPS
     last = finished(tmp_path, "killed", STEPS)

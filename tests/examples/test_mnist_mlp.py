@@ -208,10 +208,9 @@ class TestMnistMlp:
 
 
 class TestFlaxTrainState:
-    def test_as_a_script(self) -> None:
-        done = script("flax_train_state.py", *QUICK)
-        assert done.returncode == 0, done.stderr
-        first, second = done.stdout.splitlines()
+    def test_what_is_said(self, capsys: pytest.CaptureFixture[str]) -> None:
+        flax_train_state.main(QUICK)
+        first, second = capsys.readouterr().out.splitlines()
         assert first.startswith("epoch 1/2: training cost")
         assert "test accuracy" in second
 

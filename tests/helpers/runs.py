@@ -1,5 +1,6 @@
 """What several test files need: deterministic gradients, and whole trajectories in one compiled scan."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,17 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
+#: `jax.jit` without XLA's optimizations, which compiles in a third of the time: for large programs of which a test asks
+#: what they compute, but not how well or to which last bit they are compiled.
+quick_jit = functools.partial(
+    jax.jit,
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+        "xla_cpu_use_fusion_emitters": False,
+    },
+)
+
 
 def random_gradients(steps: int, size: int, spread: float = 3.0, seed: int = 0) -> Array:
     """Normal gradients ``[steps, size]`` in float32 whose scales span ``exp(±spread)``."""
@@ -20,11 +32,11 @@ def random_gradients(steps: int, size: int, spread: float = 3.0, seed: int = 0) 
 
 
 def trajectory(
-    tx: optax.GradientTransformation, grads: Array, params: Array, dtype: Any = jnp.float32
+    tx: optax.GradientTransformation, grads: Array, params: Array, dtype: Any = jnp.float32, jit: Any = jax.jit
 ) -> tuple[Array, Array]:
     """``(params, updates)``, each ``[steps, size]``, of one jitted scan over the gradients."""
 
-    @jax.jit
+    @jit
     def run(params: jax.Array, grads: jax.Array) -> tuple[jax.Array, jax.Array]:
         def step(carry: tuple[jax.Array, optax.OptState], g: jax.Array) -> Any:
             p, state = carry
@@ -53,11 +65,15 @@ def together(txs: Sequence[optax.GradientTransformation]) -> optax.GradientTrans
 
 
 def trajectories(
-    txs: Sequence[optax.GradientTransformation], grads: Array, params: Array, dtype: Any = jnp.float32
+    txs: Sequence[optax.GradientTransformation],
+    grads: Array,
+    params: Array,
+    dtype: Any = jnp.float32,
+    jit: Any = jax.jit,
 ) -> tuple[Array, Array]:
     """`trajectory` of each, in one program: ``(params, updates)``, each ``[len(txs), steps, size]``."""
     shape = (len(grads), len(txs), grads.shape[-1])
-    found = trajectory(together(txs), np.broadcast_to(grads[:, None], shape), np.stack([params] * len(txs)), dtype)
+    found = trajectory(together(txs), np.broadcast_to(grads[:, None], shape), np.stack([params] * len(txs)), dtype, jit)
     return np.swapaxes(found[0], 0, 1), np.swapaxes(found[1], 0, 1)
 
 

@@ -28,16 +28,16 @@ import adam_fn
 
 
 class TestSurface:
-    def test_as_a_script(self, tmp_path: Path) -> None:
-        done = script("surface.py", "--quick", "--out", str(tmp_path))
-        assert done.returncode == 0, done.stderr
+    def test_what_is_written_and_said(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        surface.main(("--quick", "--out", str(tmp_path)))
+        said = capsys.readouterr().out
         for each in surface.SURFACES:
             assert_png(tmp_path / f"surface_{each.name}.png")
             written = read_json(tmp_path / f"surface_{each.name}.json")
             assert {end["optimizer"] for end in written["ends"]} == set(surface.OPTIMIZERS)
             assert {end["rate"] for end in written["ends"]} == set(each.rates.values())
             assert written["steps"] == each.steps // 10
-            assert all(end["optimizer"] in done.stdout for end in written["ends"])
+            assert all(end["optimizer"] in said for end in written["ends"])
 
     @pytest.mark.parametrize("each", surface.SURFACES, ids=lambda each: each.name)
     def test_paths_descend_within_the_window(self, each: surface.Surface) -> None:
@@ -206,10 +206,9 @@ def runs(costs: Array, **metrics: Array) -> harness.Sweep:
 
 
 class TestFigure3:
-    def test_as_a_script(self, tmp_path: Path) -> None:
-        done = script("paper/figure3.py", "--quick", "--data", "standin", "--out", str(tmp_path))
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("not decided") == 4
+    def test_quick(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        figure3.main(("--quick", "--data", "standin", "--out", str(tmp_path)))
+        assert capsys.readouterr().out.count("not decided") == 4
         assert_png(tmp_path / "figure3.png")
         written = read_json(tmp_path / "figure3.json")
         assert len(written["claims"]) == 4

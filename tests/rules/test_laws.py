@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from cases import CASES, MEMBERS, Case
-from helpers.runs import random_gradients, trajectories, trajectory
+from helpers.runs import quick_jit, random_gradients, trajectories, trajectory
 
 import adam_fn
 from adam_fn.arithmetic import Weight
@@ -39,7 +39,7 @@ def test_composition() -> None:
     rules = [case.member for case in MEMBERS] + [adam_fn.Decay(0.1), adam_fn.Rate(0.1)]
     pairs = list(itertools.product(rules, rules))
 
-    @jax.jit
+    @quick_jit
     def run(params: jax.Array, grads: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
         found = []
         for a, b in pairs:
