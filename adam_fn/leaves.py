@@ -88,7 +88,9 @@ class Leaves:
             raise ValueError(f"{what} must have the structure of {of}: {where}") from error
         for path, x in zip(self.paths, found, strict=True):
             if x is not None and not isinstance(x, optax.MaskedNode) and not jax.tree_util.all_leaves([x]):
-                raise ValueError(f"{what} must have the structure of {of}: {path} is a {type(x).__name__}, not an array")
+                raise ValueError(
+                    f"{what} must have the structure of {of}: {path} is a {type(x).__name__}, not an array"
+                )
         return found
 
     def spread(self, name: str, mask: Mask, tree: PyTree) -> list[bool]:

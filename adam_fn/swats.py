@@ -25,7 +25,7 @@ class SwatsState(NamedTuple):
     """The state of `swats`.
 
     Attributes:
-      adam: the state of Adam. After the switch its m is SGD's momentum, which starts again at 0; v and the weights stay.
+      adam: the state of Adam. After the switch its m is SGD's momentum, which starts again at 0; v stays as it is.
       average: the raw moving average of the rates γ, a scalar of the dtype of the bias weights (float32).
       switched: bool scalar, whether SGD has taken over.
       sgd_rate: the rate Λ that was found, a scalar; 0 before the switch.
