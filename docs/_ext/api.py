@@ -19,7 +19,7 @@ LOGGER = logging.getLogger(__name__)
 TYPES = {
     name: f"adam_fn.{module}.{name}"
     for module, names in {
-        "rule": ("Hyper", "Schedule"),
+        "rule": ("Hyper", "Schedule", "Slots", "Beta", "NonNegative"),
         "arithmetic": ("Scalar",),
         "leaves": ("Mask", "PyTree"),
         "codec": ("Stored",),
@@ -99,7 +99,7 @@ def _arguments(function: Any) -> tuple[dict[str, tuple[str, str]], str | None]: 
 
 def _qualified(source: str) -> str:
     """An annotation with the documented names of its types, and without the quotes of what comes later in the file."""
-    source = source.strip("\"'")
+    source = re.sub(r"([\"'])([A-Z]\w+)\1", r"\2", source.strip("\"'"))
     return re.sub(r"(?<![\w.\"'])[A-Z]\w+", lambda match: TYPES.get(match[0], match[0]), source)
 
 

@@ -187,7 +187,7 @@ def is_block(text: str) -> bool:
 
 def is_inline(text: str) -> bool:
     """Whether inline code is a formula: it has signs that Python code of this package has not."""
-    signs = any(not x.isascii() and x != "…" for x in text) or re.fullmatch(r"\|\w\|", text) is not None
+    signs = any((not x.isascii() and x != "…") or x == "^" for x in text) or re.fullmatch(r"\|\w\|", text) is not None
     return signs and not re.search(r"\w\.[a-z]|[\"\[]", text)
 
 
