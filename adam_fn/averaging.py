@@ -38,10 +38,6 @@ class Average(Rule):
     def weights(self) -> int:
         return 0 if self.decay is None else 1
 
-    @property
-    def needs_params(self) -> bool:
-        return True
-
     def weigh(self, weights: Sequence[Weight], count: jax.Array) -> Sequence[Weight]:
         return weights if self.decay is None else (weigh(self.decay, weights[0]),)
 

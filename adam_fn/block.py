@@ -54,7 +54,7 @@ class Block(Codec):
     climbs to the code above, at most 1 + 1/n times as large: AMSGrad's updates are smaller by up to 2.4% (8 bits) or
     18% (4 bits), AdaMax's by 5% or 33%.
 
-    ``{"codes": uint8, "scales": int16}``: 1.0625 bytes an element (8 bits) and 0.5625 (4 bits).
+    ``{"codes": uint8, "scales": int16}``: 1.0625 bytes per element (8 bits) and 0.5625 (4 bits).
 
     Attributes:
       bits: 8 or 4.

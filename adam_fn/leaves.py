@@ -94,7 +94,7 @@ class Leaves:
         return found
 
     def spread(self, name: str, mask: Mask, tree: PyTree) -> list[bool]:
-        """One boolean a leaf."""
+        """One boolean per leaf."""
         if not self.leaves:  # A placeholder for the parameters, as of `optax.tree_map_params`.
             return []
         if callable(mask):

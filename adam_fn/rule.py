@@ -144,11 +144,6 @@ class Rule(abc.ABC):
         """How many bias weights the rule keeps."""
         return 0
 
-    @property
-    def needs_params(self) -> bool:
-        """Whether `leaf` reads the parameter."""
-        return False
-
     def weigh(self, weights: Sequence[Weight], count: jax.Array) -> Sequence[Weight]:
         """The bias weights after step `count`; called once a step, on scalars, after `at`."""
         return weights
@@ -267,10 +262,6 @@ class Chain(Rule):
     def weights(self) -> int:
         return sum(part.weights for part in self.chained)
 
-    @property
-    def needs_params(self) -> bool:
-        return any(part.needs_params for part in self.chained)
-
     def weigh(self, weights: Sequence[Weight], count: jax.Array) -> Sequence[Weight]:
         new: list[Weight] = []
         for part in self.chained:
@@ -314,10 +305,6 @@ class WeightDecay(Rule):
     """What a mask of decaying leaves applies to."""
 
     weight_decay: NonNegative
-
-    @property
-    def needs_params(self) -> bool:
-        return True
 
 
 @dataclasses.dataclass(frozen=True)

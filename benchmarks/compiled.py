@@ -193,7 +193,7 @@ def span(values: Sequence[float | None], form: str) -> str:
 
 
 def remarks(rows: Sequence[Row]) -> Iterator[str]:
-    """What the rows say of `zero1` and of `offload`, bytes a parameter."""
+    """What the rows say of `zero1` and of `offload`, bytes per parameter."""
     there = [row for row in rows if "error" not in row]
 
     def of(figure: str, form: str, part: str, **about: str) -> str:
@@ -205,13 +205,15 @@ def remarks(rows: Sequence[Row]) -> Iterator[str]:
         text = ", ".join(f"{kind} {size}" for kind, size in kinds)
         text += f", all-reduce {of('all-reduce', '.4f', ZERO1)}, others {of('other exchanges', 'g', ZERO1)}"
         count = sum(row["part"] == ZERO1 for row in there)
-        yield f"`zero1`, communication of {count} training steps on four devices, in bytes a parameter: {text}"
+        yield f"`zero1`, communication of {count} training steps on four devices, in bytes per parameter: {text}"
         yield f"`zero1`, the part of the state that one of four devices holds: {state}"
     if own := of("peak", ".1f", OFFLOAD, step=TREE):
         saved = (f"{of('saved', '.1f', OFFLOAD, way=way)} as {way}" for way in ("one program", "two programs"))
-        text = "`offload`, what it takes off the peak of a training step, in bytes a parameter (negative: what it adds)"
+        text = (
+            "`offload`, what it takes off the peak of a training step, in bytes per parameter (negative: what it adds)"
+        )
         yield f"{text}: {', '.join(saved)}"
-        yield f"`offload`, the peak of a step of {TREE} alone, in bytes a parameter: {own}"
+        yield f"`offload`, the peak of a step of {TREE} alone, in bytes per parameter: {own}"
 
 
 def summary(found: Row) -> Iterator[tuple[list[str], list[list[str]], str]]:

@@ -154,7 +154,7 @@ class Program:
         return {name: leaf.astype(self.dtype) for name, leaf in params.items()}
 
     def _bytes(self, params: typing.Any) -> dict[str, float]:  # noqa: ANN401 (shapes)
-        """Bytes a parameter, of what lives at the end of the backward pass; a gradient has its parameter's dtype."""
+        """Bytes per parameter, of what lives at the end of the backward pass; a gradient has its parameter's dtype."""
         size = jnp.dtype(self.dtype).itemsize
         state = adam_fn.state_bytes(self.tx, params) / self.workload.settings.parameters
         return {"parameter": size, "gradient": size, "state": state}
@@ -233,7 +233,7 @@ def spread(values: list[float]) -> str:
 
 def show(workload: Workload, results: Results) -> None:
     """A line a configuration."""
-    print(f"{workload.name}: loss in nats, mean ± standard deviation over the seeds; bytes a parameter")
+    print(f"{workload.name}: loss in nats, mean ± standard deviation over the seeds; bytes per parameter")
     print(f"{'':<43}{'validation':>18}{'train':>18}{'accuracy':>18}{'bytes':>8}{'ms/step':>9}")
     for label in CONFIGURATIONS:
         if found := results.find(workload.name, label):

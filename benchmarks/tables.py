@@ -285,7 +285,7 @@ def codes() -> str:
 
 
 def precision() -> str:
-    """Per configuration: bytes a parameter, and of each workload the loss and how far it is from float32's."""
+    """Per configuration: bytes per parameter, and of each workload the loss and how far it is from float32's."""
     path = next(iter(sorted(RESULTS.glob("precision-*.json"))), RESULTS / "precision-cpu.json")
     found = read(path, "python benchmarks/precision.py --out benchmarks/results")
     runs: dict[str, dict[str, dict[int, dict[str, typing.Any]]]] = {}
@@ -305,7 +305,7 @@ def precision() -> str:
         body.append(cells)
     about = (
         "Validation loss in nats, mean ± standard deviation over the seeds; *above float32*: the difference from "
-        "float32 with the same seed. Bytes a parameter: parameter, gradient and state (of char). "
+        "float32 with the same seed. Bytes per parameter: parameter, gradient and state (of char). "
         f"{found['device']}, {named(found['versions'])}, by `benchmarks/precision.py`."
     )
     return f"{table(head, body)}\n\n{about}"

@@ -1,4 +1,4 @@
-"""One kernel a leaf, with `body` inside: every element is read once and written once, in its place.
+"""One kernel per leaf, with `body` inside: every element is read once and written once, in its place.
 
 A kernel (Pallas) is asked for by name, ``kernel=True``. On each tile of a leaf it does what `in_blocks` does; what is
 said here is where the tiles lie, which differs between TPU and GPU, and how numbers of a tile get to their places.

@@ -241,7 +241,7 @@ HASTY: typing.Any = {"exec_time_optimization_effort": -1.0}
 
 
 def measured(function: Jitted, arguments: Sequence[object], parameters: int, largest: int) -> Row:
-    """What a jitted function's program needs and runs: bytes a parameter, but the temporaries in float32 leaves."""
+    """What a jitted function's program needs and runs: bytes per parameter, but the temporaries in float32 leaves."""
     jax.clear_caches()
     began = time.perf_counter()
     compiled = function.lower(*arguments).compile()

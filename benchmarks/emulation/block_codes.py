@@ -280,7 +280,7 @@ class Code:
 
     @property
     def bytes(self) -> float:
-        """Bytes an element, the scales included."""
+        """Bytes per element, the scales included."""
         return (self.bits + self.scale.bits / self.scale.group) / 8
 
     def stored(self, x: jax.Array, noise: jax.Array) -> jax.Array:

@@ -93,7 +93,7 @@ def stored(code: Code, x: jax.Array, noise: jax.Array | float = 0.0) -> jax.Arra
 
 
 def stored_bytes(bits: int, *, signed: bool) -> float:
-    """Bytes an element that `adam_fn.Block` stores."""
+    """Bytes per element that `adam_fn.Block` stores."""
     codec, x = adam_fn.Block(bits).of(signed=signed), jnp.asarray(values(signed=signed))
     return (
         sum(

@@ -32,7 +32,7 @@ OTHERS: dict[str, Any] = {
 
 
 def state_bytes(tx: optax.GradientTransformation) -> int:
-    """Bytes a parameter, scalars left out."""
+    """Bytes per parameter, scalars left out."""
     params = jnp.zeros(64)
     leaves = jax.tree.leaves(jax.eval_shape(tx.init, params))
     return sum(x.size * x.dtype.itemsize for x in leaves if x.shape == params.shape) // params.size
