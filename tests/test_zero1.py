@@ -68,7 +68,7 @@ TXS: dict[str, tuple[optax.GradientTransformation, Any]] = {
 
 
 def _assert_same(path: tuple[Any, ...], found: jax.Array, expected: jax.Array) -> None:
-    """Bit for bit, but for the stack: the XLA of JAX 0.12 rounds some of its elements differently where it is divided."""
+    """Bit for bit, but for the stack: the XLA of JAX 0.12 rounds some of its elements otherwise where it is divided."""
     if "stack" not in jax.tree_util.keystr(path, simple=True, separator="/"):
         np.testing.assert_array_equal(found, expected)
     else:  # The last places of float32 numbers, or of masters as the integers that hold them.
