@@ -68,10 +68,10 @@ TXS: dict[str, tuple[optax.GradientTransformation, Any]] = {
 
 
 def _assert_same(path: tuple[Any, ...], found: jax.Array, expected: jax.Array) -> None:
-    """Bit for bit, but for the stack: since JAX 0.12 XLA for CPUs rounds some of its elements otherwise in a part."""
+    """Bit for bit, but for the stack: the XLA of JAX 0.12 rounds some of its elements otherwise where it is divided."""
     if "stack" not in jax.tree_util.keystr(path, simple=True, separator="/"):
         np.testing.assert_array_equal(found, expected)
-    else:  # The last places of a float32, as they are or as an integer.
+    else:  # The last places of float32 numbers, or of masters as the integers that hold them.
         few = 64 if jnp.issubdtype(found.dtype, jnp.integer) else 3e-8
         np.testing.assert_allclose(np.float32(found), np.float32(expected), rtol=1e-6, atol=few)
 
