@@ -47,10 +47,12 @@ def test_composition() -> None:
             chain = optax.chain(adam_fn.transform(a), adam_fn.transform(b))
             updates = []
             for tx in (ab, chain):
-                state, u = tx.init(params), params
-                for g in grads:
+
+                def step(state: Any, g: jax.Array, tx: Any = tx) -> Any:
                     u, state = tx.update(g, state, params)
-                updates.append(jnp.asarray(u))
+                    return state, u
+
+                updates.append(jax.lax.scan(step, tx.init(params), grads)[1])
             found.append((updates[0], updates[1]))
         return found
 
