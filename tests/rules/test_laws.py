@@ -47,12 +47,10 @@ def test_composition() -> None:
             chain = optax.chain(adam_fn.transform(a), adam_fn.transform(b))
             updates = []
             for tx in (ab, chain):
-
-                def step(state: Any, g: jax.Array, tx: Any = tx) -> Any:
+                state, u = tx.init(params), params
+                for g in grads:
                     u, state = tx.update(g, state, params)
-                    return state, u
-
-                updates.append(jax.lax.scan(step, tx.init(params), grads)[1])
+                updates.append(jnp.asarray(u))
             found.append((updates[0], updates[1]))
         return found
 
