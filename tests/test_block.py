@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from cases import MEMBERS, Case, name
+from helpers.runs import quick_jit
 
 import adam_fn
 from adam_fn import Block, Cast
@@ -203,7 +204,7 @@ def test_every_rule_with_block_codes(case: Case) -> None:
     params = {"w": jnp.ones((64, 64)), "b": jnp.ones(3), "n": jnp.arange(2), "none": None}
     exact, *coded = (case.make(1e-3, **options) for options in ({}, {"storage": Block(8)}, {"storage": Block(4)}))
 
-    @jax.jit
+    @quick_jit
     def run() -> Any:
         def step(states: Any, t: jax.Array) -> Any:
             key = jax.random.fold_in(jax.random.key(0), t)

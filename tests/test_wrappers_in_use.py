@@ -41,10 +41,10 @@ def test_equal_by_value(name: str) -> None:
 def test_dtypes_are_stable_and_nothing_recompiles(name: str, dtype: str) -> None:
     tx = WRAPPED[name](1e-2)
     params = {"w": jnp.ones((3, 2), dtype), "b": jnp.ones(2, dtype)}
-    state = jax.jit(tx.init)(params)
+    state = quick_jit(tx.init)(params)
     before = jax.tree.map(lambda x: (x.dtype, x.weak_type, x.shape), (params, state))
 
-    @jax.jit
+    @quick_jit
     def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
@@ -91,7 +91,7 @@ def test_injected_hyperparameters(name: str) -> None:
     for tx in (make(**options), optax.inject_hyperparams(make, static_args=static)(**options)):
         state, updates = tx.init(p), None
         for _ in range(4):
-            updates, state = jax.jit(tx.update)(grads, state, p)
+            updates, state = quick_jit(tx.update)(grads, state, p)
         found.append(cast(Any, updates))
     np.testing.assert_allclose(found[0]["w"], found[1]["w"], rtol=1e-6)
 

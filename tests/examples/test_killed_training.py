@@ -6,9 +6,9 @@ import random
 import signal
 import time
 from collections.abc import Iterator
-from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import killed_training
 
@@ -22,7 +22,7 @@ SERVER.set_forkserver_preload(["jax", "optax", "orbax.checkpoint", "adam_fn.chec
 
 
 @contextlib.contextmanager
-def process(place: Path, name: str, every: int) -> Iterator[tuple[BaseProcess, Connection]]:
+def process(place: Path, name: str, every: int) -> Iterator[tuple[BaseProcess, Any]]:
     """Training with its checkpoints in a folder of that name, and where it says its lines."""
     said, its_end = SERVER.Pipe(duplex=False)
     # A cache of its own: a killed process may leave half an entry behind.
