@@ -67,12 +67,18 @@ TXS: dict[str, tuple[optax.GradientTransformation, Any]] = {
 }
 
 
+#: Where a part of the stack is computed alone, XLA rounds some of its elements in another way from JAX 0.12 on.
+ROUNDS_PARTS = jax.__version_info__ >= (0, 12)
+
+
 def _assert_same(path: tuple[Any, ...], found: jax.Array, expected: jax.Array) -> None:
-    """Bit for bit, but for the stack: the XLA of JAX 0.12 rounds some of its elements otherwise where it is divided."""
-    if "stack" not in jax.tree_util.keystr(path, simple=True, separator="/"):
+    """Bit for bit, but for what newer versions of XLA round: there to the last places, and nearly all codes."""
+    if not ROUNDS_PARTS or "stack" not in jax.tree_util.keystr(path, simple=True, separator="/"):
         np.testing.assert_array_equal(found, expected)
-    else:  # The last places of float32 numbers, or of masters as the integers that hold them.
-        few = 64 if jnp.issubdtype(found.dtype, jnp.integer) else 3e-8
+    elif found.dtype == jnp.uint8:  # A code that lies between two may become either.
+        assert np.mean(np.asarray(found != expected)) < 1e-2
+    else:
+        few = 64 if found.dtype == jnp.int16 else 3e-8  # Remainders of masters; float32 numbers.
         np.testing.assert_allclose(np.float32(found), np.float32(expected), rtol=1e-6, atol=few)
 
 
