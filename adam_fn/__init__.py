@@ -2,6 +2,7 @@
 
 from adam_fn import checkpoint as checkpoint
 from adam_fn import diagnostics as diagnostics
+from adam_fn import interop as interop
 from adam_fn import masks as masks
 from adam_fn import presets as presets
 from adam_fn import schedules as schedules
@@ -130,6 +131,7 @@ __all__ = [
     "clip_by_global_norm",
     "diagnostics",
     "ema",
+    "interop",
     "lamb",
     "laprop",
     "lion",

@@ -149,7 +149,7 @@ def codecs(
     if isinstance(storage, Codec):
         storage = dict.fromkeys(rule.slots, storage)
     if storage is not None and not isinstance(storage, Mapping):
-        raise TypeError(f"storage is a codec, such as Cast({storage!r}), or codecs by name, got {storage!r}")
+        raise TypeError(f"storage is a codec, such as Block(8) or Cast('bfloat16'), or codecs by name, got {storage!r}")
     asked = {name: (codec, f"storage of {name}") for name, codec in (storage or {}).items()}
     for name, dtype in (("mu", mu_dtype), ("nu", nu_dtype)):
         if dtype is not None:

@@ -309,7 +309,7 @@ class WeightDecay(Rule):
 
 @dataclasses.dataclass(frozen=True)
 class Decay(WeightDecay):
-    """Weight decay: ``u + λ p``, or after the rate, `independent` of it, ``u - λ p``.
+    """Weight decay: ``u + λ p`` before the rate, or after it with `independent=True`, ``u - λ p``.
 
     Before the rate it is the decoupled decay of torch and optax (``p - α(u + λ p)``), before the optimizer it is L2
     regularisation, and after the rate that of the AdamW paper (``p - α u - λ p``; arXiv 1711.05101).

@@ -83,5 +83,9 @@ def gather(leaves: Leaves, codec: Codec, stored: Sequence[Stored | None]) -> PyT
 def scatter(leaves: Leaves, codec: Codec, slot: PyTree, what: str) -> list[Stored]:
     """The inverse of `gather`."""
     outer = structure(codec)
-    columns = [leaves.match(column, what, "the parameters") for column in outer.flatten_up_to(slot)]
+    try:
+        parts = outer.flatten_up_to(slot)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{what} is not stored as {codec}: it was made with another storage") from error
+    columns = [leaves.match(part, what, "the parameters") for part in parts]
     return [outer.unflatten(row) for row in zip(*columns, strict=True)]

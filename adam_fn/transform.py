@@ -266,7 +266,8 @@ class Update:
             found = f"State with the slots {sorted(state.slots)}" if isinstance(state, State) else type(state).__name__
             expected = sorted(dict(self.spec.codecs))
             raise TypeError(
-                f"expected an adam_fn.State with the slots {expected}, got a {found}: not a state of this one"
+                f"expected an adam_fn.State with the slots {expected}, got a {found}: not a state of this one; "
+                "adam_fn.interop converts those of optax, torch and Keras"
             )
         return state
 
@@ -288,7 +289,7 @@ class Transformation(optax.GradientTransformationExtraArgs):
 def transform(
     rule: Rule,
     *,
-    storage: Mapping[str, Codec] | None = None,
+    storage: Codec | Mapping[str, Codec] | None = None,
     mask: Mask | None = None,
     frozen: Mask | None = None,
     storage_mask: Mask | None = None,
@@ -299,7 +300,8 @@ def transform(
 
     Args:
       rule: what to compute; ``transform(a >> b)`` equals ``optax.chain(transform(a), transform(b))``.
-      storage: a `Codec` for each slot by name; the others are stored in float32 (float64 for float64 parameters).
+      storage: a `Codec` for every slot, or one for each by name; slots that are not named are stored in float32
+        (float64 for float64 parameters).
       mask: the leaves to which a `WeightDecay` applies: a tree of booleans with the structure of the parameters or a
         prefix of it, or a function of the parameters that returns one (see `adam_fn.masks`); all by default.
       frozen: the leaves that are not trained: no moments and a zero update; none by default.
@@ -309,11 +311,13 @@ def transform(
     """
     if not isinstance(rule, Rule):
         raise TypeError(f"transform takes a rule, such as Adam() >> Rate(1e-3), got {rule!r}")
+    if isinstance(storage, Codec):
+        storage = dict.fromkeys(rule.slots, storage)
     if storage is not None and not isinstance(storage, Mapping):
-        raise TypeError(f"storage maps the names of slots to codecs, {{'mu': Block(8)}}, got {storage!r}")
+        raise TypeError(f"storage is a codec, such as Block(8), or maps the names of slots to codecs, got {storage!r}")
     for name, codec in (storage or {}).items():
         if not isinstance(codec, Codec):
-            raise TypeError(f"storage[{name!r}] must be a codec, such as Cast({codec!r}), got {codec!r}")
+            raise TypeError(f"storage[{name!r}] must be a codec, such as Block(8) or Cast('bfloat16'), got {codec!r}")
     unknown = set(storage or {}) - set(rule.slots)
     if unknown:
         raise ValueError(f"storage for {sorted(unknown)}, but the slots of {rule} are {sorted(rule.slots)}")

@@ -151,11 +151,14 @@ def test_strict_promotion_and_wrong_storage() -> None:
         with jax.numpy_dtype_promotion("strict"):
             assert jnp.isfinite(tx.update(g, tx.init(g), g)[0]).all()
     wrong: Any = "bfloat16"
-    with pytest.raises(TypeError, match=r"storage is a codec, such as Cast\('bfloat16'\)"):
+    with pytest.raises(TypeError, match="storage is a codec, such as Block"):
         adam_fn.adam(1e-3, storage=wrong)
-    whole: Any = Block(8)
-    with pytest.raises(TypeError, match="storage maps the names of slots to codecs"):
-        adam_fn.transform(adam_fn.Adam(), storage=whole)
+    with pytest.raises(TypeError, match="storage is a codec, such as Block"):
+        adam_fn.transform(adam_fn.Adam(), storage=wrong)
+    both = {"mu": Block(8), "nu": Block(8)}
+    assert adam_fn.transform(adam_fn.Adam(), storage=Block(8)) == adam_fn.transform(adam_fn.Adam(), storage=both)
+    with pytest.raises(ValueError, match=r"the state's mu is not stored as Block\(bits=8.*another storage"):
+        adam_fn.adamw(1e-3, storage=Block(8)).update(g, adam_fn.adamw(1e-3).init(g), g)
 
 
 def test_masks_are_no_schedules() -> None:
