@@ -70,6 +70,7 @@ from adam_fn.swats import swats as swats
 from adam_fn.transform import State as State
 from adam_fn.transform import Transformation as Transformation
 from adam_fn.transform import transform as transform
+from adam_fn.version import __version__ as __version__
 from adam_fn.write import MasterState as MasterState
 from adam_fn.write import RoundingState as RoundingState
 from adam_fn.write import master_weights as master_weights

@@ -68,6 +68,9 @@ class Block(Codec):
         if self.bits not in (8, 4):
             raise ValueError(f"a block codec has 8 or 4 bits, got {self.bits}")
 
+    def __str__(self) -> str:
+        return f"Block({self.bits})"
+
     def of(self, *, signed: bool) -> "Block":
         return dataclasses.replace(self, signed=signed)
 

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adam_fn.leaves import PyTree, joined
+from adam_fn.leaves import PyTree, joined, path_name
 from adam_fn.observe import observed
-from adam_fn.rule import Rule
+from adam_fn.spec import Spec
 
 _FORMAT = "adam_fn.checkpoint"
 
@@ -28,27 +28,48 @@ def _form(x: PyTree) -> str:
     return f"{dtype}[{','.join(map(str, shape))}]"
 
 
-def _forms(name: str, tree: PyTree) -> dict[str, str]:
+def _forms(name: str, tree: PyTree, like: PyTree = None) -> dict[str, str]:
     """The form of each leaf by path. Attributes, keys and indices read alike: checkpoints keep no named tuples.
 
-    The ``value`` of a boxed parameter is part of the path: a box that was restored is a dictionary.
+    A box of a parameter that was restored is a dictionary: where `like` has a box, its ``value`` is no part of the path.
     """
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    paths = (f"{name}/{joined(keys)}" if keys else name for keys, _ in flat)
-    return dict(zip(paths, (_form(leaf) for _, leaf in flat), strict=True))
+    boxed = {joined(keys): path_name(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(like)[0]}
+    found = {}
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        path = boxed.get(joined(keys), path_name(keys))
+        found[f"{name}/{path}" if path else name] = _form(leaf)
+    return found
 
 
 def describe(tx: optax.GradientTransformation, params: PyTree) -> dict[str, Any]:
     """A description of a checkpoint of `params` and of the state of `tx`, to be saved with it as JSON.
 
-    It names the rules of this package in `tx` that have a memory, in the order in which `tx` makes their states, and
-    shape and dtype of each leaf of parameters and state by path. Hyperparameters are left out: a run may continue with
-    another rate or decay. So are optax's transformations, except for their states.
+    It names the rules of this package in `tx` that have a memory, in the order in which `tx` makes their states, the
+    codec of each slot, and shape and dtype of each leaf of parameters and state by path. Hyperparameters are left out:
+    a run may continue with another rate or decay. So are optax's transformations, except for their states.
 
     Args:
       tx: any optax transformation.
       params: arrays or `jax.ShapeDtypeStruct`; nothing is computed or allocated.
     """
+
+    state, specs = _made(tx, params)
+    parts = [type(part).__name__ for spec in specs for part in spec.rule.parts() if part.slots]
+    return {
+        "format": _FORMAT,
+        "rules": parts,
+        "storage": {
+            f"storage/{name}" if len(specs) == 1 else f"storage/{i}/{name}": str(codec)
+            for i, spec in enumerate(specs)
+            for name, codec in spec.codecs
+        },
+        "params": _forms("params", params),
+        "state": _forms("state", state),
+    }
+
+
+def _made(tx: optax.GradientTransformation, params: PyTree) -> tuple[PyTree, list[Spec]]:
+    """The state of `tx` in shapes, and what defines the transformations of this package that have a memory."""
 
     def init(params: PyTree) -> PyTree:
         return tx.init(params)
@@ -56,8 +77,7 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> dict[str, Any]
     # JAX has the shapes of a function that it knows, or of one inside `jit`, without a call: then nothing is noted.
     with observed() as seen, jax.disable_jit():
         state = jax.eval_shape(init, params)
-    rules = [type(part).__name__ for rule in seen if isinstance(rule, Rule) for part in rule.parts() if part.slots]
-    return {"format": _FORMAT, "rules": rules, "params": _forms("params", params), "state": _forms("state", state)}
+    return state, [spec for spec in seen if isinstance(spec, Spec) and spec.codecs]
 
 
 def check(saved: PyTree, tx: optax.GradientTransformation, params: PyTree) -> None:
@@ -77,18 +97,26 @@ def check(saved: PyTree, tx: optax.GradientTransformation, params: PyTree) -> No
       params: its parameters, arrays or `jax.ShapeDtypeStruct`.
 
     Raises:
-      ValueError: names every difference, saved and expected: another optimizer, and each leaf of parameters and state
-        that is missing, is not expected or has another shape or dtype.
+      ValueError: names every difference, saved and expected: another optimizer, another storage of a slot, and each
+        other leaf of parameters and state that is missing, is not expected or has another shape or dtype.
     """
     expected = describe(tx, params)
     if not (isinstance(saved, Mapping) and saved.get("format") == _FORMAT):
-        saved = {**expected, "state": _forms("state", saved)}
-    found, wanted = ({"rules": ", ".join(x["rules"]) or "none", **x["params"], **x["state"]} for x in (saved, expected))
+        saved = {**expected, "state": _forms("state", saved, like=_made(tx, params)[0])}
+    found, wanted = (
+        {"rules": ", ".join(x["rules"]) or "none", **x["storage"], **x["params"], **x["state"]}
+        for x in (saved, expected)
+    )
+    differ = [path for path in {**wanted, **found} if found.get(path) != wanted.get(path)]
+    # What differs in a slot that is stored otherwise is named by its storage.
+    slots = [f"/slots/{path.split('/')[-1]}/" for path in differ if path in found and path in expected["storage"]]
     lines = [
         f"  {path}: {found.get(path, 'nothing')}, expected {wanted.get(path, 'nothing')}"
-        for path in {**wanted, **found}
-        if found.get(path) != wanted.get(path)
+        for path in differ
+        if not any(slot in f"{path}/" for slot in slots)
     ]
+    if slots and found["rules"] == wanted["rules"]:
+        lines.append("adam_fn.interop.change_storage converts a state to another storage")
     if lines:
         raise ValueError(
             "\n".join(["the checkpoint does not belong to this transformation and these parameters:", *lines])

@@ -77,6 +77,9 @@ class Cast(Codec):
                 raise ValueError(f"moments are stored in a floating dtype, got {dtype}")
             object.__setattr__(self, "dtype", dtype)
 
+    def __str__(self) -> str:
+        return "Cast()" if self.dtype is None else f"Cast('{self.dtype}')"
+
     def of(self, *, signed: bool) -> "Cast":
         if not signed and self.dtype is not None and jnp.finfo(self.dtype).minexp > -64:
             warnings.warn(

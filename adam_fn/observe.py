@@ -22,7 +22,7 @@ _seen: contextvars.ContextVar[list[object] | None] = contextvars.ContextVar("ada
 
 @contextlib.contextmanager
 def observed() -> Iterator[list[object]]:
-    """Lists what is noted inside, by this thread: of every `init` its rule, of every `update` its `Call`."""
+    """Lists what is noted inside, by this thread: of every `init` its `Spec`, of every `update` its `Call`."""
     seen: list[object] = []
     token = _seen.set(seen)
     try:

@@ -21,25 +21,7 @@ T = TypeVar("T")
 
 
 class StateOptions(TypedDict, total=False):
-    """What is kept between steps, and of which leaves.
-
-    A mask is a tree of booleans (or a prefix), or a function of the parameters that returns one:
-    `optax.inject_hyperparams` takes that for a schedule, unless its `static_args` name it.
-
-    Attributes:
-      frozen: leaves that are not trained, as a mask: no moments, a zero update.
-      storage: how the moments are stored between steps: a codec for all of them, such as `Block(8)`, or codecs by name,
-        `Storage(mu=Block(8), nu=Cast("bfloat16"))`; a name covers the slots that begin with it (nu, nu_max).
-      nu_dtype: the floating dtype in which the second moments are stored; float32 by default, whatever the parameters.
-        bfloat16 loses the changes of v below 0.4%: with β₂ above 0.996 that is all of them while gradients are steady.
-      storage_mask: the leaves whose moments are stored as `storage` says, as a mask; the others stay in float32:
-        ``storage_mask=masks.path("*embedding*", invert=True)``. All by default.
-      groups: multipliers of the rate and of the decay, and frozen leaves, by path: a `Groups`, or what it is made of,
-        ``{"embedding/*": Group(frozen=True), "*bias": Group(decay=0.0)}``.
-      kernel: whether a TPU or a GPU runs each leaf as one kernel, which needs no temporaries, instead of what XLA makes
-        of it. On other devices, and for leaves that a kernel does not suit, it changes nothing. Results and state are
-        the same, up to the order of roundings. No derivatives and no `vmap` then. Off by default: docs/accelerators.md.
-    """
+    """What is kept between steps, and of which leaves; see `Options`."""
 
     frozen: Mask | None
     nu_dtype: DTypeLike | None
@@ -50,45 +32,58 @@ class StateOptions(TypedDict, total=False):
 
 
 class MomentOptions(StateOptions, total=False):
-    """`StateOptions`, and `mu_dtype`: the dtype in which the first moments are stored; float32 by default."""
+    """`StateOptions` and `mu_dtype`; see `Options`."""
 
     mu_dtype: DTypeLike | None
 
 
 class CommonOptions(StateOptions, total=False):
-    """Keyword options of every optimizer: `StateOptions`, and the meaning of its decay.
-
-    Attributes:
-      decay: what `weight_decay` means: ``"scaled"``, ``p - α(u + λp)`` (torch, optax); ``"independent"``,
-        ``p - αu - λp`` (the AdamW paper, arXiv 1711.05101; give λ as a schedule to let it follow one);
-        ``"l2"``, ``g + λp`` before the optimizer (what other frameworks' "Adam with weight decay" often is);
-        ``"proximal"``, ``(p - αu)/(1 + αλ)`` (Adan).
-    """
+    """`StateOptions` and `decay`; see `Options`."""
 
     decay: Meaning
 
 
 class MuOptions(CommonOptions, total=False):
-    """`CommonOptions`, and `mu_dtype`: the dtype in which the first moments are stored; float32 by default."""
+    """`CommonOptions` and `mu_dtype`; see `Options`."""
 
     mu_dtype: DTypeLike | None
 
 
 class DecayOptions(CommonOptions, total=False):
-    """`CommonOptions`, and the decay of an optimizer that has none by default.
-
-    Attributes:
-      weight_decay: λ, a number, a 0-d array or a schedule.
-      mask: the leaves that decay: a tree of booleans (or a prefix), or a function of the parameters that returns one;
-        `adam_fn.masks` has ready ones. All leaves by default.
-    """
+    """`CommonOptions`, and the decay of an optimizer that has none by default; see `Options`."""
 
     weight_decay: Hyper | None
     mask: Mask | None
 
 
 class Options(MuOptions, DecayOptions, total=False):
-    """All of them."""
+    """The keyword options that the optimizers share; the signature of each lists those that it takes.
+
+    A mask is a tree of booleans (or a prefix), or a function of the parameters that returns one; `adam_fn.masks` has
+    ready ones. `optax.inject_hyperparams` takes a function for a schedule, unless its `static_args` name it.
+
+    Attributes:
+      weight_decay: λ, a number, a 0-d array or a schedule. No decay by default, except where the signature says so.
+      mask: the leaves that decay, as a mask. All by default.
+      decay: what `weight_decay` means: ``"scaled"``, ``p - α(u + λp)`` (torch, optax; the default);
+        ``"independent"``, ``p - αu - λp`` (the AdamW paper, arXiv 1711.05101; give λ as a schedule to let it follow
+        one); ``"l2"``, ``g + λp`` before the optimizer (what other frameworks' "Adam with weight decay" often is);
+        ``"proximal"``, ``(p - αu)/(1 + αλ)`` (Adan).
+      frozen: the leaves that are not trained, as a mask: no moments, a zero update. None by default.
+      mu_dtype: the floating dtype in which the first moments are stored; float32 by default, whatever the parameters.
+      nu_dtype: the same for the second moments. bfloat16 loses the changes of v below 0.4%: with β₂ above 0.996 that is
+        all of them while gradients are steady.
+      storage: how the moments are stored between steps: a codec for all of them, such as `Block(8)`, or codecs by name,
+        `Storage(mu=Block(8), nu=Cast("bfloat16"))`; a name covers the slots that begin with it (nu, nu_max).
+      storage_mask: the leaves whose moments are stored as `storage` says, as a mask; the others stay in float32:
+        ``storage_mask=masks.path("*embedding*", invert=True)``. All by default.
+      groups: multipliers of the rate and of the decay, and frozen leaves, by path: a `Groups`, or what it is made of,
+        ``{"embedding/*": Group(frozen=True), "*bias": Group(decay=0.0)}``.
+      kernel: whether a TPU or a GPU runs each leaf as one kernel, which needs no temporaries, instead of the programs
+        that XLA compiles. On other devices, and for leaves that a kernel does not suit, it changes nothing. Results and
+        state are the same, up to the order of roundings. Without derivatives and `vmap`. Off by default; the
+        documentation's page "How a step runs" says why.
+    """
 
 
 def optimizer(
@@ -160,21 +155,27 @@ def codecs(
     for name, (codec, what) in asked.items():
         slots = [slot for slot in rule.slots if slot == name or slot.startswith(f"{name}_")]
         if not slots:
-            raise ValueError(f"{what} is given, but {type(rule).__name__} has no slot {name}")
+            raise ValueError(
+                f"{what} is given, but {type(rule).__name__} has no slot {name}; its slots are {', '.join(rule.slots)}"
+            )
         found |= dict.fromkeys(slots, codec)
     return found
 
 
 def alias(function: Callable[P, T]) -> Callable[P, T]:
-    """Lists the unpacked ``**options`` in the runtime signature, which `optax.inject_hyperparams` reads."""
+    """Lists the unpacked ``**options`` in the runtime signature, which `optax.inject_hyperparams` and `help` read.
+
+    Without the types, which in one line would hide the names.
+    """
     signature = inspect.signature(function)
     *named, rest = signature.parameters.values()
     (options,) = typing.get_args(rest.annotation)
     defaults = inspect.signature(optimizer).parameters
     keywords = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name].default, annotation=hint)
-        for name, hint in typing.get_type_hints(options).items()
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name].default)
+        for name in typing.get_type_hints(options)
     ]
+    named = [parameter.replace(annotation=parameter.empty) for parameter in named]
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:

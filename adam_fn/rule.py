@@ -202,10 +202,19 @@ class Rule(abc.ABC):
         return (self,)
 
     def __rshift__(self, other: "Rule") -> "Chain":
-        """``a >> b``: the update of `a` is the gradient of `b`."""
+        """``a >> b``: the update of `a` is the gradient of `b`.
+
+        A `Decay` on the wrong side of a `Rate`, where its sign would make the weights grow, is a ValueError.
+        """
         if not isinstance(other, Rule):
             return NotImplemented
-        return Chain(self.parts() + other.parts())
+        parts = self.parts() + other.parts()
+        rates = [i for i, part in enumerate(parts) if isinstance(part, Rate)]
+        for i, part in enumerate(parts):
+            if rates and isinstance(part, Decay) and part.independent != (i > rates[0]):
+                order = "Rate >> Decay needs" if i > rates[0] else "Decay >> Rate is for"
+                raise ValueError(f"{order} Decay(…, independent={not part.independent}): else the weights would grow")
+        return Chain(parts)
 
 
 R = TypeVar("R", bound=Rule)

@@ -85,7 +85,12 @@ def scatter(leaves: Leaves, codec: Codec, slot: PyTree, what: str) -> list[Store
     outer = structure(codec)
     try:
         parts = outer.flatten_up_to(slot)
+        if isinstance(slot, dict) and set(slot) == {"codes", "scales"} and jax.tree_util.treedef_is_leaf(outer):
+            leaves.treedef.flatten_up_to(slot)  # Of a Block, unless the parameters have these names.
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{what} is not stored as {codec}: it was made with another storage") from error
+        raise ValueError(
+            f"{what} is not stored as {codec}: the state was made with another storage; "
+            "adam_fn.interop.change_storage converts it"
+        ) from error
     columns = [leaves.match(part, what, "the parameters") for part in parts]
     return [outer.unflatten(row) for row in zip(*columns, strict=True)]

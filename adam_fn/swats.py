@@ -246,7 +246,7 @@ def swats(
       tolerance: of the rate, in units of a rate; 1e-9 in the paper. With noisy gradients that hardly ever holds (and
         1e-9 is float32's rounding of a rate of 0.02): 1e-5 is common, and switches earlier.
       eps_hat: ε is added to the uncorrected √v.
-      options: see `adam_fn.options.MomentOptions`; m is the momentum.
+      options: see `adam_fn.options.Options`; m is the momentum.
     """
     if isinstance(tolerance, (int, float)) and not tolerance > 0:
         raise ValueError(f"tolerance must be positive, got {tolerance}")

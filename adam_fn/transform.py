@@ -202,7 +202,7 @@ class Init:
     spec: Spec
 
     def __call__(self, params: PyTree) -> State:
-        note(self.spec.rule)
+        note(self.spec)
         return _init(self.spec, params)
 
 
@@ -307,7 +307,7 @@ def transform(
       frozen: the leaves that are not trained: no moments and a zero update; none by default.
       storage_mask: the leaves that are stored as `storage` says; the others as if it said nothing. All by default.
       groups: multipliers of `learning_rate` and `weight_decay`, and frozen leaves, by path (see `Groups`).
-      kernel: whether a TPU or a GPU runs each leaf as one kernel (see `adam_fn.options.StateOptions`).
+      kernel: whether a TPU or a GPU runs each leaf as one kernel (see `adam_fn.options.Options`).
     """
     if not isinstance(rule, Rule):
         raise TypeError(f"transform takes a rule, such as Adam() >> Rate(1e-3), got {rule!r}")

@@ -241,6 +241,12 @@ def _check_remainders(tree: _Params, lows: Sequence[Any], bits: int) -> None:
     """Raises where what is stored beside a parameter is not of its kind."""
     for path, short, p, r in zip(tree.paths, tree.short, tree.leaves, lows, strict=True):
         found = str(getattr(r, "dtype", "none"))
+        if found == f"int{bits}" and not short:
+            raise ValueError(
+                f"{path} was bfloat16 when master_weights made the state and is {jnp.result_type(p)} now: add the "
+                "updates with optax.apply_updates, which keeps the dtype of the parameters; equinox.apply_updates does "
+                "not"
+            )
         if found != (f"int{bits}" if short else "none"):
             raise ValueError(
                 f"the remainder of {path} ({jnp.result_type(p)}) in the state of master_weights(bits={bits}) is "
@@ -345,7 +351,8 @@ def stochastic_rounding(seed: int = 0) -> optax.GradientTransformationExtraArgs:
         u' = q - p
 
     ``tx = optax.chain(adam_fn.adam(1e-3), adam_fn.stochastic_rounding(0))``. The updates u' are float32, and
-    `optax.apply_updates` lands on q exactly. The random bits depend on the seed, the step, the leaf's place in the tree
+    `optax.apply_updates` lands on q exactly (`equinox.apply_updates` would leave float32 parameters, which nothing
+    rounds from then on). The random bits depend on the seed, the step, the leaf's place in the tree
     and the element's index, never on the sharding (see `adam_fn.noise`). Nothing but the step is stored. A member of a
     `vmap` or a shard of a `shard_map` is rounded as it would be alone, so members share their bits; to give each its
     own, start them at distant steps: ``state._replace(count=jnp.arange(members) << 20)``.

@@ -1,14 +1,15 @@
 """The site: `sphinx-build --fail-on-warning --keep-going docs docs/_build` needs no network."""
 
-import importlib.metadata
 import pathlib
 import sys
+
+import adam_fn
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "_ext"))
 
 project = "adam_fn"
 author = "the adam_fn authors"
-version = release = importlib.metadata.version("adam_fn")
+version = release = adam_fn.__version__
 html_title = f"adam_fn {version}"
 
 extensions = [

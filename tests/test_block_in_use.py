@@ -32,7 +32,7 @@ def test_options_of_storage() -> None:
     assert slots["mu"].dtype == jnp.float32
     with pytest.raises(ValueError, match="mu_dtype and storage both say how mu is stored"):
         adam_fn.adam(1e-3, mu_dtype="bfloat16", storage=Block(8))
-    with pytest.raises(ValueError, match="storage of nu is given, but Lion has no slot nu"):
+    with pytest.raises(ValueError, match="storage of nu is given, but Lion has no slot nu; its slots are mu"):
         adam_fn.lion(1e-3, storage=Storage(nu=Block(8)))
 
 
@@ -157,7 +157,7 @@ def test_strict_promotion_and_wrong_storage() -> None:
         adam_fn.transform(adam_fn.Adam(), storage=wrong)
     both = {"mu": Block(8), "nu": Block(8)}
     assert adam_fn.transform(adam_fn.Adam(), storage=Block(8)) == adam_fn.transform(adam_fn.Adam(), storage=both)
-    with pytest.raises(ValueError, match=r"the state's mu is not stored as Block\(bits=8.*another storage"):
+    with pytest.raises(ValueError, match=r"the state's mu is not stored as Block\(8\).*another storage; .*change_storage"):
         adam_fn.adamw(1e-3, storage=Block(8)).update(g, adam_fn.adamw(1e-3).init(g), g)
 
 

@@ -4,7 +4,7 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import flax.serialization
@@ -15,6 +15,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from cases import MEMBERS
+from flax import nnx
 from helpers.runs import quick_jit
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -156,14 +157,30 @@ def test_sharded_and_onto_another_mesh(tmp_path: Path, kind: AxisType) -> None:
 P = {"w": jnp.ones((64, 128)), "b": [jnp.ones(3), jnp.ones(2)]}
 ADAMW = adam_fn.adamw(1e-3, storage=Block(8))
 
-# What goes on in the place of `ADAMW` and `P`, and what the error must say.
-OTHERS: dict[str, tuple[optax.GradientTransformation, Any, list[str]]] = {
-    "another rule with the same slots": (
+CHANGE = "adam_fn.interop.change_storage converts a state to another storage"
+
+
+class Other(NamedTuple):
+    """What goes on in the place of `ADAMW` and `P`, and what the errors must say.
+
+    Attributes:
+      lines: of a description; where there are none, whatever they are.
+      state: of a state alone, which names neither its rule nor its parameters; None for the same lines about it.
+    """
+
+    tx: optax.GradientTransformation
+    params: Any
+    lines: list[str]
+    state: list[str] | None = None
+
+
+OTHERS = {
+    "another rule with the same slots": Other(
         adam_fn.laprop(1e-3, storage=Block(8)),
         P,
         ["rules: Adam, expected LaProp"],
     ),
-    "another rule": (
+    "another rule": Other(
         adam_fn.amsgrad(1e-3, storage=Block(8)),
         P,
         [
@@ -174,14 +191,16 @@ OTHERS: dict[str, tuple[optax.GradientTransformation, Any, list[str]]] = {
             "state/slots/nu_max/scales/w: nothing, expected int16[2,128]",
         ],
     ),
-    "another storage": (
+    "another storage": Other(
         adam_fn.adamw(1e-3, storage=Block(4)),
         P,
+        [*(f"storage/{slot}: Block(8), expected Block(4)" for slot in ("mu", "nu")), CHANGE],
         [f"state/slots/{slot}/codes/w: uint8[64,128], expected uint8[32,128]" for slot in ("mu", "nu")],
     ),
-    "another storage of one slot": (
+    "another storage of one slot": Other(
         adam_fn.adamw(1e-3, storage={"nu": Block(8)}, mu_dtype="bfloat16"),
         P,
+        ["storage/mu: Block(8), expected Cast('bfloat16')", CHANGE],
         [
             *(f"state/slots/mu/b/{i}: nothing, expected bfloat16[{n}]" for i, n in enumerate((3, 2))),
             "state/slots/mu/w: nothing, expected bfloat16[64,128]",
@@ -190,25 +209,45 @@ OTHERS: dict[str, tuple[optax.GradientTransformation, Any, list[str]]] = {
             "state/slots/mu/scales/w: int16[2,128], expected nothing",
         ],
     ),
-    "a leaf of another shape": (
+    "another storage of another rule": Other(
+        adam_fn.lion(1e-3, storage=Block(4)),
+        P,
+        [
+            "rules: Adam, expected Lion",
+            "storage/mu: Block(8), expected Block(4)",
+            "storage/nu: Block(8), expected nothing",
+            "state/weights: float32[2,2], expected nothing",
+            *(f"state/slots/nu/codes/b/{i}: float32[{n}], expected nothing" for i, n in enumerate((3, 2))),
+            "state/slots/nu/codes/w: uint8[64,128], expected nothing",
+            "state/slots/nu/scales/w: int16[2,128], expected nothing",
+        ],
+        [
+            "state/weights: float32[2,2], expected nothing",
+            "state/slots/mu/codes/w: uint8[64,128], expected uint8[32,128]",
+            *(f"state/slots/nu/codes/b/{i}: float32[{n}], expected nothing" for i, n in enumerate((3, 2))),
+            "state/slots/nu/codes/w: uint8[64,128], expected nothing",
+            "state/slots/nu/scales/w: int16[2,128], expected nothing",
+        ],
+    ),
+    "a leaf of another shape": Other(
         ADAMW,
         {**P, "b": [jnp.ones(3), jnp.ones(1)]},
         ["params/b/1: float32[2], expected float32[1]"]
         + [f"state/slots/{slot}/codes/b/1: float32[2], expected float32[1]" for slot in ("mu", "nu")],
     ),
-    "a leaf of another dtype": (
+    "a leaf of another dtype": Other(
         ADAMW,
         {**P, "w": P["w"].astype(jnp.bfloat16)},  # pyright: ignore[reportAttributeAccessIssue]
         ["params/w: float32[64,128], expected bfloat16[64,128]"],
     ),
-    "a leaf more and one less": (
+    "a leaf more and one less": Other(
         adam_fn.adamw(1e-3, storage=Block(8), frozen=adam_fn.masks.path("b/0")),
         {"w": P["w"], "b": [*P["b"], jnp.ones(())]},
         ["params/b/2: nothing, expected float32[]"]
         + [f"state/slots/{slot}/codes/b/2: nothing, expected float32[]" for slot in ("mu", "nu")]
         + [f"state/slots/{slot}/codes/b/0: float32[3], expected nothing" for slot in ("mu", "nu")],
     ),
-    "another wrapper": (
+    "another wrapper": Other(
         optax.chain(ADAMW, adam_fn.stochastic_rounding()),
         P,
         [],
@@ -220,7 +259,7 @@ OTHERS: dict[str, tuple[optax.GradientTransformation, Any, list[str]]] = {
 def test_another_checkpoint_is_an_error_that_names_what_differs(other: str) -> None:
     saved = json.loads(json.dumps(checkpoint.describe(ADAMW, P)))
     checkpoint.check(saved, ADAMW, P)
-    tx, params, expected = OTHERS[other]
+    tx, params, expected, of_state = OTHERS[other]
     with pytest.raises(ValueError, match="does not belong to this transformation and these parameters") as error:
         checkpoint.check(saved, tx, params)
     lines = [line.strip() for line in str(error.value).splitlines()[1:]]
@@ -230,8 +269,7 @@ def test_another_checkpoint_is_an_error_that_names_what_differs(other: str) -> N
         assert "state/slots/mu/codes/w: uint8[64,128], expected nothing" in lines
     assert sorted(lines) == sorted(expected)
 
-    # A state alone says as much of itself, but names neither its rule nor its parameters.
-    seen = sorted(line for line in expected if line.startswith("state"))
+    seen = sorted(line for line in expected if line.startswith("state")) if of_state is None else sorted(of_state)
     for state in (ADAMW.init(P), flax.serialization.to_state_dict(ADAMW.init(P))):
         checkpoint.check(state, ADAMW, P)
         if not seen:
@@ -240,6 +278,21 @@ def test_another_checkpoint_is_an_error_that_names_what_differs(other: str) -> N
         with pytest.raises(ValueError, match="does not belong to this") as error:
             checkpoint.check(state, tx, params)
         assert sorted(line.strip() for line in str(error.value).splitlines()[1:]) == seen
+
+
+def test_boxes_have_no_value_in_their_path() -> None:
+    """Paths are those of masks and groups, also where a box was restored as a dictionary."""
+    params = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
+    wider = nnx.state(nnx.Linear(2, 4, rngs=nnx.Rngs(0)), nnx.Param)
+    tx = adam_fn.lion(1e-3)
+    boxed = {"kernel": {"value": jnp.ones((2, 3))}, "bias": {"value": jnp.ones(3)}}
+    for state in (tx.init(params), {"count": jnp.int32(0), "weights": (), "slots": {"mu": boxed}}):
+        checkpoint.check(state, tx, params)
+        with pytest.raises(ValueError, match=r"  state/slots/mu/kernel: float32\[2,3\], expected float32\[2,4\]"):
+            checkpoint.check(state, tx, wider)
+    assert list(checkpoint.describe(tx, params)["params"]) == ["params/bias", "params/kernel"]
+    # A parameter that is called so is no box.
+    assert list(checkpoint.describe(tx, {"value": jnp.ones(2)})["params"]) == ["params/value"]
 
 
 def test_what_may_change_between_two_runs() -> None:

@@ -194,3 +194,5 @@ def test_clipping_agrees_with_optax_and_is_a_value() -> None:
     for bad, message in ((-1.0, "at least 0, got -1"), (float("nan"), "at least 0"), (jnp.ones(2), "a scalar")):
         with pytest.raises(ValueError, match=f"max_norm must be {message}"):
             adam_fn.clip_by_global_norm(bad)
+    with pytest.raises(TypeError, match="max_norm must be a number or a 0-d array, not a schedule"):
+        adam_fn.clip_by_global_norm(optax.constant_schedule(1.0))  # pyright: ignore[reportArgumentType]

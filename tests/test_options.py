@@ -47,7 +47,9 @@ def test_optax_names_order_and_defaults(alias: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("alias", ALIASES, ids=_alias_name)
 def test_signature_lists_the_shared_options(alias: Callable[..., Any]) -> None:
-    names = set(inspect.signature(alias).parameters)
+    signature = inspect.signature(alias)
+    names = set(signature.parameters)
+    assert len(str(signature)) < 400  # `help` shows it in one line.
     assert {"weight_decay", "mask", "decay", "frozen", "mu_dtype", "nu_dtype"} <= names
     with pytest.raises(
         TypeError, match=rf"{alias.__name__}\(\) got an unexpected .* 'weight_decoy'; its arguments are"
@@ -199,6 +201,8 @@ class _Unhashable:
         ({"w": {"x": True}, "b": True}, r"mask must have .*: w/x is not a parameter"),
         ({"w": None, "b": True}, r"mask must have .*None stands for a parameter"),
         ({"w": 1.0, "b": True}, r"mask of w must be a Python bool, got 1.0"),
+        ("*bias", r"mask must be a tree of booleans or .* masks.path\('\*bias'\).*, got '\*bias'"),
+        (adam_fn.masks.rank, r"mask must be a tree of booleans or .*, got <class"),
         (lambda p: {"w": True}, r"mask must have the structure of the parameters"),
         (lambda p: {"w": True, "b": jnp.ones(())}, r"mask of b must be a Python bool"),
     ],
@@ -207,6 +211,20 @@ def test_bad_masks(mask: Any, message: str) -> None:
     params = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}
     with pytest.raises((ValueError, TypeError), match=message):
         adam_fn.adamw(1e-3, mask=mask).init(params)
+
+
+def test_decay_on_the_wrong_side_of_the_rate() -> None:
+    """``p - αu + λp`` would let the weights grow."""
+    rate, decay, independent = adam_fn.Rate(1e-3), adam_fn.Decay(0.1), adam_fn.Decay(0.1, independent=True)
+    for rule in (decay >> rate, rate >> independent, decay >> adam_fn.Adam() >> rate >> independent):
+        u, _ = adam_fn.transform(rule).update(jnp.zeros(2), adam_fn.transform(rule).init(jnp.ones(2)), jnp.ones(2))
+        assert jnp.all(u < 0)
+    for make in (lambda: rate >> decay, lambda: adam_fn.Adam() >> (rate >> decay), lambda: (rate >> rate) >> decay):
+        with pytest.raises(ValueError, match="Rate >> Decay needs .*independent=True"):
+            make()
+    for make in (lambda: independent >> rate, lambda: independent >> (adam_fn.Adam() >> rate)):
+        with pytest.raises(ValueError, match="Decay >> Rate is for .*independent=False"):
+            make()
 
 
 def test_decay_forms() -> None:
@@ -314,6 +332,8 @@ def test_array_hyperparameters_compare_by_identity() -> None:
 
 
 def test_things_that_are_not_rules_or_codecs() -> None:
+    with pytest.raises(TypeError, match="make_step takes a transformation.*, got <function adamw"):
+        adam_fn.make_step(adam_fn.adamw)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="transform takes a rule"):
         adam_fn.transform(adam_fn.adam(1e-3))  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="unsupported operand type"):

@@ -34,7 +34,7 @@ LAYERS = (
     ("averaging", "wrapper"),
     ("parts", "sharding", "write"),
     ("interop.moments",),
-    ("interop.keras", "interop.optax", "interop.torch"),
+    ("interop.keras", "interop.optax", "interop.storage", "interop.torch"),
 )
 
 
@@ -90,7 +90,7 @@ def test_init_only_names() -> None:
     assert len(names) == len(set(names))
     assert isinstance(exported, ast.Assign)
     assert ast.unparse(exported.targets[0]) == "__all__"  # What `help` lists.
-    assert sorted(ast.literal_eval(exported.value)) == sorted(names)
+    assert sorted([*ast.literal_eval(exported.value), "__version__"]) == sorted(names)
     assert all(getattr(importlib.import_module("adam_fn"), name) is not None for name in names)
 
 

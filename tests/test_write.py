@@ -618,6 +618,9 @@ def test_errors_of_arguments_and_states() -> None:
         sixteen.update(p, optax.EmptyState(), p)
     with pytest.raises(TypeError, match="RoundingState"):
         write.stochastic_rounding(0).update(p, optax.EmptyState(), p)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), p)
+    with pytest.raises(ValueError, match="a was bfloat16 when .* and is float32 now: .* optax.apply_updates"):
+        sixteen.update(wide, sixteen.init(p), wide)
     for bits in (0, 12, 32):
         with pytest.raises(ValueError, match="bits must be 8 or 16"):
             write.master_weights(optax.sgd(1.0), bits)

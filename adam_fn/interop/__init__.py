@@ -1,9 +1,13 @@
-"""Converts the states of other frameworks' optimizers to ours and back. torch and Keras need not be installed."""
+"""Converts states: of other frameworks' optimizers to ours and back, and of ours to another storage.
+
+torch and Keras need not be installed.
+"""
 
 from adam_fn.interop.keras import from_keras as from_keras
 from adam_fn.interop.keras import to_keras as to_keras
 from adam_fn.interop.optax import from_optax as from_optax
 from adam_fn.interop.optax import to_optax as to_optax
+from adam_fn.interop.storage import change_storage as change_storage
 from adam_fn.interop.torch import from_torch as from_torch
 from adam_fn.interop.torch import to_torch as to_torch
 from adam_fn.interop.torch import torch_groups as torch_groups
@@ -11,6 +15,7 @@ from adam_fn.interop.torch import torch_tensors as torch_tensors
 
 # Without it a star would bring the modules too, whose names are those of the frameworks.
 __all__ = [
+    "change_storage",
     "from_keras",
     "from_optax",
     "from_torch",

@@ -144,7 +144,7 @@ def adam(
       nesterov: NAdam, with constant momentum as in optax, unless `momentum_decay` is given.
       momentum_decay: ψ of NAdam's momentum schedule, per step: 0.004 in torch.
       eps_hat: `eps` is TensorFlow's and Keras's: added to the uncorrected ``√v``.
-      **options: see `adam_fn.options.DecayOptions`.
+      **options: see `adam_fn.options.Options`.
 
     Raises:
       ValueError, TypeError: at once, if an argument is out of range or of the wrong kind; the error names it.
@@ -172,7 +172,8 @@ def adamw(
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101): `adam` with ``p ← p - α(m̂/(√v̂ + ε) + λp)``.
 
     `weight_decay` is λ, times the learning rate as in torch and optax; ``decay="independent"`` is the paper's form.
-    The default 1e-4 is optax's (torch: 1e-2, Keras: 4e-3). The other arguments are those of `adam`.
+    The default 1e-4 is optax's (torch: 1e-2, Keras: 4e-3). The other arguments are those of `adam` and
+    `adam_fn.options.Options`.
     """
     rule = Adam(b1, b2, eps, eps_root, nesterov, momentum_decay, eps_hat)
     return optimizer(rule, learning_rate, mu_dtype=mu_dtype, weight_decay=weight_decay, mask=mask, **options)

@@ -118,7 +118,7 @@ def ademamix(
         float32: in bfloat16, rounding would lose the ten-thousandth that each gradient adds.
       weight_decay: λ.
       mask: the leaves that decay; all by default.
-      **options: see `adam_fn.options.CommonOptions`.
+      **options: see `adam_fn.options.Options`.
     """
     rule = AdEMAMix(b1, b2, eps, eps_root, b3=b3, alpha=alpha)
     return optimizer(rule, learning_rate, mu_dtype=mu_dtype, weight_decay=weight_decay, mask=mask, **options)
@@ -264,7 +264,7 @@ def adopt(
       nesterov: Nesterov's momentum.
       use_clipping: bound the normalised gradient; not in the first version of the paper.
       clip_value_fn: the bound c, a schedule as in optax or a number.
-      **options: see `adam_fn.options.DecayOptions`.
+      **options: see `adam_fn.options.Options`.
     """
     rule = ADOPT(b1, b2, eps, nesterov, use_clipping, clip_value_fn)
     return optimizer(rule, learning_rate, mu_dtype=mu_dtype, **options)
@@ -311,7 +311,7 @@ def lion(
       mu_dtype: the dtype in which the momentum is stored; float32 by default.
       weight_decay: λ; 0 in the authors' code, 1e-3 in optax.
       mask: the leaves that decay; all by default.
-      **options: see `adam_fn.options.CommonOptions`.
+      **options: see `adam_fn.options.Options`.
     """
     return optimizer(Lion(b1, b2), learning_rate, mu_dtype=mu_dtype, weight_decay=weight_decay, mask=mask, **options)
 

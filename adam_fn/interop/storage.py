@@ -1,0 +1,59 @@
+"""Converts a state to another storage."""
+
+import optax
+
+from adam_fn.interop.moments import Target
+from adam_fn.leaves import PyTree
+from adam_fn.transform import State
+from adam_fn.write import MasterState, MasterWeights
+
+
+def change_storage(
+    old: optax.GradientTransformation, tx: optax.GradientTransformation, params: PyTree, state: State | MasterState
+) -> State | MasterState:
+    """The state with which `tx` continues where `old` stopped: the same optimizer, whose moments are stored otherwise.
+
+    ::
+
+        old, tx = adam_fn.adamw(1e-3), adam_fn.adamw(1e-3, storage=adam_fn.Block(8))
+        state = adam_fn.interop.change_storage(old, tx, params, state)
+
+    The moments are decoded and stored as `tx` stores its moments, and live where the parameters live. The step count,
+    the bias weights and the remainders of masters are kept; where only `tx` has masters, they start at the parameters.
+    Moments of leaves that `tx` has frozen are dropped.
+
+    Args:
+      old: the optimizer that made the state, or `adam_fn.master_weights` around one.
+      tx: the optimizer that continues, or `adam_fn.master_weights` around one.
+      params: the parameters, now.
+      state: the state of `old`.
+
+    Raises:
+      TypeError: where the two are not one optimizer.
+      ValueError: where `tx` has moments that are not in the state, with a list of all; where it would drop or round the
+        remainders of masters.
+    """
+    source, target = Target(old, params), Target(tx, params)
+    if type(source.rule) is not type(target.rule):
+        raise TypeError(f"expected two of one optimizer, got {type(source.rule).__name__}, {type(target.rule).__name__}")
+    if source.masters and _bits(old) != _bits(tx):
+        raise ValueError(
+            f"the masters of the state have {_bits(old)} bits beside the parameters, those of tx {_bits(tx)}: give tx "
+            f"master_weights(…, bits={_bits(old)}), or convert state.inner and start with new masters"
+        )
+    new = target.state(source.moments(state), "the state")
+    if isinstance(state, MasterState):
+        inner = _with_weights(new.inner, state.inner)
+        return MasterState(state.remainder, inner)
+    return new._replace(inner=_with_weights(new.inner, state)) if isinstance(new, MasterState) else _with_weights(new, state)
+
+
+def _bits(tx: optax.GradientTransformation) -> int:
+    """The bits of what masters keep beside a bfloat16 parameter; 0 without masters."""
+    wrapper = getattr(tx.update, "wrapper", None)
+    return wrapper.bits if isinstance(wrapper, MasterWeights) else 0
+
+
+def _with_weights(new: State, old: State) -> State:
+    """With the weights of the old state, which a scheduled β of `tx` would not have come to."""
+    return new._replace(weights=old.weights)
