@@ -31,7 +31,7 @@ def _form(x: PyTree) -> str:
 def _forms(name: str, tree: PyTree, like: PyTree = None) -> dict[str, str]:
     """The form of each leaf by path. Attributes, keys and indices read alike: checkpoints keep no named tuples.
 
-    A box of a parameter that was restored is a dictionary: where `like` has a box, its ``value`` is no part of the path.
+    The ``value`` of a boxed parameter is no part of its path. A box that was restored is a dictionary: `like` tells.
     """
     boxed = {joined(keys): path_name(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(like)[0]}
     found = {}
@@ -52,7 +52,6 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> dict[str, Any]
       tx: any optax transformation.
       params: arrays or `jax.ShapeDtypeStruct`; nothing is computed or allocated.
     """
-
     state, specs = _made(tx, params)
     parts = [type(part).__name__ for spec in specs for part in spec.rule.parts() if part.slots]
     return {

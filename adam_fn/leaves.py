@@ -56,8 +56,8 @@ def fixed_mask(name: str, mask: Mask | None) -> Hashable:
     """The mask in a hashable form. A callable that is a pytree (an Equinox module of booleans) is a tree."""
     if isinstance(mask, (str, type)):
         raise TypeError(
-            f"{name} must be a tree of booleans or a function of the parameters, such as adam_fn.masks.path('*bias') or "
-            f"adam_fn.masks.rank(2), got {mask!r}"
+            f"{name} must be a tree of booleans or a function of the parameters, such as masks.path('*bias') or "
+            f"masks.rank(2) of adam_fn.masks, got {mask!r}"
         )
     if mask is None or (callable(mask) and jax.tree_util.all_leaves([mask])):
         return mask

@@ -26,7 +26,6 @@ def make_step(tx: optax.GradientTransformation) -> Step:
     one buffer twice (as with tied leaves, or a parameter given as its own gradient). `tx` is any optax transformation;
     anything else is a TypeError.
     """
-
     if not callable(getattr(tx, "update", None)):
         raise TypeError(f"make_step takes a transformation, such as adam_fn.adamw(1e-3), got {tx!r}")
 

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from cases import MEMBERS, Case, name
-from helpers.runs import quick_jit
+from helpers.runs import full_jit
 
 import adam_fn
 from adam_fn import Block, Cast
@@ -34,8 +34,8 @@ def values(shape: tuple[int, ...], *, signed: bool, scale: float = 1.0) -> jax.A
 @pytest.mark.parametrize("codec", CODECS, ids=str)
 def test_storage_law_and_bytes(codec: Block) -> None:
     """``encode(decode(encode(x))) = encode(x)`` for every shape, at any scale of x."""
-    encode: Any = jax.jit(functools.partial(store, codec))
-    decode: Any = jax.jit(functools.partial(load, codec), static_argnums=(1, 2))
+    encode: Any = full_jit(functools.partial(store, codec))
+    decode: Any = full_jit(functools.partial(load, codec), static_argnums=(1, 2))
     for shape, scale in itertools.product(SHAPES, (1e-30, 1.0, 1e30)):
         x = values(shape, signed=bool(codec.signed), scale=scale)
         stored = encode(x)
@@ -94,7 +94,7 @@ def test_unsigned_codes_are_those_of_the_docstring_and_unbiased(bits: int) -> No
     steps = 2000
     exact = n * z.view(np.int32).astype(np.float64) / 2**23
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(full_jit, static_argnums=0)
     def decoded(bits: Any, step: jax.Array) -> jax.Array:
         noise = codec.chance(bits(1, step, 3, (1, 128)))
         scale = codec.scale(jnp.asarray(z), noise).max(0, keepdims=True)
@@ -178,7 +178,7 @@ def test_adam_with_codes_follows_exact_adam_at_any_scale(
     scales = jnp.asarray(sigmas)[None] * jnp.exp(0.7 * jax.random.normal(jax.random.key(1), (size, 1)))
     pair = (adam_fn.adam(1.0, eps=0.0, storage=Block(bits)), adam_fn.adam(1.0, eps=0.0))
 
-    @jax.jit
+    @full_jit
     def run() -> jax.Array:
         def step(states: Any, t: jax.Array) -> Any:
             g = scales * jax.random.normal(jax.random.fold_in(jax.random.key(0), t), scales.shape)
@@ -204,7 +204,7 @@ def test_every_rule_with_block_codes(case: Case) -> None:
     params = {"w": jnp.ones((64, 64)), "b": jnp.ones(3), "n": jnp.arange(2), "none": None}
     exact, *coded = (case.make(1e-3, **options) for options in ({}, {"storage": Block(8)}, {"storage": Block(4)}))
 
-    @quick_jit
+    @jax.jit
     def run() -> Any:
         def step(states: Any, t: jax.Array) -> Any:
             key = jax.random.fold_in(jax.random.key(0), t)

@@ -10,7 +10,8 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
-from helpers.runs import compilations
+from helpers import compiling
+from helpers.runs import compilations, full_jit
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import adam_fn
@@ -69,8 +70,8 @@ def test_inside_flax_and_optax() -> None:
     for _ in range(3):
         p, state = step(p, state, grads)
     assert compilations(step) == 1
-    updates, after = jax.jit(plain.update)(grads, pickle.loads(pickle.dumps(state)), p)
-    again, _ = jax.jit(plain.update)(grads, state, p)
+    updates, after = full_jit(plain.update)(grads, pickle.loads(pickle.dumps(state)), p)
+    again, _ = full_jit(plain.update)(grads, state, p)
     np.testing.assert_array_equal(updates["w"], again["w"])
     both = jax.tree.map(lambda *x: jnp.stack(x), (grads, state, p), (updates, after, params))
     found, _ = jax.vmap(plain.update)(*both)
@@ -86,9 +87,9 @@ def test_on_a_mesh_the_state_follows_and_nothing_is_communicated(spec: Partition
     sharded = jax.device_put(p, NamedSharding(mesh, spec))
     results = []
     for x in (sharded, p):
-        state, u = jax.jit(TX.init)(x), None
+        state, u = full_jit(TX.init)(x), None
         for _ in range(3):
-            u, state = jax.jit(TX.update)(jnp.sin(x), state, x)
+            u, state = full_jit(TX.update)(jnp.sin(x), state, x)
         results.append((u, state))
     state: Any = results[0][1]
     for slot in state.slots.values():
@@ -96,7 +97,7 @@ def test_on_a_mesh_the_state_follows_and_nothing_is_communicated(spec: Partition
             assert part.sharding.is_equivalent_to(sharded.sharding, part.ndim), part.sharding
     for a, b in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-    text = jax.jit(TX.update).lower(sharded, state, sharded).compile().as_text() or ""
+    text = jax.jit(TX.update).lower(sharded, state, sharded).compile(compiling.FULL).as_text() or ""
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"):
         assert collective not in text
 
@@ -157,7 +158,7 @@ def test_strict_promotion_and_wrong_storage() -> None:
         adam_fn.transform(adam_fn.Adam(), storage=wrong)
     both = {"mu": Block(8), "nu": Block(8)}
     assert adam_fn.transform(adam_fn.Adam(), storage=Block(8)) == adam_fn.transform(adam_fn.Adam(), storage=both)
-    with pytest.raises(ValueError, match=r"the state's mu is not stored as Block\(8\).*another storage; .*change_storage"):
+    with pytest.raises(ValueError, match=r"the state's mu is not stored as Block\(8\).*another storage"):
         adam_fn.adamw(1e-3, storage=Block(8)).update(g, adam_fn.adamw(1e-3).init(g), g)
 
 
@@ -196,7 +197,7 @@ def test_the_largest_numbers_there_are(bits: int) -> None:
     step = 2 ** (1 / CODES_PER_OCTAVE[bits])
     for signed, lowest, highest in ((True, {8: 0.97, 4: 0.72}[bits], 1.0), (False, 1 / step, step)):
         codec, values = Block(bits).of(signed=signed), x.at[:, 0, 0].mul(-1) if signed else x
-        found = jax.jit(lambda x, c=codec: load(c, store(c, x), jnp.dtype(jnp.float32), x.shape))(values)
+        found = full_jit(lambda x, c=codec: load(c, store(c, x), jnp.dtype(jnp.float32), x.shape))(values)
         ratio = np.asarray(found) / np.asarray(values)
         assert (lowest * 0.99 <= ratio).all() and (ratio <= highest * 1.01).all()
 

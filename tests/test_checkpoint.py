@@ -16,7 +16,6 @@ import orbax.checkpoint as ocp
 import pytest
 from cases import MEMBERS
 from flax import nnx
-from helpers.runs import quick_jit
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import adam_fn
@@ -58,7 +57,7 @@ def begin() -> Any:
     return {name: {"params": params[name], "state": tx.init(params[name])} for name, tx in TXS.items()}
 
 
-@quick_jit
+@jax.jit
 def step(runs: Any, at: jax.Array) -> Any:
     """A step of every transformation."""
     after = {}

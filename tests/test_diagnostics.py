@@ -10,7 +10,8 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
-from helpers.runs import Array, compilations, quick_jit, random_gradients, relative_error
+from helpers import compiling
+from helpers.runs import Array, compilations, full_jit, random_gradients, relative_error
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import adam_fn
@@ -23,7 +24,7 @@ START = np.linspace(-1.0, 1.0, SIZE, dtype=np.float32)
 
 def stepped(tx: optax.GradientTransformation, grads: Any, params: Any) -> tuple[Any, Any, Any]:
     """Parameters, state and updates after a step for each of the gradients."""
-    step, state, updates = quick_jit(tx.update), tx.init(params), None
+    step, state, updates = jax.jit(tx.update), tx.init(params), None
     for g in grads:
         updates, state = step(g, state, params)
         params = optax.apply_updates(params, updates)
@@ -308,12 +309,12 @@ def test_moments_of_codes_are_what_the_next_step_computes_with() -> None:
     params = {"w": jnp.zeros((64, 128)), "b": jnp.zeros(3)}
     grads = [{"w": jnp.asarray(g), "b": jnp.asarray(g[0, :3])} for g in MATRIX]
     _, state, _ = stepped(coded, grads[:1], params)
-    found = jax.jit(lambda state: diagnostics.moments(coded, state, params))(state)
+    found = full_jit(lambda state: diagnostics.moments(coded, state, params))(state)
     for slot, exact in (("mu", 0.1 * wide(MATRIX[0])), ("nu", 0.001 * wide(MATRIX[0]) ** 2)):
         assert found[slot]["w"].dtype == jnp.float32
         assert 1e-4 < relative_error(np.asarray(found[slot]["w"]), exact) < 0.02
-    expected, _ = coded.update(grads[1], state, params)
-    updates, _ = plain.update(grads[1], adam_fn.State(state.count, state.weights, found), params)
+    expected, _ = full_jit(coded.update)(grads[1], state, params)
+    updates, _ = full_jit(plain.update)(grads[1], adam_fn.State(state.count, state.weights, found), params)
     for key in params:
         np.testing.assert_allclose(np.asarray(updates[key]), np.asarray(expected[key]), rtol=1e-6)
 
@@ -441,7 +442,7 @@ def test_reading_the_rate_runs_no_step() -> None:
     """The update that tells what is inside is not in the program."""
     tx, params = optax.chain(optax.clip_by_global_norm(1.0), adam_fn.adam(rate)), jnp.zeros((256, 256))
     read = jax.jit(lambda state, params: diagnostics.learning_rate(tx, state, params))
-    cost = read.lower(tx.init(params), params).compile().cost_analysis()
+    cost = read.lower(tx.init(params), params).compile(compiling.FULL).cost_analysis()
     assert cost is not None
     assert cost["flops"] < 100
     assert tx.update(params, tx.init(params), params)[1] is not None  # And nothing is left behind.
@@ -472,7 +473,7 @@ def test_sharded(explicit: bool) -> None:
         updates, state = jax.jit(tx.update)(g, state, p)
         assert diagnostics.signal_to_noise(tx, state, p).sharding.is_equivalent_to(where, 2)
         read = jax.jit(lambda s, p, u, g: diagnostics.summary(tx, s, p, u, None if explicit else g))
-        program = read.lower(state, p, updates, g).compile()
+        program = read.lower(state, p, updates, g).compile(compiling.FULL)
         found = program(state, p, updates, g)
     assert "all-gather" not in (program.as_text() or "all-gather")
     for key, x in expected.items():

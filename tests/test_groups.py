@@ -12,7 +12,7 @@ import optax
 import pytest
 from cases import MEMBERS, Case, name
 from flax import linen, nnx
-from helpers.runs import quick_jit, random_gradients
+from helpers.runs import random_gradients
 
 import adam_fn
 from adam_fn import Block, Group, Groups
@@ -39,7 +39,7 @@ GRADS = [
 def _run(tx: Any, grads: Any = GRADS, params: Any = PARAMS, **extra: Any) -> tuple[list[Any], Any]:
     """The updates of each step, and the last state, of one scan."""
 
-    @quick_jit
+    @jax.jit
     def run(grads: Any) -> Any:
         def step(carry: Any, g: Any) -> Any:
             p, state = carry

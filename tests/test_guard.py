@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from cases import MEMBERS, Case, name
-from helpers.runs import quick_jit, random_gradients
+from helpers.runs import random_gradients
 
 import adam_fn
 from adam_fn import Block
@@ -78,12 +78,12 @@ def test_thousands_of_faults_leave_no_trace(kind: str) -> None:
             _steps(tx, write=kind in ("codes", "masters", "average")), (params, tx.init(params)), grads
         )[0]
 
-    (after, state) = quick_jit(jax.vmap(run))(grads)
+    (after, state) = jax.jit(jax.vmap(run))(grads)
     np.testing.assert_array_equal(state.skipped, STEPS - good)
     np.testing.assert_array_equal(state.consecutive, np.argmin(faulty[:, ::-1], axis=1))
     # As many members, so that the sums of `lamb` and `swats` are rounded alike.
     alike = jax.tree.map(lambda x: jnp.broadcast_to(x[:good], (members, good, *x.shape[1:])), clean)
-    expected, untouched = quick_jit(jax.vmap(run))(alike)
+    expected, untouched = jax.jit(jax.vmap(run))(alike)
     assert int(untouched.skipped[0]) == 0
 
     def same(found: jax.Array, expected: jax.Array) -> None:

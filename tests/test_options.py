@@ -220,10 +220,10 @@ def test_decay_on_the_wrong_side_of_the_rate() -> None:
         u, _ = adam_fn.transform(rule).update(jnp.zeros(2), adam_fn.transform(rule).init(jnp.ones(2)), jnp.ones(2))
         assert jnp.all(u < 0)
     for make in (lambda: rate >> decay, lambda: adam_fn.Adam() >> (rate >> decay), lambda: (rate >> rate) >> decay):
-        with pytest.raises(ValueError, match="Rate >> Decay needs .*independent=True"):
+        with pytest.raises(ValueError, match=r"Rate >> Decay needs .*independent=True"):
             make()
     for make in (lambda: independent >> rate, lambda: independent >> (adam_fn.Adam() >> rate)):
-        with pytest.raises(ValueError, match="Decay >> Rate is for .*independent=False"):
+        with pytest.raises(ValueError, match=r"Decay >> Rate is for .*independent=False"):
             make()
 
 
@@ -332,7 +332,7 @@ def test_array_hyperparameters_compare_by_identity() -> None:
 
 
 def test_things_that_are_not_rules_or_codecs() -> None:
-    with pytest.raises(TypeError, match="make_step takes a transformation.*, got <function adamw"):
+    with pytest.raises(TypeError, match=r"make_step takes a transformation.*, got <function adamw"):
         adam_fn.make_step(adam_fn.adamw)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="transform takes a rule"):
         adam_fn.transform(adam_fn.adam(1e-3))  # pyright: ignore[reportArgumentType]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.runs import relative_error
+from helpers.runs import full_jit, relative_error
 from oracles import wrappers as oracles
 
 import adam_fn
@@ -38,7 +38,7 @@ def follow(tx: Any, scale: float, dtype: Any = jnp.float64) -> tuple[Any, Any]:
     """The parameters and the states after every step, with an empty leaf, None and an integer beside them."""
     odd = {"empty": jnp.zeros((0, 2), dtype), "none": None, "whole": jnp.arange(3), "bool": jnp.ones(2, bool)}
 
-    @jax.jit
+    @full_jit
     def run() -> tuple[Any, Any]:
         params = {"real": jax.tree.map(lambda x: jnp.asarray(x, dtype), START), **odd}
 

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax.training.train_state import TrainState
-from helpers.runs import compilations, quick_jit
+from helpers.runs import compilations
 
 import adam_fn
 from adam_fn import schedules
@@ -41,10 +41,10 @@ def test_equal_by_value(name: str) -> None:
 def test_dtypes_are_stable_and_nothing_recompiles(name: str, dtype: str) -> None:
     tx = WRAPPED[name](1e-2)
     params = {"w": jnp.ones((3, 2), dtype), "b": jnp.ones(2, dtype)}
-    state = quick_jit(tx.init)(params)
+    state = jax.jit(tx.init)(params)
     before = jax.tree.map(lambda x: (x.dtype, x.weak_type, x.shape), (params, state))
 
-    @quick_jit
+    @jax.jit
     def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
@@ -91,7 +91,7 @@ def test_injected_hyperparameters(name: str) -> None:
     for tx in (make(**options), optax.inject_hyperparams(make, static_args=static)(**options)):
         state, updates = tx.init(p), None
         for _ in range(4):
-            updates, state = quick_jit(tx.update)(grads, state, p)
+            updates, state = jax.jit(tx.update)(grads, state, p)
         found.append(cast(Any, updates))
     np.testing.assert_allclose(found[0]["w"], found[1]["w"], rtol=1e-6)
 
@@ -155,7 +155,7 @@ def test_gradient_through_an_update_at_zero_is_finite(name: str) -> None:
             p = optax.apply_updates(p, updates)
         return sum((jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(p)), jnp.zeros(()))
 
-    found = quick_jit(jax.grad(loss, argnums=(0, 1)))(jnp.float32(1e-2), {"a": jnp.ones((2, 2)), "b": jnp.zeros(3)})
+    found = jax.jit(jax.grad(loss, argnums=(0, 1)))(jnp.float32(1e-2), {"a": jnp.ones((2, 2)), "b": jnp.zeros(3)})
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(found))
 
 

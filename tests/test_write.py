@@ -13,7 +13,8 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
-from helpers.runs import compilations
+from helpers import compiling
+from helpers.runs import compilations, full_jit
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import adam_fn
@@ -44,7 +45,7 @@ def _patterns() -> np.ndarray:
 def _run(tx: Any, start: Any, grad: Callable[[Any, Any], Any], steps: int) -> tuple[Any, Any]:
     """The parameters after every step, and the last state, of one jitted scan; `grad` is of the parameters and step."""
 
-    @jax.jit
+    @full_jit
     def run(start: Any) -> Any:
         def step(carry: Any, t: jax.Array) -> Any:
             p, state = carry
@@ -69,7 +70,7 @@ def test_split_and_join_are_lossless() -> None:
     patterns = _patterns()
     x = _floats(patterns)
 
-    @jax.jit
+    @full_jit
     def there_and_back(x: jax.Array) -> Any:
         q = write.visible(x, 16)
         return q, write.join(q, write.remainder(x, q, 16), 16)
@@ -88,7 +89,7 @@ def test_masters_of_24_bits_are_the_nearest() -> None:
     patterns = _patterns()
     patterns = patterns[(patterns & 0x7FFFFFFF) <= 0x7F7F7F7F]
 
-    @jax.jit
+    @full_jit
     def there_and_back(x: jax.Array) -> Any:
         q = write.visible(x, 8)
         return q, write.join(q, write.remainder(x, q, 8), 8)
@@ -129,7 +130,7 @@ def test_training_is_that_of_float32(bits: int) -> None:
 
     exact, _ = _run(plain, start.astype(jnp.float32), grad, steps)
     short, states = _run(write.master_weights(plain, bits), start, grad, steps)
-    masters = np.asarray(jax.jit(lambda p, r: write.join(p, r, bits))(short, states.remainder))
+    masters = np.asarray(full_jit(lambda p, r: write.join(p, r, bits))(short, states.remainder))
     expected = np.asarray(exact)
     np.testing.assert_array_equal(_bits(short), (_bits(masters).astype(np.uint64) + 0x8000) >> 16)
     if bits == 16:
@@ -180,7 +181,7 @@ def test_nothing_drifts_where_float32_cannot_hold_the_difference(bits: int) -> N
     wide = np.asarray(p, np.float32)
     aim = (-wide * np.exp2(-RNG.uniform(0, 40, p.shape))).astype(np.float32)
     tx: Any = write.master_weights(optax.stateless(lambda g, _: g), bits)
-    updates, state = jax.jit(tx.update)(jnp.asarray(aim - wide), tx.init(p), p)
+    updates, state = full_jit(tx.update)(jnp.asarray(aim - wide), tx.init(p), p)
     after: Any = optax.apply_updates(p, updates)
     master = np.asarray(write.join(after, state.remainder, bits))
     aim = (wide + (aim - wide)).astype(np.float32)
@@ -237,7 +238,7 @@ def test_the_mean_over_all_random_bits_is_exact() -> None:
     magnitudes = (np.array([0, 1, 2, 60, 126, 127, 128, 200, 253])[:, None] << 23 | low).ravel()
     x = _floats(np.concatenate([magnitudes, magnitudes | 0x80000000, [0x7F7EFFFF, 0xFF7EFFFF, 0x7F7F0000]]))
     random = jnp.arange(2**16, dtype=jnp.uint32)[:, None] << 16 | 0xABCD
-    q = np.asarray(jax.jit(write.round_stochastically)(jnp.asarray(x)[None], random))
+    q = np.asarray(full_jit(write.round_stochastically)(jnp.asarray(x)[None], random))
     # A bfloat16 is a multiple of the unit of its neighbour: the sum is exact in float64.
     np.testing.assert_array_equal(q.astype(np.float64).mean(0), x.astype(np.float64))
 
@@ -254,7 +255,7 @@ def test_rounding_is_unbiased_and_to_a_neighbour() -> None:
     patterns = np.concatenate([magnitudes, magnitudes | 0x80000000]).astype(np.uint32)
     draws = 2048
 
-    @jax.jit
+    @full_jit
     def counted(x: jax.Array) -> Any:
         random = random_bits(3, 5, 7, (draws, x.shape[0]))
         q = jax.lax.bitcast_convert_type(write.round_stochastically(x[None], random), jnp.uint16)
@@ -284,7 +285,7 @@ def test_rounded_updates_land_where_they_cancel() -> None:
     u = (-wide * (1 + RNG.standard_normal(n) * np.exp2(-RNG.integers(-20, 30, n)))).astype(np.float32)
     tx: Any = write.stochastic_rounding(9)
     state = tx.init(list(p))._replace(count=jnp.int32(7))
-    updates, _ = jax.jit(tx.update)(list(jnp.asarray(u)), state, list(p))
+    updates, _ = full_jit(tx.update)(list(jnp.asarray(u)), state, list(p))
     after: Any = jnp.stack(jax.tree.leaves(optax.apply_updates(list(p), updates)))
     random = jnp.stack([random_bits(9, 7, ~i, (n,)) for i in range(2)])
     np.testing.assert_array_equal(_bits(after), _bits(write.round_stochastically(jnp.asarray(wide + u), random)))
@@ -333,7 +334,7 @@ def test_reproducible_and_different_for_seed_step_and_leaf() -> None:
     updates = jax.tree.map(lambda p: jnp.full(p.shape, 2.0**-9), params)
     tx: Any = write.stochastic_rounding(1)
     first, state = tx.update(updates, tx.init(params), params)
-    again, _ = jax.jit(tx.update)(updates, tx.init(params), params)
+    again, _ = full_jit(tx.update)(updates, tx.init(params), params)
     second, _ = tx.update(updates, state, params)
     reseeded: Any = write.stochastic_rounding(2)
     other, _ = reseeded.update(updates, tx.init(params), params)
@@ -409,7 +410,7 @@ def test_landing_in_every_loop(kind: str) -> None:
                 assert (np.asarray(x, np.float64) == aim[key]).all()  # No rounding at all: the sum is a bfloat16.
         return p
 
-    expected = loop(jax.jit(tx.update), optax.apply_updates)
+    expected = loop(full_jit(tx.update), optax.apply_updates)
     scanned, _ = _run(tx, start, lambda p, t: jax.tree.map(lambda g: g[t], noise), 20)
 
     @jax.jit
@@ -540,7 +541,7 @@ def test_sharded_like_the_parameters(kind: str, axes: AxisType) -> None:
             for x in (state, after):
                 if isinstance(x, write.MasterState):
                     assert x.remainder[key].sharding.is_equivalent_to(p.sharding, 2)
-    text = jax.jit(tx.update).lower(grads, tx.init(params), params).compile().as_text() or ""
+    text = jax.jit(tx.update).lower(grads, tx.init(params), params).compile(compiling.FULL).as_text() or ""
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"):
         assert collective not in text
 
@@ -619,7 +620,7 @@ def test_errors_of_arguments_and_states() -> None:
     with pytest.raises(TypeError, match="RoundingState"):
         write.stochastic_rounding(0).update(p, optax.EmptyState(), p)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), p)
-    with pytest.raises(ValueError, match="a was bfloat16 when .* and is float32 now: .* optax.apply_updates"):
+    with pytest.raises(ValueError, match=r"a was bfloat16 when .* and is float32 now: .* optax.apply_updates"):
         sixteen.update(wide, sixteen.init(p), wide)
     for bits in (0, 12, 32):
         with pytest.raises(ValueError, match="bits must be 8 or 16"):

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from cases import MEMBERS
+from helpers import compiling
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import adam_fn
@@ -94,7 +95,8 @@ def test_the_same_steps_with_an_eighth_of_the_state(name: str, kind: AxisType) -
     small = _bytes({"odd": alone["odd"]}) * 8 + 200  # Counts, weights and the leaf that is not divided.
     assert _bytes(state, 0) <= _bytes(state) / 8 + small
     assert _bytes(state) - _bytes(expected) == 0
-    step, reference = (adam_fn.make_step(x) for x in (spread, tx))
+    given = ((spread, params, state, _put(mesh, alone)), (tx, alone, expected, alone))
+    step, reference = (adam_fn.make_step(x).lower(*rest).compile(compiling.FULL) for x, *rest in given)
     for seed in range(1, 4):
         grads = _values(dtype, seed)
         params, state = step(params, state, _put(mesh, grads))
@@ -128,7 +130,7 @@ def test_gradients_are_reduced_once_and_parameters_gathered(name: str, kind: Axi
         return adam_fn.make_step(spread)(params, state, jax.grad(loss)(params, batch))
 
     state = jax.jit(spread.init)(params)
-    compiled = step.lower(params, state, batch).compile()
+    compiled = step.lower(params, state, batch).compile(compiling.FULL)
     found = _collectives(compiled.as_text() or "")
     size = 4 * (256 * 32 + 32)  # On a CPU in float32, whatever the parameters are.
     for kind_of, allowed in (("all-reduce", size), ("all-gather", size)):
@@ -163,7 +165,7 @@ def test_inside_shard_map() -> None:
     init = jax.jit(jax.shard_map(spread.init, mesh=mesh, in_specs=P(), out_specs=places))
     run = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P(), places, P("data")), out_specs=(P(), places)))
     state = init(params)
-    text = run.lower(params, state, batch).compile().as_text() or ""
+    text = run.lower(params, state, batch).compile(compiling.FULL).as_text() or ""
     assert {kind for kind, _ in _collectives(text)} == {"reduce-scatter", "all-gather", "all-reduce"}
     assert sum(n for kind, n in _collectives(text) if kind == "all-reduce") == 15 * 4  # Of the leaf that stays whole.
     alone, expected = _values(), jax.jit(tx.init)(_values())

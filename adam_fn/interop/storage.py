@@ -35,17 +35,20 @@ def change_storage(
     """
     source, target = Target(old, params), Target(tx, params)
     if type(source.rule) is not type(target.rule):
-        raise TypeError(f"expected two of one optimizer, got {type(source.rule).__name__}, {type(target.rule).__name__}")
+        raise TypeError(
+            f"expected two of one optimizer, got {type(source.rule).__name__}, {type(target.rule).__name__}"
+        )
     if source.masters and _bits(old) != _bits(tx):
         raise ValueError(
             f"the masters of the state have {_bits(old)} bits beside the parameters, those of tx {_bits(tx)}: give tx "
             f"master_weights(…, bits={_bits(old)}), or convert state.inner and start with new masters"
         )
     new = target.state(source.moments(state), "the state")
-    if isinstance(state, MasterState):
-        inner = _with_weights(new.inner, state.inner)
-        return MasterState(state.remainder, inner)
-    return new._replace(inner=_with_weights(new.inner, state)) if isinstance(new, MasterState) else _with_weights(new, state)
+    inner = state.inner if isinstance(state, MasterState) else state
+    if not isinstance(new, MasterState):
+        return _with_weights(new, inner)
+    low = state.remainder if isinstance(state, MasterState) else new.remainder
+    return MasterState(low, _with_weights(new.inner, inner))
 
 
 def _bits(tx: optax.GradientTransformation) -> int:
@@ -54,6 +57,6 @@ def _bits(tx: optax.GradientTransformation) -> int:
     return wrapper.bits if isinstance(wrapper, MasterWeights) else 0
 
 
-def _with_weights(new: State, old: State) -> State:
-    """With the weights of the old state, which a scheduled β of `tx` would not have come to."""
+def _with_weights(new: PyTree, old: PyTree) -> State:
+    """With the bias weights of the old state, which a β that is scheduled otherwise in `tx` would not have come to."""
     return new._replace(weights=old.weights)

@@ -11,6 +11,8 @@ import numpy as np
 import optax
 import pytest
 from cases import MEMBERS, Case, name, rule_of
+from helpers import compiling
+from helpers.runs import full_jit
 from helpers.ways import CODED, KERNELS, MACHINES, TX, check, stepped, ways_of
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -87,7 +89,7 @@ def test_masters_without_scales_by_every_way(dtype: str | None, monkeypatch: pyt
     slots = {name: (0.1 * jnp.abs(g)).astype(dtype or jnp.float32) for name in step.codecs}
     clock = Clock(jnp.int32(0), (jnp.float32(0.1), jnp.float32(0.001)), None, None)
     ways = (functools.partial(way, step) for way in (whole, in_one, tiles.in_tiles))
-    first, *others = (jax.jit(way)(rule_of(tx), Inputs(g, p, low), slots, clock) for way in ways)
+    first, *others = (full_jit(way)(rule_of(tx), Inputs(g, p, low), slots, clock) for way in ways)
     for other in others:
         for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True):
             assert (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -135,7 +137,7 @@ def test_temporaries_on_a_cpu(shape: tuple[int, ...], kind: str, monkeypatch: py
     step = jax.jit(tx.update, donate_argnums=1) if kind == "updates" else adam_fn.make_step(tx)
     monkeypatch.setattr(cpu, "alone", lambda: True)
     jax.clear_caches()
-    memory = step.lower(leaf, state, leaf).compile().memory_analysis()
+    memory = step.lower(leaf, state, leaf).compile(compiling.FULL).memory_analysis()
     assert memory is not None
     # Both halves of a master are computed from both, which takes float32 arrays in between.
     assert memory.temp_size_in_bytes <= (2.1 if kind == "masters" else 0.063) * leaf.size * 4
@@ -163,7 +165,7 @@ def test_a_large_leaf_on_a_mesh(shape: tuple[int, ...], spec: PartitionSpec) -> 
         state, grads, x = jax.jit(TX.init)(start), jnp.sin(start), jnp.copy(start)
         step = adam_fn.make_step(TX)
         if not results:
-            text = step.lower(x, state, grads).compile().as_text() or ""
+            text = step.lower(x, state, grads).compile(compiling.FULL).as_text() or ""
             assert not [name for name in ("all-", "collective-", "reduce-scatter") if name in text]
         for _ in range(2):
             x, state = step(x, state, grads)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import rule_of
-from helpers.runs import quick_jit
 from helpers.ways import TX, ways_of
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -65,13 +64,13 @@ MACHINES_AND_PLACES = [(machine, *place) for machine in MACHINES for place in PL
 def test_each_device_steps_its_own_part(machine: str, shape: Any, spec: Any, apart: bool) -> None:
     """The same as on one device, random numbers included; nothing is communicated where no block is divided."""
     run, (p, g, stored) = step_of(MACHINES[machine], shape)
-    expected = quick_jit(run)(p, g, stored)
+    expected = jax.jit(run)(p, g, stored)
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto, AxisType.Auto))
     place = NamedSharding(mesh, PartitionSpec(*spec))
     p, g = jax.device_put((p, g), place)
     if apart:
         stored = jax.device_put(stored, place)
-    compiled = quick_jit(run, out_shardings=place if apart else None).lower(p, g, stored).compile()
+    compiled = jax.jit(run, out_shardings=place if apart else None).lower(p, g, stored).compile()
     text = compiled.as_text() or ""
     if apart:
         assert not [name for name in ("all-", "collective-", "reduce-scatter") if name in text]
@@ -89,10 +88,10 @@ def test_inside_shard_map(machine: str) -> None:
     run, given = step_of(MACHINES[machine], (256, 256), kernel.in_kernel)
     spec = PartitionSpec("a")
     # Interpreted, a kernel does not know what varies over the mesh; compiled, it does.
-    found = quick_jit(jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))(*given)
+    found = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))(*given)
     for i in range(2):
         part = jax.tree.map(lambda x, i=i: jnp.split(x, 2)[i], given)
-        own = quick_jit(run)(*part)
+        own = jax.jit(run)(*part)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(own), strict=True):
             np.testing.assert_allclose(jnp.split(a, 2)[i].astype(float), b.astype(float), rtol=1e-6, atol=1e-7)
 

@@ -15,7 +15,6 @@ import pytest
 from cases import MEMBERS, Case, name
 from flax import nnx
 from flax.training.train_state import TrainState
-from helpers.runs import quick_jit
 
 import adam_fn
 
@@ -36,7 +35,7 @@ def test_linen_train_state(case: Case) -> None:
     tx = optax.chain(optax.clip_by_global_norm(1.0), case.make(0.02))
     state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
 
-    @quick_jit
+    @jax.jit
     def step(state: TrainState) -> tuple[TrainState, jax.Array]:
         loss, grads = jax.value_and_grad(lambda p: jnp.mean((state.apply_fn(p, X) - Y) ** 2))(state.params)
         return state.apply_gradients(grads=grads), loss

@@ -11,7 +11,8 @@ import optax
 import optax.contrib
 import pytest
 from cases import CASES, MEMBERS, Case, name
-from helpers.runs import compilations, quick_jit, random_gradients
+from helpers import compiling
+from helpers.runs import compilations, random_gradients
 
 import adam_fn
 
@@ -28,8 +29,8 @@ def all_of(*txs: optax.GradientTransformation) -> tuple[Any, Any]:
         updates, state = tx.update(g, state, params)
         return optax.apply_updates(params, updates), state
 
-    step = quick_jit(lambda g, pairs: [one(tx, g, *pair) for tx, pair in zip(txs, pairs, strict=True)])
-    return quick_jit(lambda: [(PARAMS, tx.init(PARAMS)) for tx in txs])(), step
+    step = jax.jit(lambda g, pairs: [one(tx, g, *pair) for tx, pair in zip(txs, pairs, strict=True)])
+    return jax.jit(lambda: [(PARAMS, tx.init(PARAMS)) for tx in txs])(), step
 
 
 def run(*txs: optax.GradientTransformation) -> list[Any]:
@@ -81,7 +82,7 @@ def test_multi_steps_averages() -> None:
         return tx.update(mean, tx.init(PARAMS), PARAMS)[0], found
 
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
-    for expected, found in quick_jit(lambda: [three(case) for case in MEMBERS])():
+    for expected, found in jax.jit(lambda: [three(case) for case in MEMBERS])():
         chex.assert_trees_all_equal(found[0], zeros)
         chex.assert_trees_all_equal(found[1], zeros)
         chex.assert_trees_all_close(found[2], expected, rtol=1e-4, atol=1e-7)
@@ -122,7 +123,7 @@ def test_inject_hyperparams_with_bfloat16_parameters(case: Case) -> None:
     injected = optax.inject_hyperparams(case.alias, hyperparam_dtype=np.dtype(np.float32))(0.1, **case.options)
     state, plain = injected.init(params), case.make(0.1).init(params)
     for g in GRADS:
-        updates, state = quick_jit(injected.update)(g, state, params)
+        updates, state = jax.jit(injected.update)(g, state, params)
         expected, plain = case.make(0.1).update(g, plain, params)
         chex.assert_trees_all_close(updates, expected, rtol=2e-5, atol=1e-6)
 
@@ -211,7 +212,7 @@ def test_vmap_over_learning_rates() -> None:
         tx = case.make(rate)
         return tx.update(GRADS[0], tx.init(PARAMS), PARAMS)[0]
 
-    @quick_jit
+    @jax.jit
     def run() -> list[Any]:
         batches = [jax.vmap(functools.partial(first, case))(jnp.asarray(rates)) for case in CASES]
         return [(batch, [first(case, rate) for rate in rates]) for case, batch in zip(CASES, batches, strict=True)]
@@ -245,7 +246,7 @@ def test_make_step_donates_and_works_in_place(case: Case) -> None:
         params, state = step(params, state, g)
     assert all(x.is_deleted() for x in jax.tree.leaves(first))
     chex.assert_trees_all_close(params, expected, rtol=1e-6)
-    text = step.lower(params, state, GRADS[0]).compile().as_text() or ""
+    text = step.lower(params, state, GRADS[0]).compile(compiling.FULL).as_text() or ""
     donated = text.split("input_output_alias={")[1].split("entry_computation_layout")[0].count("alias)")
     assert donated == len(jax.tree.leaves((params, state)))
     assert compilations(step) == 1

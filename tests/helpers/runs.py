@@ -8,20 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from helpers import compiling
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-#: `jax.jit` without XLA's optimizations, which compiles in a third of the time: for large programs of which a test asks
-#: what they compute, but not how well or to which last bit they are compiled.
-quick_jit = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-        "xla_cpu_use_fusion_emitters": False,
-    },
-)
+#: `jax.jit` as users compile, where a test asks how well or to which last bit a program is compiled (see conftest.py).
+full_jit = functools.partial(jax.jit, compiler_options=compiling.FULL)
 
 
 def random_gradients(steps: int, size: int, spread: float = 3.0, seed: int = 0) -> Array:
@@ -32,7 +25,7 @@ def random_gradients(steps: int, size: int, spread: float = 3.0, seed: int = 0) 
 
 
 def trajectory(
-    tx: optax.GradientTransformation, grads: Array, params: Array, dtype: Any = jnp.float32, jit: Any = jax.jit
+    tx: optax.GradientTransformation, grads: Array, params: Array, dtype: Any = jnp.float32, jit: Any = full_jit
 ) -> tuple[Array, Array]:
     """``(params, updates)``, each ``[steps, size]``, of one jitted scan over the gradients."""
 
@@ -69,7 +62,7 @@ def trajectories(
     grads: Array,
     params: Array,
     dtype: Any = jnp.float32,
-    jit: Any = jax.jit,
+    jit: Any = full_jit,
 ) -> tuple[Array, Array]:
     """`trajectory` of each, in one program: ``(params, updates)``, each ``[len(txs), steps, size]``."""
     shape = (len(grads), len(txs), grads.shape[-1])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import rule_of
-from helpers.runs import quick_jit
+from helpers.runs import full_jit
 
 import adam_fn
 from adam_fn import Block, Storage
@@ -74,7 +74,7 @@ def stepped(tx: adam_fn.Transformation, shape: tuple[int, ...], write: Write, wa
     stored = {name: store(codec, jnp.full(shape, rule.slots[name].initial)) for name, codec in codecs.items()}
     weights = [Weight(jnp.zeros(()), jnp.zeros(()))] * rule.weights
     # Updates that land on a master end where its last bit does, which has to be the same in every way.
-    jit = jax.jit if masters and not write.parameters else quick_jit
+    jit = full_jit if masters and not write.parameters else jax.jit
     run = jit(functools.partial(one_step, Step(codecs, write, Form(layout(shape))), rule, ways))
     found = []
     for t in range(2):

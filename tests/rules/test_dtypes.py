@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from cases import CASES, MEMBERS, Case, name
-from helpers.runs import quick_jit, relative_error, together
+from helpers.runs import relative_error, together
 
 import adam_fn
 
@@ -168,7 +168,7 @@ def test_meta_gradient_at_zero_is_finite() -> None:
         (p, _), _ = jax.lax.scan(step, (p, tx.init(p)), None, length=3)
         return jnp.sum(p**2 + p)
 
-    @quick_jit
+    @jax.jit
     def gradients(p: jax.Array, rate: jax.Array, b2: jax.Array) -> dict[str, tuple[jax.Array, ...]]:
         return {case.name: jax.grad(loss, argnums=(1, 2, 3))(case, p, rate, b2) for case in CASES}
 

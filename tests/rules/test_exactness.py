@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from exactness import measure
+from helpers.runs import full_jit
 
 import adam_fn
 
@@ -46,7 +47,7 @@ def test_bias_weights(beta: float) -> None:
     """``1 - βᵗ`` to float32 rounding, and the remainder beyond it, over 100,000 steps."""
     from adam_fn.arithmetic import Weight, weigh
 
-    @jax.jit
+    @full_jit
     def run() -> Any:
         def step(weight: Weight, _: None) -> Any:
             weight = weigh(beta, weight)

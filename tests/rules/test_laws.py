@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from cases import CASES, MEMBERS, Case
-from helpers.runs import quick_jit, random_gradients, trajectories, trajectory
+from helpers.runs import full_jit, random_gradients, trajectories, trajectory
 
 import adam_fn
 from adam_fn.arithmetic import Weight
@@ -39,7 +39,7 @@ def test_composition() -> None:
     rules = [case.member for case in MEMBERS] + [adam_fn.Decay(0.1), adam_fn.Rate(0.1)]
     pairs = list(itertools.product(rules, rules))
 
-    @quick_jit
+    @jax.jit
     def run(params: jax.Array, grads: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
         found = []
         for a, b in pairs:
@@ -94,7 +94,7 @@ def test_executors_agree() -> None:
         codecs = dict.fromkeys(case.rule.slots, adam_fn.Cast())
         return run(case.rule.at(clock.count), codecs, Inputs(g, jnp.asarray(PARAMS)), stored, clock, **options)
 
-    @jax.jit
+    @full_jit
     def compiled(g: jax.Array, stored: list[Any], clocks: list[Clock]) -> list[Any]:
         found = [
             step(run_leaf, *each, write=UPDATES) for each in zip(CASES, [g] * len(CASES), stored, clocks, strict=True)

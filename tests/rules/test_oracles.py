@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from cases import CASES, Case, name
-from helpers.runs import quick_jit, random_gradients, relative_error, trajectories, trajectory
+from helpers.runs import random_gradients, relative_error, trajectories, trajectory
 from oracles import momentum
 
 import adam_fn
@@ -44,8 +44,8 @@ def test_follows_its_paper_in_float64() -> None:
 @pytest.mark.parametrize("rate", [1e-3, optax.warmup_cosine_decay_schedule(1e-5, 1e-3, 20, 80)])
 def test_agrees_with_optax(rate: Any) -> None:
     cases = [case for case in CASES if case.peer]
-    ours, _ = trajectories([case.make(rate) for case in cases], GRADS[:100], PARAMS, jit=quick_jit)
-    theirs, _ = trajectories([case.make_peer(rate) for case in cases], GRADS[:100], PARAMS, jit=quick_jit)
+    ours, _ = trajectories([case.make(rate) for case in cases], GRADS[:100], PARAMS, jit=jax.jit)
+    theirs, _ = trajectories([case.make_peer(rate) for case in cases], GRADS[:100], PARAMS, jit=jax.jit)
     for case, a, b in zip(cases, ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5, err_msg=case.name)
 
