@@ -102,13 +102,19 @@ def check(saved: PyTree, tx: optax.GradientTransformation, params: PyTree) -> No
     expected = describe(tx, params)
     if not (isinstance(saved, Mapping) and saved.get("format") == _FORMAT):
         saved = {**expected, "state": _forms("state", saved, like=_made(tx, params)[0])}
+    both = [name for name in expected["storage"] if name in saved["storage"]]  # Of other slots the leaves tell.
     found, wanted = (
-        {"rules": ", ".join(x["rules"]) or "none", **x["storage"], **x["params"], **x["state"]}
+        {
+            "rules": ", ".join(x["rules"]) or "none",
+            **{name: x["storage"][name] for name in both},
+            **x["params"],
+            **x["state"],
+        }
         for x in (saved, expected)
     )
     differ = [path for path in {**wanted, **found} if found.get(path) != wanted.get(path)]
     # What differs in a slot that is stored otherwise is named by its storage.
-    slots = [f"/slots/{path.split('/')[-1]}/" for path in differ if path in found and path in expected["storage"]]
+    slots = [f"/slots/{path.split('/')[-1]}/" for path in differ if path in both]
     lines = [
         f"  {path}: {found.get(path, 'nothing')}, expected {wanted.get(path, 'nothing')}"
         for path in differ

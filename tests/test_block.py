@@ -94,14 +94,15 @@ def test_unsigned_codes_are_those_of_the_docstring_and_unbiased(bits: int) -> No
     steps = 2000
     exact = n * z.view(np.int32).astype(np.float64) / 2**23
 
-    @functools.partial(full_jit, static_argnums=0)
     def decoded(bits: Any, step: jax.Array) -> jax.Array:
         noise = codec.chance(bits(1, step, 3, (1, 128)))
         scale = codec.scale(jnp.asarray(z), noise).max(0, keepdims=True)
         return codec.decode(codec.encode(jnp.asarray(z), scale, noise), scale, jnp.float32)
 
     for bits_of in (random_bits, even_bits):
-        values_ = np.asarray(jax.lax.map(functools.partial(decoded, bits_of), jnp.arange(steps)))
+        values_ = np.asarray(
+            full_jit(lambda of=bits_of: jax.lax.map(functools.partial(decoded, of), jnp.arange(steps)))()
+        )
         found = n * values_.view(np.int32).astype(np.float64) / 2**23
         np.testing.assert_allclose(found, np.round(found), atol=1e-4)
         assert (np.abs(found - exact) < 1 + 1e-3).all()

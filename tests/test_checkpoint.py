@@ -214,7 +214,6 @@ OTHERS = {
         [
             "rules: Adam, expected Lion",
             "storage/mu: Block(8), expected Block(4)",
-            "storage/nu: Block(8), expected nothing",
             "state/weights: float32[2,2], expected nothing",
             *(f"state/slots/nu/codes/b/{i}: float32[{n}], expected nothing" for i, n in enumerate((3, 2))),
             "state/slots/nu/codes/w: uint8[64,128], expected nothing",

@@ -35,9 +35,8 @@ def change_storage(
     """
     source, target = Target(old, params), Target(tx, params)
     if type(source.rule) is not type(target.rule):
-        raise TypeError(
-            f"expected two of one optimizer, got {type(source.rule).__name__}, {type(target.rule).__name__}"
-        )
+        kinds = ", ".join(type(rule).__name__ for rule in (source.rule, target.rule))
+        raise TypeError(f"expected one optimizer with two storages, got {kinds}")
     if source.masters and _bits(old) != _bits(tx):
         raise ValueError(
             f"the masters of the state have {_bits(old)} bits beside the parameters, those of tx {_bits(tx)}: give tx "

@@ -78,26 +78,31 @@ def test_masters_keep_their_remainders() -> None:
     # Where there were none they begin at the parameters.
     params, state = after(PLAIN, SHORT)
     found = change_storage(PLAIN, new, params, state)
-    same(found.remainder, new.init(params).remainder)
-    same(found.inner.slots, change_storage(PLAIN, CODED, params, state).slots)
+    blank: Any = new.init(params)
+    plain: Any = change_storage(PLAIN, CODED, params, state)
+    same(found.remainder, blank.remainder)
+    same(found.inner.slots, plain.slots)
 
 
 def test_errors() -> None:
     params, state = after(PLAIN, PARAMS)
+    wrong: Any = optax.EmptyState()
     with pytest.raises(TypeError, match="expected one optimizer with two storages, got Adam, AMSGrad"):
         change_storage(PLAIN, adam_fn.amsgrad(1e-3), params, state)
     with pytest.raises(TypeError, match="expected an optimizer of adam_fn"):
         change_storage(PLAIN, optax.adamw(1e-3), params, state)
     with pytest.raises(TypeError, match=r"expected an adam_fn.State with the slots"):
-        change_storage(PLAIN, CODED, params, optax.EmptyState())  # pyright: ignore[reportArgumentType]
+        change_storage(PLAIN, CODED, params, wrong)
     frozen = adam_fn.adamw(1e-3, frozen=adam_fn.masks.path("b"))
+    blank: Any = frozen.init(params)
     with pytest.raises(ValueError, match="b: no mu, nu"):
-        change_storage(frozen, CODED, params, frozen.init(params))
+        change_storage(frozen, CODED, params, blank)
     assert isinstance(change_storage(PLAIN, frozen, params, state), adam_fn.State)
     sixteen = adam_fn.master_weights(PLAIN)
+    masters: Any = sixteen.init(SHORT)
     for tx, bits in ((adam_fn.master_weights(CODED, bits=8), 8), (CODED, 0)):
         with pytest.raises(ValueError, match=f"the masters of the state have 16 bits .*, those of tx {bits}: give tx"):
-            change_storage(sixteen, tx, SHORT, sixteen.init(SHORT))
+            change_storage(sixteen, tx, SHORT, masters)
 
 
 def test_a_state_of_another_storage_is_an_error_that_says_so() -> None:

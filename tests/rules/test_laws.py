@@ -38,6 +38,7 @@ def test_composition() -> None:
     """2. ``transform(a >> b)`` is ``chain(transform(a), transform(b))``, for every pair of rules in either order."""
     rules = [case.member for case in MEMBERS] + [adam_fn.Decay(0.1), adam_fn.Rate(0.1)]
     pairs = list(itertools.product(rules, rules))
+    pairs[-2] = (adam_fn.Rate(0.1), adam_fn.Decay(0.1, independent=True))  # The other order is an error.
 
     @jax.jit
     def run(params: jax.Array, grads: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
