@@ -10,13 +10,7 @@ from helpers import compiling
 
 # Three quarters of the suite's time is compiling, which without XLA's optimizations takes half as long. Where a test
 # asks how well or to which last bit a program is compiled, it compiles as users do, with `full_jit`.
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        "--xla_force_host_platform_device_count=8",
-        *(f"--{name}={value}" for name, value in compiling.QUICK.items()),
-        os.environ.get("XLA_FLAGS", ""),
-    ]
-)
+os.environ["XLA_FLAGS"] = f"{compiling.flags(devices=8)} {os.environ.get('XLA_FLAGS', '')}"
 # Every program counts: most tests compile small ones, the workers many of the same.
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from helpers import compiling
 
 import adam_fn
 from adam_fn import checkpoint
@@ -49,7 +50,7 @@ def digest(carry: Any) -> str:
 
 def main(folder: str, steps: int, every: int, cache: str, said: Connection) -> None:
     """What a process of its own runs; `cache` is for what it compiles, through `said` it sends its lines."""
-    os.environ["XLA_FLAGS"] = ""  # One device starts sooner than eight.
+    os.environ["XLA_FLAGS"] = compiling.flags(devices=1)  # One device starts sooner than eight.
     jax.config.update("jax_compilation_cache_dir", cache)
     assert jax.device_count() == 1
     carry, done = begin(), 0

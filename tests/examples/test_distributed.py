@@ -17,6 +17,7 @@ import mnist_mlp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import compiling
 from loaders import mnist
 
 SCRIPT = Path(distributed_mnist.__file__)
@@ -25,7 +26,7 @@ OPTIONS = ("--data", "digits", "--quick", "--epochs", "4", "--timeout", "6")
 
 def start(place: Path, name: str, *options: str) -> subprocess.Popen[bytes]:
     """The script with four host devices; what it says goes to the file of that name."""
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    env = {**os.environ, "XLA_FLAGS": compiling.flags(devices=4), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, str(SCRIPT), *OPTIONS, "--out", str(place), *options]
     with (place / name).open("w") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env=env)

@@ -12,3 +12,9 @@ QUICK = {
     "xla_llvm_disable_expensive_passes": True,
     "xla_cpu_use_fusion_emitters": False,
 }
+
+
+def flags(devices: int) -> str:
+    """XLA's flags for that many devices on the host, compiling in half the time."""
+    named = {"xla_force_host_platform_device_count": devices, **QUICK}
+    return " ".join(f"--{name}={value}" for name, value in named.items())
