@@ -40,7 +40,7 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False
 python_use_unqualified_type_names = True
 
-myst_enable_extensions = ["dollarmath"]  # As on GitHub.
+myst_enable_extensions = ["deflist", "dollarmath"]  # Definitions can be read on GitHub, too; formulas are as there.
 myst_heading_anchors = 4  # The fragments that GitHub gives to headings.
 
 html_theme = "furo"

@@ -72,6 +72,7 @@ def from_optax(tx: optax.GradientTransformation, params: PyTree, optax_state: op
     leaves that `tx` has frozen. `tx` should have the hyperparameters that optax's had: they are no part of a state.
 
     Adam, AdamW, NAdam, AdaMax, RAdam, AdaBelief, Yogi, Lion, ADOPT and AdEMAMix continue as they would have in optax.
+    `adam_fn.adam_atan2`, which optax has not, continues from the state of Adam.
     Two of optax's optimizers differ from those of the same name here: `optax.amsgrad` takes the maximum of the
     corrected v, `AMSGrad` (and torch) corrects the maximum. ``nu_max`` is converted so that the two agree now; later
     only where ``β₂ᵗ`` is negligible, or without ``bias_correction_nu``, where they are the same. `optax.adan` has 1-β₂
