@@ -140,10 +140,10 @@ def run(name: str, options: argparse.Namespace, console: rich.console.Console) -
 #: The figures that are shown: their heads, and how they are written.
 FIGURES = {
     "temporaries": ("temporaries, leaves", ".3f"),
-    "peak": ("peak, bytes", ".2f"),
+    "peak": ("peak, bytes per parameter", ".2f"),
     "passes": ("passes", "d"),
     "kernels": ("kernels", "d"),
-    "bytes": ("moved, bytes", ".1f"),
+    "bytes": ("moved, bytes per parameter", ".1f"),
     "cycles": ("cycles / optax", ".2f"),
     "seconds": ("compilation, s", ".1f"),
 }
@@ -205,15 +205,13 @@ def remarks(rows: Sequence[Row]) -> Iterator[str]:
         text = ", ".join(f"{kind} {size}" for kind, size in kinds)
         text += f", all-reduce {of('all-reduce', '.4f', ZERO1)}, others {of('other exchanges', 'g', ZERO1)}"
         count = sum(row["part"] == ZERO1 for row in there)
-        yield f"`zero1`, communication of {count} training steps on four devices, in bytes per parameter: {text}"
-        yield f"`zero1`, the part of the state that one of four devices holds: {state}"
+        yield f"`zero1`, communication in {count} training steps on four devices, in bytes per parameter: {text}"
+        yield f"`zero1`, fraction of the state held by one of four devices: {state}"
     if own := of("peak", ".1f", OFFLOAD, step=TREE):
         saved = (f"{of('saved', '.1f', OFFLOAD, way=way)} as {way}" for way in ("one program", "two programs"))
-        text = (
-            "`offload`, what it takes off the peak of a training step, in bytes per parameter (negative: what it adds)"
-        )
+        text = "`offload`, reduction of a training step's peak memory, in bytes per parameter (negative: an increase)"
         yield f"{text}: {', '.join(saved)}"
-        yield f"`offload`, the peak of a step of {TREE} alone, in bytes per parameter: {own}"
+        yield f"`offload`, peak memory of an optimizer step for {TREE}, in bytes per parameter: {own}"
 
 
 def summary(found: Row) -> Iterator[tuple[list[str], list[list[str]], str]]:
@@ -237,12 +235,12 @@ def summary(found: Row) -> Iterator[tuple[list[str], list[list[str]], str]]:
         about += "by `benchmarks/compiled.py`.\n"
         if talk := [bool(row.get("collectives") or "error" in row) for row in rows if row["part"] == "sharded"]:
             about += (
-                f"\n- Sharded over four devices, {len(talk) - sum(talk)} of {len(talk)} programs have no collective."
+                f"\n- Sharded over four devices, {len(talk) - sum(talk)} of {len(talk)} programs have no collectives."
             )
         if programs := sum(row.get("programs", 0) for row in rows):
             members = [row for row in rows if row["part"] == "family"]
             failed = sum(len(row.get("failed", [])) for row in members)
-            about += f"\n- The {len(members)} members of the family with every storage and every write: "
+            about += f"\n- The {len(members)} members of the family, with every storage and every kind of write: "
             about += f"{programs - failed} of {programs} steps compile."
         about += "".join(f"\n- {remark}." for remark in remarks(rows))
         yield ["step", *(FIGURES[figure][0] for figure in shown)], body, about

@@ -107,17 +107,25 @@ def comparison() -> str:
         ["error of an update, β₂ = 0.999", *error(0.999)],
         ["error of an update, β₂ = 0.999999", *error(0.999999)],
         ["bytes of state per parameter", state("optax"), f"{state('adam_fn')}, {ours}"],
-        ["time of a step of GPT-2 small", "1", device.ratio("gpt2", "adam_fn", "step")],
-        ["time to compile it", "1", device.ratio("gpt2", "adam_fn", "total")],
-        ["time of an update of 200 leaves outside `jit`", "1", device.ratio("eager", "adam_fn", "eager update")],
-        ["loss above float32's with bfloat16 parameters", "no masters", above("bfloat16, 32-bit masters")],
+        ["time of one step for GPT-2 small, relative to optax", "1", device.ratio("gpt2", "adam_fn", "step")],
+        ["time to compile that step, relative to optax", "1", device.ratio("gpt2", "adam_fn", "total")],
+        [
+            "time of one update of 200 leaves outside `jit`, relative to optax",
+            "1",
+            device.ratio("eager", "adam_fn", "eager update"),
+        ],
+        [
+            "loss with bfloat16 parameters and master weights, minus the loss with float32 parameters",
+            "has no master weights",
+            above("bfloat16, 32-bit masters"),
+        ],
     ]
     return (
         f"{table(['', '`optax.adam`', '`adam_fn.adam`'], rows)}\n\n"
-        "Errors are relative L2 errors against float64 at step 1,000; times are ratios within one run. The last row is "
-        "a character transformer trained further at a low rate with `master_weights`; with bfloat16 parameters alone "
-        f"the loss is {above('bfloat16')} above. Measured on {device.records[0]['device']}, by `exactness.py`, "
-        "`speed.py` and `precision.py` of `benchmarks`."
+        "Errors are relative L2 errors against float64 at step 1,000. The two times in each ratio come from the same "
+        "run. The losses in the last row are those of a character transformer, trained further at a low rate; with "
+        f"bfloat16 parameters and no master weights the difference is {above('bfloat16')}. Measured on "
+        f"{device.records[0]['device']} by `exactness.py`, `speed.py` and `precision.py` in `benchmarks`."
     )
 
 
@@ -147,7 +155,7 @@ def codes() -> str:
     numbers = ["error", "RMS", "largest"]
     columns = [*(f"{name}, synthetic" for name in numbers), *(f"{name}, recorded" for name in numbers)]
     texts = []
-    for part, head in (("both", ["both moments"]), ("m", ["first moment alone"]), ("v", ["second moment alone"])):
+    for part, head in (("both", ["both moments"]), ("m", ["first moment only"]), ("v", ["second moment only"])):
         body = []
         for key in (key for key in rows if key[0] == part):
             row = first(key)
@@ -163,7 +171,7 @@ def codes() -> str:
         "over σ from 1 to 1e-15. Bold: "
         f"`Block(8)` and `Block(4)`. {named(found['versions'])} ({found['date'][:10]}), by `benchmarks/codes.py`."
     )
-    details = "<details><summary>Each moment alone: our codes beside others</summary>"
+    details = "<details><summary>Only one of the moments in codes: ours and the alternatives</summary>"
     return "\n\n".join([about, texts[0], details, *texts[1:], "</details>"])
 
 
