@@ -10,7 +10,6 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
-from helpers import compiling
 from helpers.runs import Array, compilations, full_jit, random_gradients, relative_error
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -442,7 +441,7 @@ def test_reading_the_rate_runs_no_step() -> None:
     """The update that tells what is inside is not in the program."""
     tx, params = optax.chain(optax.clip_by_global_norm(1.0), adam_fn.adam(rate)), jnp.zeros((256, 256))
     read = jax.jit(lambda state, params: diagnostics.learning_rate(tx, state, params))
-    cost = read.lower(tx.init(params), params).compile(compiling.FULL).cost_analysis()
+    cost = read.lower(tx.init(params), params).compile().cost_analysis()
     assert cost is not None
     assert cost["flops"] < 100
     assert tx.update(params, tx.init(params), params)[1] is not None  # And nothing is left behind.
@@ -473,7 +472,7 @@ def test_sharded(explicit: bool) -> None:
         updates, state = jax.jit(tx.update)(g, state, p)
         assert diagnostics.signal_to_noise(tx, state, p).sharding.is_equivalent_to(where, 2)
         read = jax.jit(lambda s, p, u, g: diagnostics.summary(tx, s, p, u, None if explicit else g))
-        program = read.lower(state, p, updates, g).compile(compiling.FULL)
+        program = read.lower(state, p, updates, g).compile()
         found = program(state, p, updates, g)
     assert "all-gather" not in (program.as_text() or "all-gather")
     for key, x in expected.items():

@@ -40,7 +40,7 @@ def test_the_rules_that_square_are_known() -> None:
 
 def test_what_is_squared_is_clipped() -> None:
     """The float64 transcription of gradients clipped to 2⁶³ (2⁶²: of differences; 2⁶³/3: of Adan's), and no others."""
-    _, found = trajectories([case.make() for case in SQUARING], HUGE, PARAMS)
+    _, found = trajectories([case.make() for case in SQUARING], HUGE, PARAMS, jit=full_jit)
     for case, updates in zip(SQUARING, found, strict=True):
         bound = 2.0**63 / {"AdaBelief": 2, "Adan": 3}.get(type(case.member).__name__, 1)
         grads = np.clip(HUGE.astype(np.float64), -bound, bound)
@@ -63,7 +63,7 @@ def test_the_step_bound_holds(dtype: str) -> None:
         grads = np.stack([x * sign for x, sign in rows])
         grads[2] *= 10.0 ** np.linspace(-30, 0, STEPS)
         tx = adam_fn.adam(1.0, b1, b2, eps=0.0)
-        _, updates = trajectory(tx, grads.T, np.zeros(6), jnp.dtype(dtype))
+        _, updates = trajectory(tx, grads.T, np.zeros(6), jnp.dtype(dtype), jit=full_jit)
         assert updates.dtype == dtype
     assert (np.abs(updates).max(axis=1) <= bound * (1 + 1e-5)).all()
     assert np.abs(updates[-1, 0]) == pytest.approx(1, rel=1e-5)  # Of a constant gradient, however large.
@@ -89,7 +89,7 @@ def test_nothing_overflows(case: Case) -> None:
 
 def test_what_is_linear_is_exact() -> None:
     grads = _gradients([8e37, 1e30, 1e20, 3.0])
-    _, found = trajectories([case.make() for case in LINEAR], grads, PARAMS)
+    _, found = trajectories([case.make() for case in LINEAR], grads, PARAMS, jit=full_jit)
     for case, updates in zip(LINEAR, found, strict=True):
         expected = case.oracle(grads.astype(np.float64), PARAMS.astype(np.float64), 1e-3, **case.options).updates
         assert relative_error(updates, expected) < case.tolerance, case.name

@@ -13,7 +13,6 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
-from helpers import compiling
 from helpers.runs import compilations, full_jit
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -541,7 +540,7 @@ def test_sharded_like_the_parameters(kind: str, axes: AxisType) -> None:
             for x in (state, after):
                 if isinstance(x, write.MasterState):
                     assert x.remainder[key].sharding.is_equivalent_to(p.sharding, 2)
-    text = jax.jit(tx.update).lower(grads, tx.init(params), params).compile(compiling.FULL).as_text() or ""
+    text = jax.jit(tx.update).lower(grads, tx.init(params), params).compile().as_text() or ""
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"):
         assert collective not in text
 

@@ -130,7 +130,7 @@ def test_gradients_are_reduced_once_and_parameters_gathered(name: str, kind: Axi
         return adam_fn.make_step(spread)(params, state, jax.grad(loss)(params, batch))
 
     state = jax.jit(spread.init)(params)
-    compiled = step.lower(params, state, batch).compile(compiling.FULL)
+    compiled = step.lower(params, state, batch).compile()
     found = _collectives(compiled.as_text() or "")
     size = 4 * (256 * 32 + 32)  # On a CPU in float32, whatever the parameters are.
     for kind_of, allowed in (("all-reduce", size), ("all-gather", size)):
@@ -165,7 +165,7 @@ def test_inside_shard_map() -> None:
     init = jax.jit(jax.shard_map(spread.init, mesh=mesh, in_specs=P(), out_specs=places))
     run = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P(), places, P("data")), out_specs=(P(), places)))
     state = init(params)
-    text = run.lower(params, state, batch).compile(compiling.FULL).as_text() or ""
+    text = run.lower(params, state, batch).compile().as_text() or ""
     assert {kind for kind, _ in _collectives(text)} == {"reduce-scatter", "all-gather", "all-reduce"}
     assert sum(n for kind, n in _collectives(text) if kind == "all-reduce") == 15 * 4  # Of the leaf that stays whole.
     alone, expected = _values(), jax.jit(tx.init)(_values())

@@ -25,7 +25,7 @@ def random_gradients(steps: int, size: int, spread: float = 3.0, seed: int = 0) 
 
 
 def trajectory(
-    tx: optax.GradientTransformation, grads: Array, params: Array, dtype: Any = jnp.float32, jit: Any = full_jit
+    tx: optax.GradientTransformation, grads: Array, params: Array, dtype: Any = jnp.float32, jit: Any = jax.jit
 ) -> tuple[Array, Array]:
     """``(params, updates)``, each ``[steps, size]``, of one jitted scan over the gradients."""
 
@@ -62,7 +62,7 @@ def trajectories(
     grads: Array,
     params: Array,
     dtype: Any = jnp.float32,
-    jit: Any = full_jit,
+    jit: Any = jax.jit,
 ) -> tuple[Array, Array]:
     """`trajectory` of each, in one program: ``(params, updates)``, each ``[len(txs), steps, size]``."""
     shape = (len(grads), len(txs), grads.shape[-1])

@@ -27,8 +27,8 @@ def test_elementwise() -> None:
     """1. A rule commutes with every permutation of the elements, bit for bit."""
     order = np.random.default_rng(2).permutation(SIZE)
     txs = [case.make() for case in CASES]
-    plain = trajectories(txs, GRADS, PARAMS)
-    permuted = trajectories(txs, GRADS[:, order], PARAMS[order])
+    plain = trajectories(txs, GRADS, PARAMS, jit=full_jit)
+    permuted = trajectories(txs, GRADS[:, order], PARAMS[order], jit=full_jit)
     for i, case in enumerate(CASES):
         for a, b in zip(plain, permuted, strict=True):
             np.testing.assert_array_equal(a[i][:, order], b[i], err_msg=case.name)
@@ -81,8 +81,8 @@ def test_storage(dtype: str) -> None:
 
 
 def test_float32_storage_is_the_identity() -> None:
-    plain = trajectories([case.make() for case in MEMBERS], GRADS, PARAMS)
-    stored = trajectories([case.make(**case.stored(jnp.float32)) for case in MEMBERS], GRADS, PARAMS)
+    plain = trajectories([case.make() for case in MEMBERS], GRADS, PARAMS, jit=full_jit)
+    stored = trajectories([case.make(**case.stored(jnp.float32)) for case in MEMBERS], GRADS, PARAMS, jit=full_jit)
     for i, case in enumerate(MEMBERS):
         for a, b in zip(plain, stored, strict=True):
             np.testing.assert_array_equal(a[i], b[i], err_msg=case.name)
@@ -122,8 +122,8 @@ def test_invariant_to_the_scale_of_the_gradients(scale: float) -> None:
     """6. As eps goes to 0, gradients times c > 0 leave the updates unchanged."""
     cases = [case for case in MEMBERS if case.scale_free is not None]
     txs = [case.make(**(case.scale_free or {})) for case in cases]
-    _, plain = trajectories(txs, GRADS, PARAMS)
-    _, scaled = trajectories(txs, GRADS * np.float32(scale), PARAMS)
+    _, plain = trajectories(txs, GRADS, PARAMS, jit=full_jit)
+    _, scaled = trajectories(txs, GRADS * np.float32(scale), PARAMS, jit=full_jit)
     for case, a, b in zip(cases, plain, scaled, strict=True):
         np.testing.assert_allclose(b, a, rtol=0, atol=1e-9, err_msg=case.name)  # of a rate of 1e-3
         assert np.abs(a).max() > 0
@@ -136,7 +136,7 @@ def test_step_bound(b1: float, b2: float) -> None:
     t = np.arange(1, steps + 1)
     growing = np.repeat(((b1 / b2) ** (steps - t))[:, None], 4, axis=1) * [1, -1, 1e-3, 1e3]
     grads = np.concatenate([growing, np.eye(steps)[:, -1:], random_gradients(steps, 59)], axis=1).astype(np.float32)
-    _, updates = trajectory(adam_fn.adam(1.0, b1, b2, eps=0.0), grads, np.zeros(64, np.float32))
+    _, updates = trajectory(adam_fn.adam(1.0, b1, b2, eps=0.0), grads, np.zeros(64, np.float32), jit=full_jit)
     r = b1**2 / b2
     bound = (1 - b1) / (1 - b1**t) * np.sqrt((1 - b2**t) / (1 - b2)) * np.sqrt((1 - r**t) / (1 - r))
     assert (np.abs(updates).max(axis=1) <= bound * (1 + 1e-5)).all()

@@ -68,10 +68,10 @@ def test_complex_is_two_reals() -> None:
     """As in torch, and not |g|²."""
     grads, params = random_gradients(5, 8), np.linspace(-1, 1, 8).astype(np.float32)
     txs = [case.make() for case in CASES]
-    _, expected = trajectories(txs, grads, params, jit=jax.jit)
+    _, expected = trajectories(txs, grads, params)
     complex_grads = (grads[:, :4] + 1j * grads[:, 4:]).astype(np.complex64)
     complex_params = (params[:4] + 1j * params[4:]).astype(np.complex64)
-    _, found = trajectories(txs, complex_grads, complex_params, jnp.complex64, jax.jit)
+    _, found = trajectories(txs, complex_grads, complex_params, jnp.complex64)
     assert found.dtype == np.complex64
     for case, a, b in zip(CASES, np.concatenate([np.real(found), np.imag(found)], axis=-1), expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-9, err_msg=case.name)

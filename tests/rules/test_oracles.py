@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from cases import CASES, Case, name
-from helpers.runs import random_gradients, relative_error, trajectories, trajectory
+from helpers.runs import full_jit, random_gradients, relative_error, trajectories, trajectory
 from oracles import momentum
 
 import adam_fn
@@ -20,7 +20,7 @@ PARAMS = np.random.default_rng(1).standard_normal(SIZE).astype(np.float32)
 
 
 def test_follows_its_paper_for_1000_steps() -> None:
-    found = trajectories([case.make() for case in CASES], GRADS, PARAMS)
+    found = trajectories([case.make() for case in CASES], GRADS, PARAMS, jit=full_jit)
     for case, params, updates in zip(CASES, *found, strict=True):
         expected = case.oracle(np.float64(GRADS), np.float64(PARAMS), 1e-3, **case.options)
         # Float32 parameters round p + u at every step, those of equal updates the same way each time: what the exact
@@ -44,8 +44,8 @@ def test_follows_its_paper_in_float64() -> None:
 @pytest.mark.parametrize("rate", [1e-3, optax.warmup_cosine_decay_schedule(1e-5, 1e-3, 20, 80)])
 def test_agrees_with_optax(rate: Any) -> None:
     cases = [case for case in CASES if case.peer]
-    ours, _ = trajectories([case.make(rate) for case in cases], GRADS[:100], PARAMS, jit=jax.jit)
-    theirs, _ = trajectories([case.make_peer(rate) for case in cases], GRADS[:100], PARAMS, jit=jax.jit)
+    ours, _ = trajectories([case.make(rate) for case in cases], GRADS[:100], PARAMS)
+    theirs, _ = trajectories([case.make_peer(rate) for case in cases], GRADS[:100], PARAMS)
     for case, a, b in zip(cases, ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5, err_msg=case.name)
 
@@ -64,7 +64,7 @@ def test_scheduled_betas_are_corrected_exactly(case: Case) -> None:
     values = {key: np.float64(beta) for key, beta in betas.items()}
     expected = case.oracle(np.float64(GRADS), np.float64(PARAMS), np.float64(rates), **case.options, **values)
     schedules = {key: functools.partial(jnp.take, jnp.asarray(beta)) for key, beta in betas.items()}
-    _, updates = trajectory(case.make(rate, **schedules), GRADS, PARAMS)
+    _, updates = trajectory(case.make(rate, **schedules), GRADS, PARAMS, jit=full_jit)
     for t in (1, 2, 10, 50, 100, 1000):
         assert relative_error(updates[t - 1], expected.updates[t - 1]) <= 2e-6, t
 
@@ -80,7 +80,7 @@ def test_ademamix_with_its_two_schedules() -> None:
         alpha, b3 = adam_fn.schedules.ademamix_alpha(5.0, 600), adam_fn.schedules.ademamix_b3(0.9999, 600)
         return adam_fn.ademamix(1e-3, alpha=alpha, b3=b3)
 
-    _, updates = trajectory(make(), GRADS, PARAMS)
+    _, updates = trajectory(make(), GRADS, PARAMS, jit=full_jit)
     assert max(map(relative_error, updates, expected.updates)) < 2e-4
     with jax.enable_x64(True):
         _, updates = trajectory(make(), GRADS, PARAMS, jnp.float64)
