@@ -37,7 +37,7 @@ QUICK = (
     "test_write.py::test_any_parameter_joins_any_remainder",
     "test_write.py::test_training_is_that_of_float32[8]",
     "test_write.py::test_rounded_updates_land_where_they_cancel",
-    "test_write.py::test_errors",
+    "test_write_in_use.py::test_errors",
     # Around an optimizer.
     "test_wrappers.py::test_lamb_follows_its_paper[options0]",
     "test_wrappers.py::test_swats_follows_its_paper[constant]",
