@@ -9,7 +9,7 @@ import optax
 
 from adam_fn.codec import Codec, Stored, Uncoded
 from adam_fn.execute.body import as_real, compute_dtype
-from adam_fn.execute.store import structure
+from adam_fn.execute.store import PARTS, structure
 from adam_fn.groups import Groups
 from adam_fn.leaves import Leaves, PyTree
 from adam_fn.rule import Rule
@@ -85,7 +85,7 @@ def scatter(leaves: Leaves, codec: Codec, slot: PyTree, what: str) -> list[Store
     outer = structure(codec)
     try:
         parts = outer.flatten_up_to(slot)
-        if isinstance(slot, dict) and set(slot) == {"codes", "scales"} and jax.tree_util.treedef_is_leaf(outer):
+        if isinstance(slot, dict) and set(slot) == set(PARTS) and jax.tree_util.treedef_is_leaf(outer):
             leaves.treedef.flatten_up_to(slot)  # Of a Block, unless the parameters have these names.
     except (ValueError, TypeError) as error:
         raise ValueError(

@@ -19,11 +19,13 @@ from adam_fn.rule import Clock
 
 #: What is stored of the slots of a leaf.
 Slots: TypeAlias = Mapping[str, Stored]
+#: What is stored where blocks of elements share a scale.
+PARTS = ("codes", "scales")
 
 
 def structure(codec: Codec) -> Any:  # noqa: ANN401 (JAX has no public type for it)
     """The tree structure of what is stored of a slot, the same for all leaves."""
-    return jax.tree.structure({"codes": 0, "scales": 0} if _structured(codec) else 0)
+    return jax.tree.structure(dict.fromkeys(PARTS, 0) if _structured(codec) else 0)
 
 
 def _structured(codec: Codec) -> bool:
