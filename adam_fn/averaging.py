@@ -61,7 +61,7 @@ def average_params(decay: Hyper | None = 0.999) -> Transformation:
         evaluate(adam_fn.averaged_params(opt_state, params))
 
     The average is ``state.slots["average"]``: the shapes are those of the parameters, the dtype is float32 (float64 for
-    float64 parameters). It averages p + u before that is rounded to a low precision.
+    float64 parameters). The value averaged is p + u, before it is rounded to a lower precision.
 
     Args:
       decay: β in [0, 1), a number, a 0-d array or a schedule; the paper takes Adam's β₂. None for the mean of all

@@ -1,4 +1,4 @@
-"""Cautious updates: only those that the gradient agrees with."""
+"""Cautious updates: only the elements whose sign agrees with the gradient's."""
 
 import dataclasses
 
@@ -58,7 +58,7 @@ def cautious(tx: optax.GradientTransformation, floor: ArrayLike = 1e-3) -> optax
 
     Args:
       tx: a transformation whose updates are added to the parameters (with the sign of descent).
-      floor: a smaller mean counts as this.
+      floor: the lower bound of the mean that the updates are divided by.
     """
     if isinstance(floor, (int, float)) and not 0 < floor <= 1:
         raise ValueError(f"floor must be in (0, 1], got {floor}")

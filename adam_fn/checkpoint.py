@@ -44,9 +44,10 @@ def _forms(name: str, tree: PyTree, like: PyTree = None) -> dict[str, str]:
 def describe(tx: optax.GradientTransformation, params: PyTree) -> dict[str, Any]:
     """A description of a checkpoint of `params` and of the state of `tx`, to be saved with it as JSON.
 
-    It names the rules of this package in `tx` that have a memory, in the order in which `tx` makes their states, the
-    codec of each slot, and shape and dtype of each leaf of parameters and state by path. Hyperparameters are left out:
-    a run may continue with another rate or decay. So are optax's transformations, except for their states.
+    It lists the rules of this package in `tx` that keep state, in the order in which `tx` creates their states, the
+    codec of each slot, and the shape and dtype of each leaf of the parameters and the state, by path. Hyperparameters
+    are left out: a run may continue with another rate or decay. So are optax's transformations, except for their
+    states.
 
     Args:
       tx: any optax transformation.
@@ -80,7 +81,7 @@ def _made(tx: optax.GradientTransformation, params: PyTree) -> tuple[PyTree, lis
 
 
 def check(saved: PyTree, tx: optax.GradientTransformation, params: PyTree) -> None:
-    """Raises where a checkpoint is not one of `tx` and `params`, with a line for each path that differs.
+    """Raises an error, with a line for each path that differs, if a checkpoint does not belong to `tx` and `params`.
 
     ::
 
@@ -92,8 +93,8 @@ def check(saved: PyTree, tx: optax.GradientTransformation, params: PyTree) -> No
       saved: what `describe` returned when the checkpoint was made. Or a state (restored by whatever means), or the
         shapes of one, such as Orbax's ``manager.item_metadata(step)["state"]``: then the leaves of the state are
         compared, but neither rules nor parameters.
-      tx: the transformation that is to continue.
-      params: its parameters, arrays or `jax.ShapeDtypeStruct`.
+      tx: the transformation that resumes from the checkpoint.
+      params: the parameters, arrays or `jax.ShapeDtypeStruct`.
 
     Raises:
       ValueError: names every difference, saved and expected: another optimizer, another storage of a slot, and each

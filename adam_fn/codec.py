@@ -83,8 +83,8 @@ class Cast(Codec):
     def of(self, *, signed: bool) -> "Cast":
         if not signed and self.dtype is not None and jnp.finfo(self.dtype).minexp > -64:
             warnings.warn(
-                f"{self.dtype} cannot hold small second moments: where they become 0 the update is m/eps. bfloat16 "
-                "can, and Block(8)",
+                f"{self.dtype} cannot hold small second moments: where they underflow to 0 the update is m/eps. Use "
+                "bfloat16 or Block(8)",
                 stacklevel=2,
             )
         return self

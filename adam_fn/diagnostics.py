@@ -9,8 +9,8 @@
 `tx` is any transformation with one optimizer of this package in it: bare, in `optax.chain`, `masked`, `partition`,
 `inject_hyperparams`, `MultiSteps` or `apply_if_finite`, or in a wrapper of this package; `state` is that of `tx`
 **after** a step, and `params` has the parameters' structure. With two optimizers, or none, it is a ValueError: pass the
-part that is meant, and its state. (Nothing can be seen inside a copy of `tx.update` that is jitted by itself.) For an
-`nnx.Optimizer` and its model pass ``nnx.as_pure`` of ``optimizer.opt_state`` and of ``nnx.state(model, wrt)``.
+part that is meant, and its state. (They cannot look inside a `tx.update` that was wrapped in `jax.jit` on its own.) For
+an `nnx.Optimizer` and its model pass ``nnx.as_pure`` of ``optimizer.opt_state`` and of ``nnx.state(model, wrt)``.
 
 What is stored in codes is decoded. Trees have the structure of the parameters, with `optax.MaskedNode` for leaves that
 are not trained (integers, frozen ones) and None for None; complex leaves are two reals, of shape ``(2, *shape)``.
@@ -60,8 +60,8 @@ def _compiled(function: Callable[P, T]) -> Callable[P, T]:
             return compiled(*args, **kwargs)
         except jax.errors.UnexpectedTracerError as error:
             raise ValueError(
-                f"{function.__name__} cannot see what lax.cond hands to the optimizer inside of it (as in "
-                "optax.MultiSteps and apply_if_finite): give the inner transformation, and its state"
+                f"{function.__name__} cannot see an optimizer that runs inside lax.cond (as in optax.MultiSteps and "
+                "apply_if_finite): pass the inner transformation, and its state"
             ) from error
 
     return wrapped
@@ -140,7 +140,7 @@ def _required(tx_parts: Sequence[Part], params: PyTree) -> PyTree:
     part = optimizer_of(tx_parts)
     ratio = _signal_to_noise(part, params)
     if ratio is None:
-        raise ValueError(f"there is no m̂/√v̂ in {part.spec.rule}, whose slots are {sorted(part.state.slots)}")
+        raise ValueError(f"{part.spec.rule} has no m̂/√v̂: its slots are {sorted(part.state.slots)}")
     return ratio
 
 
@@ -154,7 +154,8 @@ def signal_to_noise(tx: optax.GradientTransformation, state: PyTree, params: PyT
     has switched it says nothing: m is SGD's momentum then.
 
     Raises:
-      ValueError: of Lion, and where ``b1 = 0``: no signal or no noise is stored. See the module for the rest.
+      ValueError: for Lion, which stores no second moment, and for ``b1 = 0``, where no first moment is stored. See the
+        module for the rest.
     """
     return _required(parts_of(tx, state, params), params)
 
@@ -165,8 +166,8 @@ def effective_step(
 ) -> PyTree:
     """The effective step ``Δ = α m̂/√v̂`` of every element (arXiv 1412.6980, section 2.1), a tree of arrays.
 
-    It is what the moments ask for: no ε, no weight decay, trust ratio or mask. What was done is in the updates; see
-    `update_to_weight`.
+    It is the step that follows from the moments alone, without ε, weight decay, trust ratio and mask. The step actually
+    taken is in the updates; see `update_to_weight`.
 
     Args:
       tx: the transformation.

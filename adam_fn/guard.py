@@ -16,8 +16,8 @@ class GuardState(NamedTuple):
 
     Attributes:
       skipped: how many steps were skipped so far, an int32 scalar.
-      consecutive: how many of the last steps, up to and with the last one, had a gradient that is not finite; an int32
-        scalar.
+      consecutive: how many steps in a row, up to and including the last one, had a gradient that was not finite; an
+        int32 scalar.
       inner: the state of the transformation that is wrapped.
     """
 
@@ -84,8 +84,8 @@ def skip_nonfinite(
 
     A skipped step leaves the parameters, the moments and the step count, and with it schedules and random streams, bit
     for bit as they were: training continues as if the batch had not been drawn. ``state.skipped`` counts such steps.
-    Like `optax.apply_if_finite` it gives up in the end: after `max_consecutive` skips in a row it makes the next update
-    whatever it is, and every further one until the gradients are finite again, so that a broken run becomes visible.
+    Like `optax.apply_if_finite`, it eventually gives up: after `max_consecutive` skips in a row it applies every
+    update, whatever it is, until the gradients are finite again, so that a broken run becomes visible.
 
     The step is computed, and its result is then selected or not, element by element. So each member of a `vmap` skips
     for itself, and `make_step` still works in place. Inside `shard_map` give all shards the same gradients (after

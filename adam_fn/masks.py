@@ -20,8 +20,8 @@ def _check_tree(mask: object, params: PyTree) -> None:
     """Raises where a mask was taken for a schedule."""
     if isinstance(params, jax.Array) and params.shape == () and jnp.issubdtype(params.dtype, jnp.integer):
         raise TypeError(
-            f"{mask} is a mask of parameters and got a step count: optax.inject_hyperparams takes every function as a "
-            'schedule, unless static_args=("mask", "frozen", "storage_mask") names it'
+            f"{mask} is a mask, but was called with a step count: optax.inject_hyperparams treats every function as a "
+            'schedule; exclude masks with static_args=("mask", "frozen", "storage_mask")'
         )
 
 

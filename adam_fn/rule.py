@@ -54,7 +54,7 @@ class Slot(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Clock:
-    """What a rule may know of time.
+    """What a rule knows about the current step.
 
     Attributes:
       count: the zero-based step, an int32 scalar; the first update sees 0.
@@ -86,15 +86,15 @@ def checked(name: str, value: object, bounds: Range) -> Hyper:
             raise ValueError(f"{name} must be a scalar, got an array of shape {value.shape}")
         if bounds is UNIT and jnp.issubdtype(value.dtype, jnp.floating) and jnp.finfo(value.dtype).bits < 32:
             raise ValueError(
-                f"{name} came as a {value.dtype} array, too short for a decay rate near 1 (0.999 becomes 1): give it "
-                'as float32, or optax.inject_hyperparams hyperparam_dtype=jnp.float32 or static_args=("b1", "b2")'
+                f"{name} is a {value.dtype} array, too short for a decay rate near 1 (0.999 becomes 1): pass it in "
+                'float32, or call optax.inject_hyperparams with hyperparam_dtype=jnp.float32 or static_args=("b1", "b2")'
             )
         return value
     if callable(value):
         try:
             hash(value)
         except TypeError as error:
-            raise TypeError(f"{name}: a schedule must be hashable, as functions and frozen dataclasses are") from error
+            raise TypeError(f"{name} is a schedule that is not hashable: use a function or frozen dataclass") from error
         return typing.cast(Schedule, value)
     raise TypeError(f"{name} must be a number, a 0-d array or a schedule, got {value!r}")
 
@@ -115,7 +115,7 @@ class Rule(abc.ABC):
     """One optimizer's arithmetic on one array.
 
     A subclass is a frozen dataclass of its hyperparameters (annotated `Beta` or `NonNegative`, which checks their
-    range) that defines `leaf` and, where it has a memory, `slots` and `weigh`. Rules are pytrees whose leaves are the
+    range) that defines `leaf` and, if it keeps state, `slots` and `weigh`. Rules are pytrees whose leaves are the
     hyperparameters given as arrays.
 
     Attributes:

@@ -114,8 +114,8 @@ def state_shardings(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
 
     Whatever belongs to a parameter is sharded like the parameter: moments, codes, scales, remainders of masters,
     averages, and the states of optax's transformations, which `jit` alone would put on one device. Scales that are too
-    few to be divided are whole on every device, and so are counts and everything that belongs to no parameter. With
-    `jax.eval_shape` it tells a checkpointer where to restore a state::
+    few to be divided are replicated on every device, and so are counts and everything else that belongs to no
+    parameter. Together with `jax.eval_shape`, the result tells a checkpointer where to restore a state::
 
         shardings = adam_fn.state_shardings(tx, params)
         state = jax.jit(tx.init, out_shardings=shardings)(params)

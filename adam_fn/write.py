@@ -60,7 +60,7 @@ class _Params:
     def _is_short(self, path: str, p: jax.Array) -> bool:
         dtype = jnp.result_type(p)
         if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32 and dtype != jnp.bfloat16:
-            raise TypeError(f"{self.name} expected parameters of bfloat16, or of float32 and wider; {path} is {dtype}")
+            raise TypeError(f"{self.name} expected parameters in bfloat16, or in float32 or wider; {path} is {dtype}")
         return dtype == jnp.bfloat16
 
     def match(self, tree: PyTree, what: str) -> list[Any]:
@@ -275,9 +275,9 @@ def master_weights(tx: optax.GradientTransformation, bits: int = 16) -> optax.Gr
         x = (bits(p) << 16) + r;   x ← x + tx(g, x);   q = x rounded to bfloat16;   r = x - q in units of x's last bit
 
     The master x is a float32; of it the parameter is the upper half, rounded to nearest (halves away from 0), and the
-    state keeps the rest, an int16 r. Nothing is lost: training is that of float32 parameters, and the bfloat16
-    parameters are these, rounded. (XLA may contract the addition and a multiplication in `tx`, in one program and not
-    in another: then x differs in the last bit.) `tx` sees the masters as parameters, weight decay included, and
+    state keeps the rest, an int16 r. Nothing is lost: training proceeds as with float32 parameters, and the bfloat16
+    parameters are the masters, rounded. (XLA may contract the addition and a multiplication in `tx`, in one program and
+    not in another: then x differs in the last bit.) `tx` sees the masters as parameters, weight decay included, and
     gradients in float32; so its state is in float32 too. The updates are float32, and `optax.apply_updates` lands on q
     exactly.
 
@@ -357,10 +357,10 @@ def stochastic_rounding(seed: int = 0) -> optax.GradientTransformationExtraArgs:
     `vmap` or a shard of a `shard_map` is rounded as it would be alone, so members share their bits; to give each its
     own, start them at distant steps: ``state._replace(count=jnp.arange(members) << 20)``.
 
-    It rounds the updates that it gets. Those of this package have the gradient's dtype: give float32 gradients, or
-    bfloat16's 2⁻⁹ is the error of an update. An update below 2⁻²⁵ of its parameter vanishes in x, and where XLA takes
-    subnormal numbers as 0 (on CPU) so do they here. bfloat16 is the only short dtype of parameters: float16 and float8
-    are errors. The updates of other leaves pass through.
+    It can only round the updates that it receives. Updates of this package have the gradients' dtype, so pass float32
+    gradients; bfloat16 gradients give each update a relative error of up to 2⁻⁹. An update below 2⁻²⁵ of its parameter
+    vanishes in x, and where XLA takes subnormal numbers as 0 (on CPU) so do they here. bfloat16 is the only short dtype
+    of parameters: float16 and float8 are errors. The updates of other leaves pass through.
 
     Args:
       seed: an integer in [0, 2³²). Transformations of equal seeds use equal bits.

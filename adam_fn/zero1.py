@@ -94,8 +94,8 @@ class Zero1(Wrapper):
         state = self._within(self.tx.init, self.state.tree(), self._each(params, "parameters", self._part))
         if self._inside() and jax.tree.structure(state) != self.state.treedef:
             raise ValueError(
-                "zero1: inside shard_map a part of a leaf is a leaf, and one is too small here to be stored in codes "
-                "as the whole is; call the transformation outside of shard_map"
+                "zero1: inside shard_map a device's part of a leaf is treated as a leaf, and one of them is too small "
+                "to be stored in codes although the whole leaf is; call the transformation outside of shard_map"
             )
         return self._kept(state)
 
@@ -225,8 +225,9 @@ def zero1(
 
     Each of the n devices holds 1/n of the moments, codes, scales and masters, and steps 1/n of the parameters
     (Rajbhandari et al., arXiv 1910.02054, section 5.1). Where the gradients in the same program are of a batch that is
-    divided over the axis, their all-reduce becomes a reduce-scatter, and the updates are gathered; in `make_step` it is
-    the new parameters, which are shorter in bfloat16. Results are those of `tx` alone, random streams included.
+    divided over the axis, their all-reduce becomes a reduce-scatter, and the updates are gathered; in `make_step` the
+    new parameters are gathered instead, which take fewer bytes in bfloat16. Results are those of `tx` alone, random
+    streams included.
 
     A leaf is divided along the first of its axes that the n devices divide evenly, on top of what divides it already
     (tensor parallelism); the axis of the blocks of codes only between blocks. A leaf that is divided over the axis
@@ -277,8 +278,8 @@ def zero1(
     large = [f"{shown(path)} of shape {shape}" for path, shape in whole.items() if math.prod(shape) >= SMALL]
     if large:
         warnings.warn(
-            f"zero1: the state stays whole on each of the {devices(mesh, names)} devices of {axis!r}, which divide no "
-            f"axis evenly (and between blocks of codes), of {', '.join(large)}",
+            f"zero1: the state of {', '.join(large)} stays whole on each of the {devices(mesh, names)} devices of "
+            f"{axis!r}, because none of its axes can be divided evenly among them (between blocks, for codes)",
             stacklevel=2,
         )
     over = [() if place is None else division(place.spread, len(place.shape)) for place in places]

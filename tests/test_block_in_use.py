@@ -151,9 +151,9 @@ def test_strict_promotion_and_wrong_storage() -> None:
         with jax.numpy_dtype_promotion("strict"):
             assert jnp.isfinite(tx.update(g, tx.init(g), g)[0]).all()
     wrong: Any = "bfloat16"
-    with pytest.raises(TypeError, match="storage is a codec, such as Block"):
+    with pytest.raises(TypeError, match="storage must be a codec, such as Block"):
         adam_fn.adam(1e-3, storage=wrong)
-    with pytest.raises(TypeError, match="storage is a codec, such as Block"):
+    with pytest.raises(TypeError, match="storage must be a codec, such as Block"):
         adam_fn.transform(adam_fn.Adam(), storage=wrong)
     both = {"mu": Block(8), "nu": Block(8)}
     assert adam_fn.transform(adam_fn.Adam(), storage=Block(8)) == adam_fn.transform(adam_fn.Adam(), storage=both)
@@ -166,7 +166,7 @@ def test_masks_are_no_schedules() -> None:
     params = {"embedding": jnp.ones((64, 128)), "w": jnp.ones((64, 128))}
     mask = adam_fn.masks.path("w")
     for mask_ in (mask, adam_fn.masks.rank(2)):
-        with pytest.raises(TypeError, match="is a mask of parameters and got a step count"):
+        with pytest.raises(TypeError, match="is a mask, but was called with a step count"):
             optax.inject_hyperparams(adam_fn.adamw)(1e-2, storage=Block(8), storage_mask=mask_).init(params)
     tx = optax.inject_hyperparams(adam_fn.adamw, static_args="storage_mask")(1e-2, storage=Block(8), storage_mask=mask)
     codes: Any = optax.tree.get(tx.init(params), "slots")["mu"]["codes"]

@@ -47,7 +47,7 @@ def from_keras(
     `tx` is the one of `adam_fn.presets` with Keras's name (``keras3_adam``, …) and Keras's hyperparameters.
 
     Args:
-      tx: an optimizer of this package, or `adam_fn.master_weights` around one (its remainders are 0 then).
+      tx: an optimizer of this package, or `adam_fn.master_weights` around one (its remainders then start at 0).
       params: the parameters, now. Paths are their keys joined by ``/``, as in `adam_fn.masks.path`.
       variables: ``optimizer.variables``, arrays in that order, or by number what ``save_own_variables`` stored (as in
         the ``optimizer/vars`` of a file).

@@ -68,7 +68,8 @@ class Target:
         if not isinstance(update, Update):
             raise TypeError(
                 "expected an optimizer of adam_fn, such as adam_fn.adam(1e-3), or adam_fn.master_weights around one; "
-                f"got {tx!r}. The state of a link of an optax.chain is converted by itself and put into its place"
+                f"got {tx!r}. In an optax.chain convert the state of the one link that has the moments, and put the "
+                "result into its place in the tuple of states"
             )
         self.update = update
         if self.masters:  # What is inside sees them in float32.
@@ -93,7 +94,7 @@ class Target:
         """The row of the rule in a framework's table."""
         if type(self.rule) not in forms:
             known = ", ".join(sorted(kind.__name__ for kind in forms))
-            raise TypeError(f"{framework} has no counterpart of {type(self.rule).__name__}; there are those of {known}")
+            raise TypeError(f"{framework} has no counterpart of {type(self.rule).__name__}; it has those of {known}")
         return forms[type(self.rule)]
 
     @property
@@ -225,8 +226,8 @@ def in_order(paths: Paths, names: Sequence[str] | None, number: int, framework: 
 
 def _no_names(framework: str) -> NoReturn:
     raise ValueError(
-        f"paths by name needs the names of {framework}'s parameters in the order of its optimizer: give names=, or "
-        "paths in that order"
+        f"paths that go by name need the names of {framework}'s parameters, in the order of its optimizer: pass them "
+        "as names=, or pass a list of paths in that order"
     )
 
 

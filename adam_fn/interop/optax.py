@@ -69,7 +69,7 @@ def from_optax(tx: optax.GradientTransformation, params: PyTree, optax_state: op
     optax's moments are found wherever they are: in a chain, masked, partitioned, under `inject_hyperparams`,
     `MultiSteps` or `apply_if_finite`. They are stored as `tx` stores its moments, and live where the parameters live.
     What else such wrappers keep (injected hyperparameters, accumulated gradients) is not taken over, nor are moments of
-    leaves that `tx` has frozen. `tx` should have the hyperparameters that optax's had: they are no part of a state.
+    leaves that `tx` has frozen. `tx` should have the hyperparameters that optax's had: they are not part of a state.
 
     Adam, AdamW, NAdam, AdaMax, RAdam, AdaBelief, Yogi, Lion, ADOPT and AdEMAMix continue as they would have in optax.
     `adam_fn.adam_atan2`, which optax has not, continues from the state of Adam.
@@ -79,7 +79,7 @@ def from_optax(tx: optax.GradientTransformation, params: PyTree, optax_state: op
     in the place of β₂ (see `adam_fn.adan`).
 
     Args:
-      tx: an optimizer of this package, or `adam_fn.master_weights` around one (its remainders are 0 then).
+      tx: an optimizer of this package, or `adam_fn.master_weights` around one (its remainders then start at 0).
       params: the parameters, now.
       optax_state: the state of an optimizer of optax for parameters of this structure. One from a checkpoint has to be
         restored into ``optax_tx.init(params)``: dictionaries and lists in its place are a ValueError that says how.
@@ -111,7 +111,7 @@ def from_optax(tx: optax.GradientTransformation, params: PyTree, optax_state: op
             "StandardRestore(optax_tx.init(params)) or flax.serialization.from_state_dict(optax_tx.init(params), …)"
         )
         raise ValueError(
-            f"no {form.state.__name__} in the state of optax, which {type(target.rule).__name__} goes on from"
+            f"the state of optax has no {form.state.__name__}, from which {type(target.rule).__name__} could continue"
             + (lost if untyped else "")
         )
     if len(set(counts.values())) > 1:

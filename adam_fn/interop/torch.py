@@ -60,10 +60,10 @@ def from_torch(
         )
 
     `tx` is the one of `adam_fn.presets` with torch's name and with the hyperparameters in ``param_groups`` (see
-    `torch_groups`): they are no part of our state.
+    `torch_groups`): they are not part of our state.
 
     Args:
-      tx: an optimizer of this package, or `adam_fn.master_weights` around one (its remainders are 0 then).
+      tx: an optimizer of this package, or `adam_fn.master_weights` around one (its remainders then start at 0).
       params: the parameters, now. Paths are their keys joined by ``/``, as in `adam_fn.masks.path`.
       state_dict: what ``optimizer.state_dict()`` returned, of tensors or of NumPy arrays, or the name of a file to
         which torch saved it (only that needs torch).
