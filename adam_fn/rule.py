@@ -86,8 +86,8 @@ def checked(name: str, value: object, bounds: Range) -> Hyper:
             raise ValueError(f"{name} must be a scalar, got an array of shape {value.shape}")
         if bounds is UNIT and jnp.issubdtype(value.dtype, jnp.floating) and jnp.finfo(value.dtype).bits < 32:
             raise ValueError(
-                f"{name} is a {value.dtype} array, too short for a decay rate near 1 (0.999 becomes 1): pass it in "
-                'float32, or call optax.inject_hyperparams with hyperparam_dtype=jnp.float32 or static_args=("b1", "b2")'
+                f"{name} is a {value.dtype} array, too short for a decay rate near 1 (0.999 becomes 1): pass it as "
+                'float32, or give optax.inject_hyperparams hyperparam_dtype=jnp.float32 or static_args=("b1", "b2")'
             )
         return value
     if callable(value):

@@ -172,7 +172,7 @@ def test_what_a_schedule_returns_is_checked() -> None:
 def test_bad_options_name_the_argument() -> None:
     with pytest.raises(ValueError, match=r"decay must be one of .*'independent', 'l2', 'proximal'.*, got 'L2'"):
         adam_fn.adam(1e-3, weight_decay=0.1, decay="L2")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="weight_decay is not given"):
+    with pytest.raises(ValueError, match="have no effect without weight_decay"):
         adam_fn.adam(1e-3, mask=True)
     with pytest.raises(ValueError, match=r"momentum_decay .* needs nesterov=True"):
         adam_fn.adam(1e-3, momentum_decay=4e-3)
