@@ -229,7 +229,7 @@ def test_storage_mask() -> None:
             "uint8",
             "int16",
         }
-    with pytest.raises(ValueError, match="storage is not given"):
+    with pytest.raises(ValueError, match="storage_mask has no effect without storage"):
         adam_fn.adamw(1e-2, storage_mask=mask)
     with pytest.raises(ValueError, match=r"storage_mask must have the structure .*: v is not a parameter"):
         adam_fn.adamw(1e-2, storage=Block(8), storage_mask={"v": True}).init(params)
