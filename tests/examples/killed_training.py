@@ -60,11 +60,11 @@ def main(folder: str, steps: int, every: int, cache: str, said: Connection) -> N
         if (last := manager.latest_step()) is not None:
             checkpoint.check(manager.metadata(last).custom_metadata, TX, carry["params"])
             carry, done = manager.restore(last, args=ocp.args.StandardRestore(carry)), last
+        about = checkpoint.describe(TX, carry["params"])
         said.send(f"start {done}")
         while done < steps:
             carry, done = train(carry), done + 1
             if done % every == 0 or done == steps:
-                about = checkpoint.describe(TX, carry["params"])
                 manager.save(done, args=ocp.args.StandardSave(carry), custom_metadata=about)
                 said.send(f"save {done}")
     said.send(f"end {digest(carry)}")
