@@ -82,7 +82,7 @@ def averaged_params(state: optax.OptState, params: Params) -> Params:
         if isinstance(part, State) and "average" in part.slots
     ]
     if len(found) != 1:
-        raise ValueError(f"expected a state with one average_params in it, found {len(found)}")
+        raise ValueError(f"expected a state that contains exactly one average_params, found {len(found)}")
     leaves, treedef = jax.tree.flatten(params)
     averages = treedef.flatten_up_to(found[0].slots["average"])
     started = found[0].count > 0

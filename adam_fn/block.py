@@ -66,7 +66,7 @@ class Block(Codec):
 
     def __post_init__(self) -> None:
         if self.bits not in (8, 4):
-            raise ValueError(f"a block codec has 8 or 4 bits, got {self.bits}")
+            raise ValueError(f"bits of Block must be 8 or 4, got {self.bits}")
 
     def __str__(self) -> str:
         return f"Block({self.bits})"

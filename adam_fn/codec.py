@@ -74,7 +74,7 @@ class Cast(Codec):
         if self.dtype is not None:
             dtype = jnp.dtype(self.dtype)
             if not jnp.issubdtype(dtype, jnp.floating):
-                raise ValueError(f"moments are stored in a floating dtype, got {dtype}")
+                raise ValueError(f"moments must be stored in a floating dtype, got {dtype}")
             object.__setattr__(self, "dtype", dtype)
 
     def __str__(self) -> str:
@@ -83,8 +83,8 @@ class Cast(Codec):
     def of(self, *, signed: bool) -> "Cast":
         if not signed and self.dtype is not None and jnp.finfo(self.dtype).minexp > -64:
             warnings.warn(
-                f"{self.dtype} cannot hold small second moments: where they become 0 the update is m/eps. bfloat16 "
-                "can, and Block(8)",
+                f"{self.dtype} cannot represent small second moments: where they underflow to 0 the update is m/eps. "
+                "Use bfloat16 or Block(8)",
                 stacklevel=2,
             )
         return self

@@ -60,8 +60,8 @@ def _compiled(function: Callable[P, T]) -> Callable[P, T]:
             return compiled(*args, **kwargs)
         except jax.errors.UnexpectedTracerError as error:
             raise ValueError(
-                f"{function.__name__} cannot see what lax.cond hands to the optimizer inside of it (as in "
-                "optax.MultiSteps and apply_if_finite): give the inner transformation, and its state"
+                f"{function.__name__} cannot see an optimizer that runs inside lax.cond (as in optax.MultiSteps and "
+                "apply_if_finite): pass the inner transformation and its state"
             ) from error
 
     return wrapped
@@ -140,7 +140,7 @@ def _required(tx_parts: Sequence[Part], params: PyTree) -> PyTree:
     part = optimizer_of(tx_parts)
     ratio = _signal_to_noise(part, params)
     if ratio is None:
-        raise ValueError(f"there is no m̂/√v̂ in {part.spec.rule}, whose slots are {sorted(part.state.slots)}")
+        raise ValueError(f"{part.spec.rule} has no m̂/√v̂: its slots are {sorted(part.state.slots)}")
     return ratio
 
 
@@ -183,7 +183,7 @@ def _rate(parts: Sequence[Part], given: ArrayLike | None, *, required: bool = Fa
         return jnp.asarray(given, float)
     found = hyperparameter(parts, Rate, "learning_rate", 0)
     if found is None and required:
-        raise ValueError("expected one Rate in the transformation, found 0: give learning_rate")
+        raise ValueError("expected one Rate in the transformation, found 0: pass learning_rate")
     return found
 
 

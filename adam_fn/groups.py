@@ -65,10 +65,10 @@ class Groups:
 
     def __init__(self, patterns: Mapping[str, Group], *, complete: bool = False) -> None:
         if not isinstance(patterns, Mapping):
-            raise TypeError(f"groups map patterns to Group, {{'*bias': Group(decay=0.0)}}, got {patterns!r}")
+            raise TypeError(f"groups must map patterns to Group, as in {{'*bias': Group(decay=0.0)}}, got {patterns!r}")
         for pattern, group in patterns.items():
             if not isinstance(pattern, str) or not isinstance(group, Group):
-                raise TypeError(f"groups map patterns to Group, got {pattern!r}: {group!r}")
+                raise TypeError(f"groups must map patterns to Group, got {pattern!r}: {group!r}")
         object.__setattr__(self, "patterns", tuple(sorted(patterns.items(), key=lambda item: item[0])))
         object.__setattr__(self, "complete", complete)
 

@@ -20,8 +20,8 @@ def _check_tree(mask: object, params: PyTree) -> None:
     """Raises where a mask was taken for a schedule."""
     if isinstance(params, jax.Array) and params.shape == () and jnp.issubdtype(params.dtype, jnp.integer):
         raise TypeError(
-            f"{mask} is a mask of parameters and got a step count: optax.inject_hyperparams takes every function as a "
-            'schedule, unless static_args=("mask", "frozen", "storage_mask") names it'
+            f"{mask} is a mask, but was called with a step count: optax.inject_hyperparams treats every function as a "
+            'schedule; exclude masks with static_args=("mask", "frozen", "storage_mask")'
         )
 
 
@@ -55,7 +55,7 @@ class path:
     def __init__(self, *patterns: str, invert: bool = False) -> None:
         for pattern in patterns:
             if not isinstance(pattern, str):
-                raise TypeError(f"a pattern is a string, got {pattern!r}")
+                raise TypeError(f"a pattern must be a string, got {pattern!r}")
         object.__setattr__(self, "patterns", patterns)
         object.__setattr__(self, "invert", invert)
 

@@ -103,7 +103,7 @@ def optimizer(
 ) -> Transformation:
     """The transformation of `rule` with a learning rate and the options that all optimizers share (see `Options`)."""
     if weight_decay is None and (mask is not None or decay != "scaled"):
-        raise ValueError("mask and decay say how the weights decay, but weight_decay is not given")
+        raise ValueError("mask and decay have no effect without weight_decay: pass weight_decay as well")
     if weight_decay is None and groups is not None:
         Groups.made_of(groups).check_no_decay()
     direction, step = links(rule, learning_rate, weight_decay, decay)
@@ -144,12 +144,15 @@ def codecs(
     if isinstance(storage, Codec):
         storage = dict.fromkeys(rule.slots, storage)
     if storage is not None and not isinstance(storage, Mapping):
-        raise TypeError(f"storage is a codec, such as Block(8) or Cast('bfloat16'), or codecs by name, got {storage!r}")
+        raise TypeError(
+            "storage must be a codec, such as Block(8) or Cast('bfloat16'), or a mapping from slot names to codecs, "
+            f"got {storage!r}"
+        )
     asked = {name: (codec, f"storage of {name}") for name, codec in (storage or {}).items()}
     for name, dtype in (("mu", mu_dtype), ("nu", nu_dtype)):
         if dtype is not None:
             if name in asked:
-                raise ValueError(f"{name}_dtype and storage both say how {name} is stored")
+                raise ValueError(f"{name}_dtype and storage both specify how {name} is stored: pass only one of them")
             asked[name] = (Cast(dtype), f"{name}_dtype")
     found: dict[str, Codec] = {}
     for name, (codec, what) in asked.items():

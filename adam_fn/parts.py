@@ -82,8 +82,8 @@ def optimizer_of(parts: Sequence[Part]) -> Part:
     found = [part for part in parts if part.has_moments]
     if len(found) != 1:
         raise ValueError(
-            f"expected a transformation with one optimizer of adam_fn in it, found {len(found)}: pass the part that is "
-            "meant, and its state"
+            f"expected a transformation that contains exactly one adam_fn optimizer, found {len(found)}: pass the one "
+            "you mean, and its state"
         )
     return found[0]
 

@@ -252,7 +252,7 @@ def swats(
         raise ValueError(f"tolerance must be positive, got {tolerance}")
     rule = Adam(b1, b2, eps, eps_hat=eps_hat)
     if "mu" not in rule.slots:
-        raise ValueError(f"swats needs the momentum: b1 must be in (0, 1), got {b1}")
+        raise ValueError(f"b1 must be in (0, 1), because swats needs a momentum; got {b1}")
     rate = Rate(learning_rate)
     adam = optimizer(rule, learning_rate, **options)
     return Swats(adam, rule, rate, tolerance).transformation()

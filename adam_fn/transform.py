@@ -82,7 +82,7 @@ def _expected(codec: Codec, shape: tuple[int, ...], dtype: np.dtype) -> list[tup
 def _check_leaf(path: str, g: object, p: object, stored: Mapping[str, Stored], codecs: Mapping[str, Codec]) -> None:
     """Raises where a trained leaf's gradient, parameter and state do not belong together."""
     if g is None:
-        raise ValueError(f"the gradient of {path} is None, but its parameter is trained; freeze it with frozen=")
+        raise ValueError(f"the gradient of {path} is None, but the parameter is trained; to freeze it, use frozen=")
     gradient, parameter = jax.typeof(g), jax.typeof(p)
     if gradient.shape != parameter.shape:
         raise ValueError(f"the gradient of {path} has shape {gradient.shape}, its parameter {parameter.shape}")
@@ -266,8 +266,8 @@ class Update:
             found = f"State with the slots {sorted(state.slots)}" if isinstance(state, State) else type(state).__name__
             expected = sorted(dict(self.spec.codecs))
             raise TypeError(
-                f"expected an adam_fn.State with the slots {expected}, got a {found}: not a state of this one; "
-                "adam_fn.interop converts those of optax, torch and Keras"
+                f"expected an adam_fn.State with the slots {expected}, got a {found}, which this transformation did not "
+                "make; adam_fn.interop converts states of optax, torch and Keras"
             )
         return state
 
@@ -314,18 +314,20 @@ def transform(
     if isinstance(storage, Codec):
         storage = dict.fromkeys(rule.slots, storage)
     if storage is not None and not isinstance(storage, Mapping):
-        raise TypeError(f"storage is a codec, such as Block(8), or maps the names of slots to codecs, got {storage!r}")
+        raise TypeError(
+            f"storage must be a codec, such as Block(8), or a mapping from slot names to codecs, got {storage!r}"
+        )
     for name, codec in (storage or {}).items():
         if not isinstance(codec, Codec):
             raise TypeError(f"storage[{name!r}] must be a codec, such as Block(8) or Cast('bfloat16'), got {codec!r}")
     unknown = set(storage or {}) - set(rule.slots)
     if unknown:
-        raise ValueError(f"storage for {sorted(unknown)}, but the slots of {rule} are {sorted(rule.slots)}")
+        raise ValueError(f"storage names {sorted(unknown)}, but the slots of {rule} are {sorted(rule.slots)}")
     codecs = tuple(
         (name, (storage or {}).get(name, Cast()).of(signed=slot.signed)) for name, slot in rule.slots.items()
     )
     if storage_mask is not None and not storage:
-        raise ValueError("storage_mask says which leaves are stored in another way, but storage is not given")
+        raise ValueError("storage_mask has no effect without storage: pass storage as well")
     if not isinstance(kernel, bool):
         raise TypeError(f"kernel must be a bool, got {kernel!r}")
     masks = {"mask": mask, "frozen": frozen, "storage_mask": storage_mask}

@@ -60,7 +60,7 @@ class _Params:
     def _is_short(self, path: str, p: jax.Array) -> bool:
         dtype = jnp.result_type(p)
         if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32 and dtype != jnp.bfloat16:
-            raise TypeError(f"{self.name} expected parameters of bfloat16, or of float32 and wider; {path} is {dtype}")
+            raise TypeError(f"{self.name} expected parameters in bfloat16, or in float32 or wider; {path} is {dtype}")
         return dtype == jnp.bfloat16
 
     def match(self, tree: PyTree, what: str) -> list[Any]:

@@ -94,8 +94,8 @@ class Zero1(Wrapper):
         state = self._within(self.tx.init, self.state.tree(), self._each(params, "parameters", self._part))
         if self._inside() and jax.tree.structure(state) != self.state.treedef:
             raise ValueError(
-                "zero1: inside shard_map a part of a leaf is a leaf, and one is too small here to be stored in codes "
-                "as the whole is; call the transformation outside of shard_map"
+                "zero1: inside shard_map each device's part of a leaf is treated as a leaf, and here one part is too "
+                "small to be stored in codes although the whole leaf is; call the transformation outside shard_map"
             )
         return self._kept(state)
 
@@ -277,8 +277,8 @@ def zero1(
     large = [f"{shown(path)} of shape {shape}" for path, shape in whole.items() if math.prod(shape) >= SMALL]
     if large:
         warnings.warn(
-            f"zero1: the state stays whole on each of the {devices(mesh, names)} devices of {axis!r}, which divide no "
-            f"axis evenly (and between blocks of codes), of {', '.join(large)}",
+            f"zero1: the state of {', '.join(large)} stays whole on each of the {devices(mesh, names)} devices of "
+            f"{axis!r}: no axis can be divided evenly among them (codes are divided only between blocks)",
             stacklevel=2,
         )
     over = [() if place is None else division(place.spread, len(place.shape)) for place in places]

@@ -163,7 +163,7 @@ def test_small_arrays_stay_as_they_are() -> None:
     assert stored["codes"] is x
     assert stored["scales"] == optax.MaskedNode()
     assert jax.tree.leaves(stored_spec(Block(4).of(signed=True), (SMALL,), jnp.dtype("float32")))[0].dtype == jnp.uint8
-    with pytest.raises(ValueError, match="8 or 4 bits, got 6"):
+    with pytest.raises(ValueError, match="must be 8 or 4, got 6"):
         Block(6)
 
 

@@ -486,31 +486,31 @@ def test_what_is_not_there_is_an_error() -> None:
     def read(function: Any, tx: optax.GradientTransformation, *args: Any) -> Any:
         return function(tx, tx.init(params), *args, params)
 
-    with pytest.raises(ValueError, match="one optimizer of adam_fn in it, found 0"):
+    with pytest.raises(ValueError, match="exactly one adam_fn optimizer, found 0"):
         read(diagnostics.signal_to_noise, optax.adam(RATE))
-    with pytest.raises(ValueError, match="one optimizer of adam_fn in it, found 0"):
+    with pytest.raises(ValueError, match="exactly one adam_fn optimizer, found 0"):
         read(diagnostics.summary, optax.chain(adam_fn.transform(adam_fn.Rate(RATE)), adam_fn.average_params()))
-    with pytest.raises(ValueError, match="one optimizer of adam_fn in it, found 2"):
+    with pytest.raises(ValueError, match="exactly one adam_fn optimizer, found 2"):
         read(diagnostics.summary, optax.chain(adam_fn.adam(RATE), adam_fn.lion(RATE)))
-    with pytest.raises(ValueError, match="one optimizer of adam_fn in it, found 2"):
+    with pytest.raises(ValueError, match="exactly one adam_fn optimizer, found 2"):
         read(diagnostics.signal_to_noise, optax.chain(adam_fn.adam(RATE), adam_fn.adam(RATE)))
-    with pytest.raises(ValueError, match="one optimizer of adam_fn in it, found 2"):
+    with pytest.raises(ValueError, match="exactly one adam_fn optimizer, found 2"):
         read(diagnostics.quantisation_error, optax.chain(adam_fn.adam(RATE), adam_fn.lion(RATE)), params)
-    with pytest.raises(ValueError, match=r"no m̂/√v̂ in .*Lion.*slots are \['mu'\]"):
+    with pytest.raises(ValueError, match=r"Lion.* has no m̂/√v̂: its slots are \['mu'\]"):
         read(diagnostics.at_bound, adam_fn.lion(RATE))
     with pytest.raises(ValueError, match=r"slots are \['nu'\]"):
         read(diagnostics.effective_step, adam_fn.adam(RATE, b1=0.0))
     with pytest.raises(ValueError, match="one Rate in the transformation, found 0"):
         read(diagnostics.learning_rate, optax.chain(adam_fn.transform(adam_fn.Adam()), optax.scale(-RATE)))
-    with pytest.raises(ValueError, match="found 0: give learning_rate"):
+    with pytest.raises(ValueError, match="found 0: pass learning_rate"):
         read(diagnostics.effective_step, adam_fn.transform(adam_fn.Adam()))
     with pytest.raises(ValueError, match="one Rate in the transformation, found 2"):
         read(diagnostics.learning_rate, adam_fn.transform(adam_fn.Rate(1.0) >> adam_fn.Rate(0.5)))
     steps = optax.MultiSteps(optax.inject_hyperparams(adam_fn.adam)(RATE), 2).gradient_transformation()
-    with pytest.raises(ValueError, match=r"learning_rate cannot see what lax\.cond hands to the optimizer"):
+    with pytest.raises(ValueError, match=r"learning_rate cannot see an optimizer that runs inside lax\.cond"):
         read(diagnostics.learning_rate, steps)
     steps = optax.MultiSteps(adam_fn.adam(RATE, storage=Block(8)), 2).gradient_transformation()
-    with pytest.raises(ValueError, match=r"quantisation_error cannot see what lax\.cond hands to the optimizer"):
+    with pytest.raises(ValueError, match=r"quantisation_error cannot see an optimizer that runs inside lax\.cond"):
         read(diagnostics.quantisation_error, steps, params)
     assert set(read(diagnostics.summary, adam_fn.lion(RATE))) == {"learning_rate", "next_learning_rate", "weight_decay"}
 

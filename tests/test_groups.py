@@ -201,7 +201,7 @@ def test_groups_are_values_and_check_their_arguments() -> None:
     with pytest.raises(TypeError, match="frozen of a Group must be a bool"):
         Group(frozen=1)  # pyright: ignore[reportArgumentType]
     for wrong in ({"a": 0.5}, [("a", Group())]):
-        with pytest.raises(TypeError, match="groups map patterns to Group"):
+        with pytest.raises(TypeError, match="groups must map patterns to Group"):
             adam_fn.adamw(0.1, groups=wrong)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="group 'a' multiplies the decay, but weight_decay is not given"):
         adam_fn.adam(0.1, groups={"a": Group(decay=0.0)})

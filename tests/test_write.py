@@ -601,7 +601,7 @@ def test_composes(kind: str) -> None:
 def test_errors_name_the_leaf(kind: str) -> None:
     tx: Any = WRITES[kind](optax.sgd(1.0))
     for dtype in (jnp.float16, jnp.float8_e4m3fn):
-        with pytest.raises(TypeError, match=rf"expected parameters of bfloat16.*; a is {jnp.dtype(dtype)}"):
+        with pytest.raises(TypeError, match=rf"expected parameters in bfloat16.*; a is {jnp.dtype(dtype)}"):
             tx.init({"a": jnp.ones(2, dtype)})
     p = {"a": jnp.ones(2, BF16)}
     with pytest.raises(ValueError, match="needs the parameters"):

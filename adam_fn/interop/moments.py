@@ -68,7 +68,8 @@ class Target:
         if not isinstance(update, Update):
             raise TypeError(
                 "expected an optimizer of adam_fn, such as adam_fn.adam(1e-3), or adam_fn.master_weights around one; "
-                f"got {tx!r}. The state of a link of an optax.chain is converted by itself and put into its place"
+                f"got {tx!r}. For an optax.chain, convert the state of the one link that has the moments, and put the "
+                "result in its place in the chain's state"
             )
         self.update = update
         if self.masters:  # What is inside sees them in float32.
@@ -86,14 +87,16 @@ class Target:
         """The part of the rule that has the moments."""
         members = [part for part in self.update.spec.rule.parts() if part.slots]
         if len(members) != 1:
-            raise TypeError(f"expected a rule with one optimizer in it, got {self.update.spec.rule}")
+            raise TypeError(f"expected a rule that contains exactly one optimizer, got {self.update.spec.rule}")
         return members[0]
 
     def form(self, forms: Mapping[type[Rule], Any], framework: str) -> Any:  # noqa: ANN401
         """The row of the rule in a framework's table."""
         if type(self.rule) not in forms:
             known = ", ".join(sorted(kind.__name__ for kind in forms))
-            raise TypeError(f"{framework} has no counterpart of {type(self.rule).__name__}; there are those of {known}")
+            raise TypeError(
+                f"{framework} has no counterpart of {type(self.rule).__name__}; it has counterparts of {known}"
+            )
         return forms[type(self.rule)]
 
     @property
@@ -205,7 +208,7 @@ def in_order(paths: Paths, names: Sequence[str] | None, number: int, framework: 
       framework: for errors.
     """
     if isinstance(paths, str):
-        raise TypeError(f"paths is a sequence of paths, a mapping or a function, got {paths!r}")
+        raise TypeError(f"paths must be a sequence of paths, a mapping or a function, got {paths!r}")
     if isinstance(paths, Sequence):
         found = list(paths)
     else:
@@ -225,8 +228,8 @@ def in_order(paths: Paths, names: Sequence[str] | None, number: int, framework: 
 
 def _no_names(framework: str) -> NoReturn:
     raise ValueError(
-        f"paths by name needs the names of {framework}'s parameters in the order of its optimizer: give names=, or "
-        "paths in that order"
+        f"a mapping or function as paths needs the names of {framework}'s parameters, in the order of its optimizer: "
+        "pass them as names=, or pass a list of paths in that order"
     )
 
 

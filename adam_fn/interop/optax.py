@@ -111,7 +111,8 @@ def from_optax(tx: optax.GradientTransformation, params: PyTree, optax_state: op
             "StandardRestore(optax_tx.init(params)) or flax.serialization.from_state_dict(optax_tx.init(params), …)"
         )
         raise ValueError(
-            f"no {form.state.__name__} in the state of optax, which {type(target.rule).__name__} goes on from"
+            f"the optax state contains no {form.state.__name__}, which {type(target.rule).__name__} needs in order to "
+            "continue"
             + (lost if untyped else "")
         )
     if len(set(counts.values())) > 1:
@@ -185,7 +186,7 @@ def to_optax(tx: optax.GradientTransformation, params: PyTree, state: State | Ma
 
     result = _map_nodes(replaced, optax_state, form)
     problems += [f"{shown(path)}: has no moments in optax's" for path in target.trained if path not in used]
-    fail(problems, "the state does not fit the one of optax")
+    fail(problems, "the state does not fit the optax state")
     return result
 
 
@@ -193,7 +194,7 @@ def _target(tx: optax.GradientTransformation, params: PyTree) -> tuple[Target, _
     target = Target(tx, params)
     form: _Form = target.form(_FORMS, "optax")
     if "nu" in form.slots:
-        fail(target.complex, "the second moments of complex parameters are |g|² in optax, here of either part")
+        fail(target.complex, "optax has one second moment, |g|², for a complex parameter; here each part has its own")
     return target, form
 
 

@@ -36,11 +36,11 @@ def change_storage(
     source, target = Target(old, params), Target(tx, params)
     if type(source.rule) is not type(target.rule):
         kinds = ", ".join(type(rule).__name__ for rule in (source.rule, target.rule))
-        raise TypeError(f"expected one optimizer with two storages, got {kinds}")
+        raise TypeError(f"expected the same optimizer with two storages, got {kinds}")
     if source.masters and _bits(old) != _bits(tx):
         raise ValueError(
-            f"the masters of the state have {_bits(old)} bits beside the parameters, those of tx {_bits(tx)}: give tx "
-            f"master_weights(…, bits={_bits(old)}), or convert state.inner and start with new masters"
+            f"the state's masters have {_bits(old)} bits beside the parameters, but those of tx have {_bits(tx)}: pass "
+            f"master_weights(…, bits={_bits(old)}) as tx, or convert state.inner and start with new masters"
         )
     new = target.state(source.moments(state), "the state")
     inner = state.inner if isinstance(state, MasterState) else state

@@ -146,7 +146,7 @@ class Adan(Adam):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.nesterov:
-            raise ValueError("Adan has Nesterov's momentum of its own: nesterov must be False")
+            raise ValueError("nesterov must be False: Adan has a Nesterov momentum of its own")
 
     @property
     def slots(self) -> Mapping[str, Slot]:
