@@ -1,4 +1,4 @@
-"""Ready masks: which leaves decay (``mask=``) or are frozen (``frozen=``), by rank or by path.
+"""Ready-made masks: which leaves decay (``mask=``) or are frozen (``frozen=``), by rank or by path.
 
 A mask is a function of the parameters that returns a tree of booleans. These are frozen dataclasses, so equal masks
 compare equal, hash alike and pickle; `optax.masked` takes them too.
@@ -29,7 +29,7 @@ def _check_tree(mask: object, params: PyTree) -> None:
 class rank:
     """The leaves with at least `at_least` axes: ``rank(2)`` leaves out biases and the scales of norms.
 
-    Layers stacked along an extra first axis (for `scan` or `vmap`) have one rank more.
+    The rank of layers stacked along an extra first axis (for `scan` or `vmap`) is one higher.
     """
 
     at_least: int = 2

@@ -86,16 +86,16 @@ def checked(name: str, value: object, bounds: Range) -> Hyper:
             raise ValueError(f"{name} must be a scalar, got an array of shape {value.shape}")
         if bounds is UNIT and jnp.issubdtype(value.dtype, jnp.floating) and jnp.finfo(value.dtype).bits < 32:
             raise ValueError(
-                f"{name} is a {value.dtype} array, which has too few digits for a decay rate near 1 (in bfloat16, 0.999 "
-                "becomes 1): pass it in float32, or call optax.inject_hyperparams with hyperparam_dtype=jnp.float32 or "
-                'static_args=("b1", "b2")'
+                f"{name} is a {value.dtype} array, which has too few digits for a decay rate near 1 (in bfloat16, "
+                "0.999 becomes 1): pass it in float32, or call optax.inject_hyperparams with "
+                'hyperparam_dtype=jnp.float32 or static_args=("b1", "b2")'
             )
         return value
     if callable(value):
         try:
             hash(value)
         except TypeError as error:
-            raise TypeError(f"{name} is a schedule that is not hashable: use a function or a frozen dataclass") from error
+            raise TypeError(f"{name} is an unhashable schedule: use a function or a frozen dataclass") from error
         return typing.cast(Schedule, value)
     raise TypeError(f"{name} must be a number, a 0-d array or a schedule, got {value!r}")
 
@@ -214,7 +214,9 @@ class Rule(abc.ABC):
         for i, part in enumerate(parts):
             if rates and isinstance(part, Decay) and part.independent != (i > rates[0]):
                 order = "Rate >> Decay needs" if i > rates[0] else "Decay >> Rate is for"
-                raise ValueError(f"{order} Decay(…, independent={not part.independent}): otherwise the weights would grow")
+                raise ValueError(
+                    f"{order} Decay(…, independent={not part.independent}): otherwise the weights would grow"
+                )
         return Chain(parts)
 
 

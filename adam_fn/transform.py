@@ -266,8 +266,8 @@ class Update:
             found = f"State with the slots {sorted(state.slots)}" if isinstance(state, State) else type(state).__name__
             expected = sorted(dict(self.spec.codecs))
             raise TypeError(
-                f"expected an adam_fn.State with the slots {expected}, got a {found}, which this transformation did not "
-                "make; adam_fn.interop converts states of optax, torch and Keras"
+                f"expected an adam_fn.State with the slots {expected}, got a {found}, which this transformation did "
+                "not make; adam_fn.interop converts states of optax, torch and Keras"
             )
         return state
 

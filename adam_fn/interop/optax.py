@@ -112,8 +112,7 @@ def from_optax(tx: optax.GradientTransformation, params: PyTree, optax_state: op
         )
         raise ValueError(
             f"the optax state contains no {form.state.__name__}, which {type(target.rule).__name__} needs in order to "
-            "continue"
-            + (lost if untyped else "")
+            "continue" + (lost if untyped else "")
         )
     if len(set(counts.values())) > 1:
         fail((f"{where}: {count}" for where, count in counts.items()), "the state of optax counts steps differently")
