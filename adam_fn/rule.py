@@ -2,7 +2,7 @@
 
 A rule is a frozen dataclass of its hyperparameters. It is pure and elementwise and knows nothing of trees, storage,
 devices or optax; `adam_fn.transform` lifts it. A hyperparameter is a Python number or a schedule (static: compared by
-value, compiled in) or a 0-d array (dynamic: another value needs no other compilation).
+value, compiled in) or a 0-d array (dynamic: a new value needs no new compilation).
 """
 
 import abc
@@ -22,7 +22,7 @@ from adam_fn.arithmetic import OneMinus, Scalar, Weight, bounded
 
 #: A function of the zero-based step, an int32 scalar, that returns a number or a 0-d array.
 Schedule: TypeAlias = Callable[[jax.Array], ArrayLike]
-#: A hyperparameter where a rule is made, that is, a number, a 0-d array or a `Schedule`.
+#: A hyperparameter as it is given to a rule: a number, a 0-d array or a `Schedule`.
 Hyper: TypeAlias = ArrayLike | Schedule
 #: What a rule remembers of one array, by name.
 Slots: TypeAlias = Mapping[str, jax.Array]
@@ -54,13 +54,13 @@ class Slot(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Clock:
-    """What a rule may know of time.
+    """What a rule knows about the current step.
 
     Attributes:
       count: the zero-based step, an int32 scalar; the first update sees 0.
       weights: the rule's bias weights, this step included.
       learning_rate: the rate that `update(..., learning_rate=x)` sets for this step, or None.
-      index: the number of the leaf, an int32 scalar, where its storage is random; else None. Rules must not use it.
+      index: the number of the leaf, an int32 scalar, if its storage is random; else None. Rules must not use it.
     """
 
     count: jax.Array
@@ -116,12 +116,12 @@ class Rule(abc.ABC):
     """One optimizer's arithmetic on one array.
 
     A subclass is a frozen dataclass of its hyperparameters (annotated `Beta` or `NonNegative`, which checks their
-    range) that defines `leaf` and, where it has a memory, `slots` and `weigh`. Rules are pytrees whose leaves are the
+    range) that defines `leaf` and, if it keeps state, `slots` and `weigh`. Rules are pytrees whose leaves are the
     hyperparameters given as arrays.
 
     Attributes:
-      squares: the largest number that `leaf` squares, in units of the largest gradient: 1 where it is the gradient
-        itself, 2 where it is the difference of two, 0 where nothing is squared.
+      squares: the largest number that `leaf` squares, in units of the largest gradient: 1 for the gradient itself, 2
+        for the difference of two gradients, 0 if nothing is squared.
     """
 
     squares: ClassVar[float] = 0.0
@@ -154,7 +154,7 @@ class Rule(abc.ABC):
 
         A rule that squares receives at most ``2⁶³/squares`` (float64: ``2⁵¹¹/squares``), whose square a float can hold:
         beyond that v would no longer grow with m, and the update would not be bounded. Other rules with slots receive
-        at most a quarter of the largest number, rules without slots receive everything. inf and nan are never changed.
+        at most a quarter of the largest number; rules without slots receive everything. inf and nan are never changed.
         """
         return bounded(g, self.squares) if self.slots else g
 
@@ -162,11 +162,11 @@ class Rule(abc.ABC):
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
         """The update of one array and its new slots; everything has one dtype, float32 or float64.
 
-        Elementwise: the array may be a part of a leaf. What needs whole leaves is a `Wrapper`, such as `lamb`.
+        Elementwise: the array may be a part of a leaf. Whatever needs whole leaves is a `Wrapper`, such as `lamb`.
         """
 
     def signal_to_noise(self, slots: Slots, clock: Clock) -> jax.Array | None:
-        """``m̂/√v̂`` of one array, from its slots after a step and that step's bias weights; None where there is none."""
+        """``m̂/√v̂`` of one array, from its slots after a step and that step's bias weights; None if it has none."""
         return None
 
     def at(self, count: jax.Array) -> Self:
@@ -187,11 +187,11 @@ class Rule(abc.ABC):
         return jax.tree.map(lambda x: jnp.asarray(x, dtype), self)
 
     def without(self, kind: type["Rule"]) -> "Rule":
-        """The rule less its parts of one kind."""
+        """The rule without its parts of one kind."""
         return Chain(tuple(part for part in self.parts() if not isinstance(part, kind)))
 
     def times(self, factors: Mapping[str, float]) -> "Rule":
-        """The rule with hyperparameters multiplied, by name, after `at`: arrays, so that any factor is one program."""
+        """The rule, after `at`, with hyperparameters multiplied by name: arrays, so that factors share a program."""
         parts: list[Rule] = []
         for part in self.parts():
             own = factors.keys() & _ranges(type(part))
@@ -251,7 +251,7 @@ def _unflatten(
 class Chain(Rule):
     """Rules applied one after the other; ``a >> b >> c`` is ``Chain((a, b, c))``, and ``Chain(())`` does nothing.
 
-    A slot whose name an earlier part took already is kept as ``name_i`` for part i.
+    A slot of part i whose name an earlier part has taken is kept as ``name_i``.
     """
 
     chained: tuple[Rule, ...]
@@ -314,7 +314,7 @@ def _required(p: jax.Array | None) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class WeightDecay(Rule):
-    """What a mask of decaying leaves applies to."""
+    """A rule that decays weights: `mask` selects the leaves to which it applies."""
 
     weight_decay: NonNegative
 
@@ -324,7 +324,7 @@ class Decay(WeightDecay):
     """Weight decay: ``u + λ p`` before the rate, or after it with `independent=True`, ``u - λ p``.
 
     Before the rate it is the decoupled decay of torch and optax (``p - α(u + λ p)``), before the optimizer it is L2
-    regularisation, and after the rate that of the AdamW paper (``p - α u - λ p``; arXiv 1711.05101).
+    regularisation, and after the rate it is the decay of the AdamW paper (``p - α u - λ p``; arXiv 1711.05101).
     """
 
     independent: bool = False

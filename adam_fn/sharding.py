@@ -110,12 +110,12 @@ def _is_blank(x: object) -> bool:
 
 
 def state_shardings(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
-    """The shardings of ``tx.init(params)``, as a tree of the state's structure: ``jit(tx.init, out_shardings=…)``.
+    """The shardings of ``tx.init(params)``, as a tree with the state's structure: ``jit(tx.init, out_shardings=…)``.
 
     Whatever belongs to a parameter is sharded like the parameter: moments, codes, scales, remainders of masters,
     averages, and the states of optax's transformations, which `jit` alone would put on one device. Scales that are too
-    few to be divided are whole on every device, and so are counts and everything that belongs to no parameter. With
-    `jax.eval_shape` it tells a checkpointer where to restore a state::
+    few to be divided are replicated on every device, and so are counts and everything else that belongs to no
+    parameter. Together with `jax.eval_shape`, the result tells a checkpointer where to restore a state::
 
         shardings = adam_fn.state_shardings(tx, params)
         state = jax.jit(tx.init, out_shardings=shardings)(params)
@@ -129,7 +129,7 @@ def state_shardings(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
         mesh of the others; if none has one, everything lives where the first leaf does.
 
     Raises:
-      ValueError: if a leaf has no sharding at all, or lives on another mesh than those before it.
+      ValueError: if a leaf has no sharding at all, or lives on another mesh than the leaves before it.
     """
     if (own := getattr(getattr(tx.init, "wrapper", None), "state_shardings", None)) is not None:
         return own(params)

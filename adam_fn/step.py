@@ -23,8 +23,8 @@ def make_step(tx: optax.GradientTransformation) -> Step:
     """``step(params, state, grads) -> (params, state)``: one compiled program that works in place.
 
     It donates `params` and `state`: their buffers are reused for the results. Do not use them again, and do not pass
-    one buffer twice (as with tied leaves, or a parameter given as its own gradient). `tx` is any optax transformation;
-    anything else is a TypeError.
+    the same buffer twice (as with tied leaves, or a parameter passed as its own gradient). `tx` is any optax
+    transformation; anything else is a TypeError.
     """
     if not callable(getattr(tx, "update", None)):
         raise TypeError(f"make_step takes a transformation, such as adam_fn.adamw(1e-3), got {tx!r}")

@@ -29,9 +29,9 @@ from adam_fn.write import MasterState, MasterWeights
 Array: TypeAlias = Any
 #: Arrays by the path of their parameter.
 ByPath: TypeAlias = Mapping[str, Array]
-#: What another framework's parameters, in its order, are called here. See `in_order`.
+#: The paths here of another framework's parameters, in its order. See `in_order`.
 Paths: TypeAlias = Sequence[str | None] | Mapping[str, str | None] | Callable[[str], str | None]
-#: Patterns of paths, and the axes of the others' array in the order in which they are here.
+#: By patterns of paths, the axes of the other framework's arrays, in the order in which they are here.
 Transpose: TypeAlias = Mapping[str, Sequence[int]]
 
 

@@ -68,27 +68,28 @@ def from_optax(tx: optax.GradientTransformation, params: PyTree, optax_state: op
 
     optax's moments are found wherever they are: in a chain, masked, partitioned, under `inject_hyperparams`,
     `MultiSteps` or `apply_if_finite`. They are stored as `tx` stores its moments, and live where the parameters live.
-    What else such wrappers keep (injected hyperparameters, accumulated gradients) is not taken over, nor are moments of
-    leaves that `tx` has frozen. `tx` should have the hyperparameters that optax's had: they are no part of a state.
+    Whatever else such wrappers keep (injected hyperparameters, accumulated gradients) is not taken over, nor are
+    moments of leaves that `tx` freezes. `tx` should have the hyperparameters of optax's optimizer: they are not part of
+    the state.
 
     Adam, AdamW, NAdam, AdaMax, RAdam, AdaBelief, Yogi, Lion, ADOPT and AdEMAMix continue as they would have in optax.
-    `adam_fn.adam_atan2`, which optax has not, continues from the state of Adam.
-    Two of optax's optimizers differ from those of the same name here: `optax.amsgrad` takes the maximum of the
-    corrected v, `AMSGrad` (and torch) corrects the maximum. ``nu_max`` is converted so that the two agree now; later
-    only where ``β₂ᵗ`` is negligible, or without ``bias_correction_nu``, where they are the same. `optax.adan` has 1-β₂
-    in the place of β₂ (see `adam_fn.adan`).
+    `adam_fn.adam_atan2`, which optax lacks, continues from the state of Adam. Two of optax's optimizers differ from
+    those of the same name here. `optax.amsgrad` takes the maximum of the corrected v, while `AMSGrad` (like torch)
+    corrects the maximum. ``nu_max`` is converted so that the two agree now; afterwards they agree only if ``β₂ᵗ`` is
+    negligible, or without ``bias_correction_nu``, when they are the same. `optax.adan` has 1-β₂ in place of β₂ (see
+    `adam_fn.adan`).
 
     Args:
-      tx: an optimizer of this package, or `adam_fn.master_weights` around one (its remainders are 0 then).
+      tx: an optimizer of this package, or `adam_fn.master_weights` around one; its remainders then start at 0.
       params: the parameters, now.
-      optax_state: the state of an optimizer of optax for parameters of this structure. One from a checkpoint has to be
-        restored into ``optax_tx.init(params)``: dictionaries and lists in its place are a ValueError that says how.
+      optax_state: the state of an optimizer of optax for parameters of this structure. A state from a checkpoint must
+        be restored into ``optax_tx.init(params)``: plain dictionaries and lists are a ValueError that says how.
 
     Raises:
-      ValueError: where moments are missing, of another shape or kind, or not of a parameter, with a list of all; where
-        steps are counted differently in two places; where a complex parameter has a second moment, which in optax is
-        one for both parts.
-      TypeError: where `tx` has no counterpart in optax.
+      ValueError: if moments are missing, have another shape or kind, or belong to no parameter (the error lists all of
+        them); if two places count steps differently; or if a complex parameter has a second moment, since optax has one
+        for both parts.
+      TypeError: if `tx` has no counterpart in optax.
     """
     target, form = _target(tx, params)
     found: list[Any] = []
@@ -139,15 +140,16 @@ def to_optax(tx: optax.GradientTransformation, params: PyTree, state: State | Ma
         optax_state = adam_fn.interop.to_optax(tx, params, state, optax_tx.init(params))
 
     Args:
-      tx: the transformation whose state it is.
+      tx: the transformation that made the state.
       params: the parameters, now.
       state: the state of `tx`.
       optax_state: a state of optax's optimizer, as its `init` returns it. Moments and counts of steps are replaced, in
         its dtypes; everything else stays.
 
     Raises:
-      ValueError: where a parameter has moments in one of the states only, or of another shape, with a list of all.
-      TypeError: where `tx` has no counterpart in optax.
+      ValueError: if a parameter has moments in only one of the states, or of another shape; the error lists all of
+        them.
+      TypeError: if `tx` has no counterpart in optax.
     """
     target, form = _target(tx, params)
     count, slots = target.moments(state)
