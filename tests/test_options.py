@@ -120,7 +120,7 @@ def test_equal_transformations_share_compilations() -> None:
         ("b2", 1.5, r"b2 must be in \[0, 1\)"),
         ("b2", float("nan"), r"b2 must be in \[0, 1\), got nan"),
         ("b2", jnp.ones(2) / 2, r"b2 must be a scalar, got an array of shape \(2,\)"),
-        ("b2", jnp.asarray(0.999, jnp.bfloat16), r"b2 came as a bfloat16 array.*hyperparam_dtype=jnp.float32"),
+        ("b2", jnp.asarray(0.999, jnp.bfloat16), r"b2 is a bfloat16 array.*hyperparam_dtype=jnp.float32"),
         ("eps", -1e-8, r"eps must be in \[0, inf\), got -1e-08"),
         ("eps", "1e-8", r"eps must be a number, a 0-d array or a schedule, got '1e-8'"),
         ("learning_rate", -1.0, r"learning_rate must be in \[0, inf\)"),
@@ -160,7 +160,7 @@ def test_what_a_schedule_returns_is_checked() -> None:
     p = jnp.ones(2)
     for b2, message in (
         (lambda count: 1.0, r"b2\(count\) must be in \[0, 1\), got 1"),
-        (lambda count: jnp.bfloat16(0.9999), r"b2\(count\) came as a bfloat16 array"),
+        (lambda count: jnp.bfloat16(0.9999), r"b2\(count\) is a bfloat16 array"),
     ):
         tx = adam_fn.adam(1e-3, b2=b2)
         with pytest.raises(ValueError, match=message):

@@ -250,7 +250,7 @@ def test_errors_name_what_is_wrong() -> None:
     with pytest.raises(TypeError, match="that zero1 made"):
         adam_fn.undivided(adam_fn.adam(1e-3))
     coded = adam_fn.zero1(adam_fn.adam(1e-3, storage=Block(8)), params, mesh)
-    with pytest.raises(ValueError, match="too small here to be stored in codes"):
+    with pytest.raises(ValueError, match="too small to be stored in codes"):
         jax.eval_shape(jax.shard_map(coded.init, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False), params)
 
 

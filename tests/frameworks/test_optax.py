@@ -118,7 +118,7 @@ def test_inject_hyperparams() -> None:
 def test_inject_hyperparams_with_bfloat16_parameters(case: Case) -> None:
     """Bfloat16 hyperparameters would make 0.999 a 1.0: refused; as float32 they are exact."""
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
-    with pytest.raises(ValueError, match=r"b1 came as a bfloat16 array.*hyperparam_dtype=jnp.float32"):
+    with pytest.raises(ValueError, match=r"b1 is a bfloat16 array.*hyperparam_dtype=jnp.float32"):
         optax.inject_hyperparams(case.alias)(0.1, **case.options).init(params)
     injected = optax.inject_hyperparams(case.alias, hyperparam_dtype=np.dtype(np.float32))(0.1, **case.options)
     state, plain = injected.init(params), case.make(0.1).init(params)
