@@ -87,7 +87,7 @@ class Groups:
         return [_product([group for group, hit in zip(groups, hits, strict=True) if hit]) for _, hits in found]
 
     def check_no_decay(self) -> None:
-        """Raises where a decay that is not there is multiplied."""
+        """Raises if a decay that is not there is multiplied."""
         for pattern, group in self.patterns:
             if group.decay != 1:
                 raise ValueError(f"the group {pattern!r} multiplies the decay, but weight_decay is not given")

@@ -17,7 +17,7 @@ PyTree: TypeAlias = Any
 
 
 def _check_tree(mask: object, params: PyTree) -> None:
-    """Raises where a mask was taken for a schedule."""
+    """Raises if a mask was taken for a schedule."""
     if isinstance(params, jax.Array) and params.shape == () and jnp.issubdtype(params.dtype, jnp.integer):
         raise TypeError(
             f"{mask} is a mask, but was called with a step count: optax.inject_hyperparams treats every function as a "

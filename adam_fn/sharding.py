@@ -40,7 +40,7 @@ def devices(mesh: Mesh, names: Sequence[str]) -> int:
 
 
 def check_mesh(who: str, path: str, sharding: NamedSharding, mesh: Mesh) -> None:
-    """Raises where a leaf lives on another mesh."""
+    """Raises if a leaf lives on another mesh."""
     if dict(sharding.mesh.shape) != dict(mesh.shape):
         raise ValueError(f"{who}: {path} lives on the mesh {dict(sharding.mesh.shape)}, expected {dict(mesh.shape)}")
 

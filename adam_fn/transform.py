@@ -80,7 +80,7 @@ def _expected(codec: Codec, shape: tuple[int, ...], dtype: np.dtype) -> list[tup
 
 
 def _check_leaf(path: str, g: object, p: object, stored: Mapping[str, Stored], codecs: Mapping[str, Codec]) -> None:
-    """Raises where a trained leaf's gradient, parameter and state do not belong together."""
+    """Raises if a trained leaf's gradient, parameter and state do not belong together."""
     if g is None:
         raise ValueError(f"the gradient of {path} is None, but the parameter is trained; to freeze it, use frozen=")
     gradient, parameter = jax.typeof(g), jax.typeof(p)

@@ -238,7 +238,7 @@ def _joined(grads: PyTree, low: PyTree, params: PyTree, bits: int) -> tuple[PyTr
 
 
 def _check_remainders(tree: _Params, lows: Sequence[Any], bits: int) -> None:
-    """Raises where what is stored beside a parameter is not of its kind."""
+    """Raises if what is stored beside a parameter is not of its kind."""
     for path, short, p, r in zip(tree.paths, tree.short, tree.leaves, lows, strict=True):
         found = str(getattr(r, "dtype", "none"))
         if found == f"int{bits}" and not short:

@@ -199,7 +199,7 @@ class _Unhashable:
         ({"w": True}, r"mask must have the structure of the parameters"),
         ({"w": True, "b": True, "c": True}, r"mask must have .*: c is not a parameter"),
         ({"w": {"x": True}, "b": True}, r"mask must have .*: w/x is not a parameter"),
-        ({"w": None, "b": True}, r"mask must have .*it is None in the place of a parameter"),
+        ({"w": None, "b": True}, r"mask must have .*it is None in place of a parameter"),
         ({"w": 1.0, "b": True}, r"mask of w must be a Python bool, got 1.0"),
         ("*bias", r"mask must be a tree of booleans or .* masks.path\('\*bias'\).*, got '\*bias'"),
         (adam_fn.masks.rank, r"mask must be a tree of booleans or .*, got <class"),
