@@ -10,7 +10,7 @@ Scalar: TypeAlias = float | jax.Array
 
 
 class Weight(NamedTuple):
-    """A bias weight: the moving average of the constant one, and the part of it that its last rounding dropped."""
+    """A bias weight: the moving average of the constant 1, and the part of it that the last rounding dropped."""
 
     value: jax.Array
     rest: jax.Array

@@ -24,8 +24,9 @@ class Average(Rule):
 
         w ← βw + (1-β);   p̄ ← p̄ + (1-β)/w · (p + u - p̄)
 
-    p̄ is the corrected average itself, ``p̂ = (β p̄' + (1-β)p)/(1 - βᵗ)`` of the paper: it is right at every step. A
-    decay of None is Polyak and Ruppert's: the mean of all parameters so far, ``p̄ ← p̄ + (p + u - p̄)/t``.
+    p̄ is the bias-corrected average itself, the paper's ``p̂ = (β p̄' + (1-β)p)/(1 - βᵗ)``: it is right at every step.
+    With a decay of None it is Polyak and Ruppert's average, the mean of all parameters so far,
+    ``p̄ ← p̄ + (p + u - p̄)/t``.
     """
 
     decay: Beta | None = None
@@ -60,12 +61,12 @@ def average_params(decay: Hyper | None = 0.999) -> Transformation:
         ...
         evaluate(adam_fn.averaged_params(opt_state, params))
 
-    The average is ``state.slots["average"]``: the shapes are those of the parameters, the dtype is float32 (float64 for
+    The average is ``state.slots["average"]``: it has the shapes of the parameters and is stored in float32 (float64 for
     float64 parameters). The value averaged is p + u, before it is rounded to a lower precision.
 
     Args:
-      decay: β in [0, 1), a number, a 0-d array or a schedule; the paper takes Adam's β₂. None for the mean of all
-        steps (Polyak and Ruppert). Integer leaves are not averaged; `optax.masked` leaves out others.
+      decay: β in [0, 1), a number, a 0-d array or a schedule; the paper uses Adam's β₂. None gives the mean of all
+        steps (Polyak and Ruppert). Integer leaves are not averaged; to leave out others, use `optax.masked`.
     """
     return transform(Average(decay))
 
@@ -82,7 +83,7 @@ def averaged_params(state: optax.OptState, params: Params) -> Params:
         if isinstance(part, State) and "average" in part.slots
     ]
     if len(found) != 1:
-        raise ValueError(f"expected a state with one average_params in it, found {len(found)}")
+        raise ValueError(f"expected a state that contains exactly one average_params, found {len(found)}")
     leaves, treedef = jax.tree.flatten(params)
     averages = treedef.flatten_up_to(found[0].slots["average"])
     started = found[0].count > 0

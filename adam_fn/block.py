@@ -32,27 +32,28 @@ class Block(Codec):
                    n = 20 or 2,  L = 255 or 15
 
     Signed slots: y runs over the four octaves from 1 to 16, where the bit pattern of a float, taken as an integer, is
-    the piecewise linear logarithm of its value: the codes are those of the μ-law. s is the block's largest magnitude,
-    truncated to 7 bits; the scale is the upper 14 bits of that, and one that tells the sign of the largest. Where s is
-    below 2⁻¹²⁴ the block is stored as 0.
+    the piecewise linear logarithm of its value: these are the codes of the μ-law. s is the block's largest magnitude,
+    truncated to 7 bits; the scale consists of the upper 14 bits of s and one bit for the sign of the largest element.
+    If s is below 2⁻¹²⁴, the block is stored as 0.
 
     Unsigned slots: all blocks share one grid of values, the floats with the bits 2²³k/n, n in each octave and evenly
-    spaced there; the scale is the base, the place of the block's largest less L. A base that changes moves no other
-    element. A place is rounded up or down at random. To the nearest, a second moment would stay where it is, as it
-    moves by a thousandth a step. A block has one random number u (so all of its elements keep their order), which
-    starts at a hash of leaf, slot and block and moves on evenly with the step (`adam_fn.noise.even_bits`); the same
-    under any sharding. c = u + u(1-u)/64 or u + u(1-u)/8 rounds up a little more often than down, since 1/√x is too
-    large on average where x is right. Elements below the base, 2⁻¹²·⁷ or 2⁻⁷·⁵ of the block's largest or less, count as
-    that: no second moment becomes 0 beside others that are not.
+    spaced there; the scale is the base, the place of the block's largest element minus L. When the base changes, no
+    other element moves. A place is rounded up or down at random: rounded to nearest, a second moment would stay where
+    it is, because it moves by only a thousandth per step. A block has one random number u (so all of its elements keep
+    their order), which starts at a hash of leaf, slot and block and advances evenly with the step
+    (`adam_fn.noise.even_bits`); it is the same under any sharding. c = u + u(1-u)/64 or u + u(1-u)/8 rounds up a little
+    more often than down, since 1/√x is too large on average if x is right on average. Elements below the base (about
+    2⁻¹²·⁷ or 2⁻⁷·⁵ of the block's largest) are stored as the base: no second moment becomes 0 beside others that are
+    not.
 
-    A block with a nan is nan; in signed slots one with an infinity holds no finite number.
+    A block that contains a nan is nan; in signed slots, a block that contains an infinity holds no finite number.
 
     Blocks are 32 successive rows of a column (see `adam_fn.layout`). Two 4-bit codes share a byte. Arrays of fewer than
     4,096 elements stay as they are: there is nothing to gain.
 
-    The range is that of float32, for float64 as well. A running maximum (AMSGrad, AdaMax) that is rounded at random
-    climbs to the code above, at most 1 + 1/n times as large: AMSGrad's updates are smaller by up to 2.4% (8 bits) or
-    18% (4 bits), AdaMax's by 5% or 33%.
+    The range is float32's, for float64 as well. A running maximum (AMSGrad, AdaMax), rounded at random, climbs to the
+    next code, which is at most 1 + 1/n times as large: AMSGrad's updates are smaller by up to 2.4% (8 bits) or 18% (4
+    bits), AdaMax's by 5% or 33%.
 
     ``{"codes": uint8, "scales": int16}``: 1.0625 bytes per element (8 bits) and 0.5625 (4 bits).
 
@@ -66,7 +67,7 @@ class Block(Codec):
 
     def __post_init__(self) -> None:
         if self.bits not in (8, 4):
-            raise ValueError(f"bits of a Block must be 8 or 4, got {self.bits}")
+            raise ValueError(f"bits of Block must be 8 or 4, got {self.bits}")
 
     def __str__(self) -> str:
         return f"Block({self.bits})"

@@ -1,4 +1,4 @@
-"""Cautious updates: only the elements whose sign agrees with the gradient's."""
+"""Cautious updates: only the elements that go against the gradient are kept."""
 
 import dataclasses
 
@@ -51,14 +51,14 @@ def cautious(tx: optax.GradientTransformation, floor: ArrayLike = 1e-3) -> optax
 
         φ = 1 where u·g < 0, else 0;   u' = u φ / max(mean(φ), floor)
 
-    The mean is over a leaf, so the size of a step is kept on average. `tx` is any transformation; its state is the
-    state, and its updates are scaled in their own dtype. The authors apply weight decay outside of the mask,
-    ``optax.chain(cautious(adam(1e-3)), transform(Decay(1e-5, independent=True)))``; a decay inside `tx` is masked with
-    the rest.
+    The mean is over a leaf, so the size of a step is kept on average. The state is the state of `tx`, and the updates
+    are scaled in their own dtype. The authors apply weight decay outside the mask,
+    ``optax.chain(cautious(adam(1e-3)), transform(Decay(1e-5, independent=True)))``; weight decay inside `tx` is masked
+    with the rest.
 
     Args:
-      tx: a transformation whose updates are added to the parameters (with the sign of descent).
-      floor: the lower bound of the mean that the updates are divided by.
+      tx: any transformation whose updates are added to the parameters (with the sign of descent).
+      floor: the least value that the updates are divided by.
     """
     if isinstance(floor, (int, float)) and not 0 < floor <= 1:
         raise ValueError(f"floor must be in (0, 1], got {floor}")

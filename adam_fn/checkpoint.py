@@ -1,8 +1,8 @@
 """Checks whether a checkpoint belongs to this transformation and these parameters.
 
 States are pytrees of arrays: Orbax, `flax.serialization` and pickle save and restore them as they are, and training
-resumes bit for bit. What they cannot know is whether a state is the right one. Orbax casts float32 to bfloat16
-silently, flax accepts any shape, and the moments of two optimizers look alike.
+resumes bit for bit. None of them can tell whether a state is the right one: Orbax casts float32 to bfloat16 silently,
+flax accepts any shape, and the moments of two optimizers look alike.
 """
 
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ def _form(x: PyTree) -> str:
 def _forms(name: str, tree: PyTree, like: PyTree = None) -> dict[str, str]:
     """The form of each leaf by path. Attributes, keys and indices read alike: checkpoints keep no named tuples.
 
-    The ``value`` of a boxed parameter is no part of its path. A box that was restored is a dictionary: `like` tells.
+    The ``value`` of a boxed parameter is not part of its path. A box that was restored is a dictionary: `like` tells.
     """
     boxed = {joined(keys): path_name(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(like)[0]}
     found = {}
@@ -45,8 +45,8 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> dict[str, Any]
     """A description of a checkpoint of `params` and of the state of `tx`, to be saved with it as JSON.
 
     It lists the rules of this package in `tx` that keep state, in the order in which `tx` creates their states, the
-    codec of each slot, and the shape and dtype of each leaf of the parameters and the state, by path. Hyperparameters
-    are left out: a run may continue with another rate or decay. So are optax's transformations, except for their
+    codec of each slot, and the shape and dtype of each leaf of the parameters and the state, by path. It leaves out
+    hyperparameters, since a run may continue with another rate or decay, and optax's transformations, except for their
     states.
 
     Args:
@@ -90,15 +90,16 @@ def check(saved: PyTree, tx: optax.GradientTransformation, params: PyTree) -> No
         checkpoint.check(manager.metadata(step).custom_metadata, tx, params)  # before anything is restored
 
     Args:
-      saved: what `describe` returned when the checkpoint was made. Or a state (restored by whatever means), or the
-        shapes of one, such as Orbax's ``manager.item_metadata(step)["state"]``: then the leaves of the state are
-        compared, but neither rules nor parameters.
+      saved: what `describe` returned when the checkpoint was made; or a state (restored by any means), or the shapes of
+        one, such as Orbax's ``manager.item_metadata(step)["state"]``: then only the leaves of the state are compared,
+        not the rules and the parameters.
       tx: the transformation that resumes from the checkpoint.
       params: the parameters, arrays or `jax.ShapeDtypeStruct`.
 
     Raises:
-      ValueError: names every difference, saved and expected: another optimizer, another storage of a slot, and each
-        other leaf of parameters and state that is missing, is not expected or has another shape or dtype.
+      ValueError: if anything differs; the error lists every difference, saved and expected: another optimizer, another
+        storage of a slot, and every other leaf of the parameters and the state that is missing or unexpected, or has
+        another shape or dtype.
     """
     expected = describe(tx, params)
     if not (isinstance(saved, Mapping) and saved.get("format") == _FORMAT):

@@ -73,12 +73,12 @@ def clip_by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformationExtr
     Like `optax.clip_by_global_norm`, but the norm is computed in float32 (float64 if a leaf is float64) whatever the
     dtype of the gradients, and no square overflows or vanishes: gradients of 300 in float16, and of 1e30 or 1e-30 in
     float32, are clipped correctly. Zeros stay zero. Infinities are treated as a limit: they divide `max_norm` among
-    themselves and keep their signs, and finite elements become 0. A nan makes everything nan. `skip_nonfinite` goes
-    outside, where it sees the original gradients: ``skip_nonfinite(optax.chain(clip_by_global_norm(1.0),
-    adamw(1e-3)))``.
+    themselves and keep their signs, and finite elements become 0. A nan makes everything nan. Put `skip_nonfinite`
+    outside, where it sees the original gradients:
+    ``skip_nonfinite(optax.chain(clip_by_global_norm(1.0), adamw(1e-3)))``.
 
-    Updates keep their dtypes. A complex leaf counts with its absolute values; integers and None pass through. Inside
-    `shard_map` the norm is that of a shard.
+    Updates keep their dtypes. A complex leaf counts by its absolute values; integers and None pass through. Inside
+    `shard_map` each shard has a norm of its own.
 
     Args:
       max_norm: a number of at least 0, or a 0-d array, in units of the gradient.

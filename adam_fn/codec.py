@@ -16,10 +16,10 @@ Stored: TypeAlias = jax.Array | dict[str, Any]
 class Codec(abc.ABC):
     """Stores an array element by element. Codecs are static: hashable, compared by value, without arrays of their own.
 
-    Everything here is elementwise, so that it runs on a whole leaf, on a part of it and inside a kernel alike. Where 32
+    Everything here is elementwise, so that it runs on a whole leaf, on a part of it and inside a kernel alike. If 32
     successive elements share a `scale`, `encode` and `decode` get it in a shape that broadcasts to the elements.
 
-    Laws: ``encode(decode(encode(x))) = encode(x)``, and what is stored with all arrays 0 stands for 0.
+    Laws: ``encode(decode(encode(x))) = encode(x)``, and stored arrays that are all 0 stand for 0.
     """
 
     def __init_subclass__(cls) -> None:
@@ -31,7 +31,7 @@ class Codec(abc.ABC):
 
     @property
     def scaled(self) -> bool:
-        """Whether blocks of elements share a scale; small leaves are stored as they are then."""
+        """Whether blocks of elements share a scale; small leaves are then stored as they are."""
         return False
 
     @property
@@ -45,11 +45,11 @@ class Codec(abc.ABC):
         return 1
 
     def chance(self, random: jax.Array) -> jax.Array:
-        """What `scale` and `encode` get of 32 random bits, one for each block."""
+        """Turns random bits, 32 for each block, into the `chance` that `scale` and `encode` get."""
         return random
 
     def scale(self, x: jax.Array, chance: jax.Array | None) -> jax.Array:
-        """The least scale that holds an element, int16; a block's is the largest of its elements', and none negative.
+        """The least scale that can hold each element, int16 and at least 0; a block has the largest of its elements.
 
         `chance`: random numbers, one for each block.
         """
@@ -57,7 +57,7 @@ class Codec(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, x: jax.Array, scale: jax.Array | None = None, chance: jax.Array | None = None) -> jax.Array:
-        """What is stored of each element of `x` (float32 or float64)."""
+        """What is stored for each element of `x` (float32 or float64)."""
 
     @abc.abstractmethod
     def decode(self, codes: jax.Array, scale: jax.Array | None, dtype: DTypeLike) -> jax.Array:
@@ -74,7 +74,7 @@ class Cast(Codec):
         if self.dtype is not None:
             dtype = jnp.dtype(self.dtype)
             if not jnp.issubdtype(dtype, jnp.floating):
-                raise ValueError(f"moments are stored in a floating dtype, got {dtype}")
+                raise ValueError(f"moments must be stored in a floating dtype, got {dtype}")
             object.__setattr__(self, "dtype", dtype)
 
     def __str__(self) -> str:
@@ -83,8 +83,8 @@ class Cast(Codec):
     def of(self, *, signed: bool) -> "Cast":
         if not signed and self.dtype is not None and jnp.finfo(self.dtype).minexp > -64:
             warnings.warn(
-                f"{self.dtype} cannot hold small second moments: where they underflow to 0 the update is m/eps. Use "
-                "bfloat16 or Block(8)",
+                f"{self.dtype} cannot represent small second moments: where they underflow to 0 the update is m/eps. "
+                "Use bfloat16 or Block(8)",
                 stacklevel=2,
             )
         return self

@@ -6,16 +6,17 @@
     params = optax.apply_updates(params, updates)
     logger.log(adam_fn.diagnostics.summary(tx, state, params, updates))
 
-`tx` is any transformation with one optimizer of this package in it: bare, in `optax.chain`, `masked`, `partition`,
-`inject_hyperparams`, `MultiSteps` or `apply_if_finite`, or in a wrapper of this package; `state` is that of `tx`
-**after** a step, and `params` has the parameters' structure. With two optimizers, or none, it is a ValueError: pass the
-part that is meant, and its state. (They cannot look inside a `tx.update` that was wrapped in `jax.jit` on its own.) For
-an `nnx.Optimizer` and its model pass ``nnx.as_pure`` of ``optimizer.opt_state`` and of ``nnx.state(model, wrt)``.
+`tx` is any transformation that contains one optimizer of this package: by itself, in `optax.chain`, `masked`,
+`partition`, `inject_hyperparams`, `MultiSteps` or `apply_if_finite`, or in a wrapper of this package; `state` is the
+state of `tx` **after** a step, and `params` has the parameters' structure. Two optimizers, or none, are a ValueError:
+pass the one you mean, and its state. (These functions cannot look inside a `tx.update` that was wrapped in `jax.jit` on
+its own.) For an `nnx.Optimizer` and its model, pass ``nnx.as_pure`` of ``optimizer.opt_state`` and of
+``nnx.state(model, wrt)``.
 
-What is stored in codes is decoded. Trees have the structure of the parameters, with `optax.MaskedNode` for leaves that
+Slots stored in codes are decoded. Trees have the structure of the parameters, with `optax.MaskedNode` for leaves that
 are not trained (integers, frozen ones) and None for None; complex leaves are two reals, of shape ``(2, *shape)``.
 Arrays have the dtype of the arithmetic (float32, float64 for float64 parameters) and the parameters' sharding. Norms
-neither overflow nor underflow where the numbers themselves do not.
+neither overflow nor underflow unless the numbers themselves do.
 """
 
 import dataclasses
@@ -44,7 +45,7 @@ T = TypeVar("T")
 def state_bytes(tx: optax.GradientTransformation, params: PyTree) -> int:
     """The bytes of the state that `tx` keeps for `params`, codes and scales included; nothing is allocated.
 
-    `params` may be arrays or `jax.ShapeDtypeStruct`. Sharded arrays count as wholes.
+    `params` may be arrays or `jax.ShapeDtypeStruct`. Sharded arrays count in full.
     """
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(tx.init, params)))
 
@@ -61,7 +62,7 @@ def _compiled(function: Callable[P, T]) -> Callable[P, T]:
         except jax.errors.UnexpectedTracerError as error:
             raise ValueError(
                 f"{function.__name__} cannot see an optimizer that runs inside lax.cond (as in optax.MultiSteps and "
-                "apply_if_finite): pass the inner transformation, and its state"
+                "apply_if_finite): pass the inner transformation and its state"
             ) from error
 
     return wrapped
@@ -78,10 +79,10 @@ def learning_rate(tx: optax.GradientTransformation, state: PyTree, params: PyTre
       tx: the transformation.
       state: its state, after a step.
       params: the parameters, for their structure.
-      ahead: 0 for the last step (before the first one: the first), 1 for the next one, and so on.
+      ahead: 0 for the last step (for the first, if none was made), 1 for the next one, and so on.
 
     Raises:
-      ValueError: where `tx` has no `Rate`, or more than one.
+      ValueError: if `tx` has no `Rate`, or more than one.
     """
     found = hyperparameter(parts_of(tx, state, params, ahead), Rate, "learning_rate", ahead)
     if found is None:
@@ -93,7 +94,7 @@ def learning_rate(tx: optax.GradientTransformation, state: PyTree, params: PyTre
 def weight_decay(tx: optax.GradientTransformation, state: PyTree, params: PyTree, *, ahead: int = 0) -> jax.Array:
     """The weight decay λ of the step that led to `state`, schedules evaluated, a float32 scalar; 0 without decay.
 
-    Its meaning (times the rate or not, of which leaves) is the transformation's. The arguments are those of
+    The transformation decides whether it is multiplied by the rate, and which leaves decay. The arguments are those of
     `learning_rate`.
     """
     found = hyperparameter(parts_of(tx, state, params, ahead), WeightDecay, "weight_decay", ahead)
@@ -108,9 +109,9 @@ def moments(tx: optax.GradientTransformation, state: PyTree, params: PyTree) -> 
 
         diagnostics.moments(tx, state, params)["nu"]["layers"][0]["kernel"]
 
-    These are the arrays that the next step computes with: ``state.slots`` where that is in the dtype of the arithmetic,
-    and decoded where it is in codes or in bfloat16. They are the raw averages, without bias correction. `params` are
-    for structure, shapes and dtypes. See the module for leaves that are not trained, complex ones, and errors.
+    These are the arrays that the next step computes with: ``state.slots``, decoded if they are stored in codes or in
+    bfloat16. They are the raw averages, without bias correction. `params` are only used for structure, shapes and
+    dtypes. See the module for leaves that are not trained, for complex leaves and for errors.
     """
     part = optimizer_of(parts_of(tx, state, params))
     return part.decoded(part.kept(params))
@@ -149,9 +150,9 @@ def signal_to_noise(tx: optax.GradientTransformation, state: PyTree, params: PyT
     """The signal-to-noise ratio ``m̂/√v̂`` of every element (arXiv 1412.6980, section 2.1), a tree of arrays.
 
     Near ±1 successive gradients agree; near an optimum they do not, the ratio falls, and the step with it. v̂ is what
-    the optimizer divides by: AMSGrad's maximum, AdaBelief's ``(g - m)²``; of AdaMax it is ``m̂/v``, of LaProp m̂ and of
-    ADOPT m, which are averages of ratios. 0 before the first step and where all gradients so far were 0. After `swats`
-    has switched it says nothing: m is SGD's momentum then.
+    the optimizer divides by: AMSGrad's maximum, AdaBelief's ``(g - m)²``. For AdaMax the ratio is ``m̂/v``; for LaProp
+    it is m̂ and for ADOPT m, which are averages of ratios. It is 0 before the first step, and for elements whose
+    gradients so far were all 0. After `swats` has switched it says nothing: m is then SGD's momentum.
 
     Raises:
       ValueError: for Lion, which stores no second moment, and for ``b1 = 0``, where no first moment is stored. See the
@@ -173,7 +174,7 @@ def effective_step(
       tx: the transformation.
       state: its state, after a step.
       params: the parameters, for their structure.
-      learning_rate: α where ``update(..., learning_rate=x)`` set it; else that of the transformation.
+      learning_rate: α, if ``update(..., learning_rate=x)`` set it; the transformation's rate by default.
     """
     parts = parts_of(tx, state, params)
     return _scaled(_required(parts, params), _rate(parts, learning_rate, required=True))
@@ -184,7 +185,7 @@ def _rate(parts: Sequence[Part], given: ArrayLike | None, *, required: bool = Fa
         return jnp.asarray(given, float)
     found = hyperparameter(parts, Rate, "learning_rate", 0)
     if found is None and required:
-        raise ValueError("expected one Rate in the transformation, found 0: give learning_rate")
+        raise ValueError("expected one Rate in the transformation, found 0: pass learning_rate")
     return found
 
 
@@ -234,9 +235,9 @@ def _reals(tree: PyTree) -> PyTree:
 def at_bound(tx: optax.GradientTransformation, state: PyTree, params: PyTree, *, threshold: float = 0.99) -> PyTree:
     """The share of each leaf's elements at the step bound, ``|m̂|/√v̂ ≥ threshold``, a tree of scalars in [0, 1].
 
-    The bound is ``|Δ| ≤ α`` of arXiv 1412.6980, section 2.1: what a steady gradient reaches, and one that grows or is
-    sparse exceeds. 1 at the first step. A share that stays high suggests a larger rate, or warns of a rate that the
-    gradient never opposes. It is 0 for an empty leaf.
+    The bound is ``|Δ| ≤ α`` of arXiv 1412.6980, section 2.1: a steady gradient reaches it, and one that grows or is
+    sparse exceeds it. The share is 1 at the first step, and 0 for an empty leaf. A share that stays high suggests that
+    the rate could be larger: the gradients keep pointing the same way.
     """
     return jax.tree.map(lambda x: _share([x], threshold), _required(parts_of(tx, state, params), params))
 
@@ -245,8 +246,8 @@ def at_bound(tx: optax.GradientTransformation, state: PyTree, params: PyTree, *,
 def update_to_weight(updates: PyTree, params: PyTree) -> PyTree:
     """``‖u‖/‖p‖`` of each leaf, the L2 norms of update and parameter; a tree of scalars.
 
-    About 1e-3 is common. 0 where the update is 0, inf where only the parameter is. `optax.MaskedNode` for integers.
-    `params` may be those before the step or after it.
+    About 1e-3 is common. It is 0 if the update is 0, and inf if only the parameter is 0; integers have
+    `optax.MaskedNode`. `params` may be the parameters before or after the step.
     """
     return jax.tree.map(lambda u, p: _quotient(_norm([u]), _norm([p])), _reals(updates), _reals(params))
 
@@ -278,9 +279,9 @@ def quantisation_error(
     """What storing the slots loses in one step with `grads`: relative L2 errors, for each slot a tree of scalars.
 
     ``‖s' - s‖/‖s‖`` of each leaf, where s is the slot after the step in the dtype of the arithmetic and s' is what is
-    read back of it (``decode(encode(s))``). Both come from the same stored state, so it is the loss of one step and not
-    what has accumulated. Slots that are stored in the dtype of the arithmetic lose nothing and are left out; leaves
-    that are too small for blocks have 0. It computes two steps.
+    read back (``decode(encode(s))``). Both come from the same stored state, so this is the loss of one step, not an
+    accumulated one. Slots that are stored in the dtype of the arithmetic lose nothing and are left out; leaves that are
+    too small for blocks have 0. The function computes two steps.
 
     Args:
       tx: the transformation.
@@ -289,7 +290,7 @@ def quantisation_error(
       params: the parameters.
 
     Raises:
-      ValueError: inside `lax.cond` (`optax.MultiSteps`, `apply_if_finite`): give the inner transformation. See the
+      ValueError: inside `lax.cond` (`optax.MultiSteps`, `apply_if_finite`): pass the inner transformation. See the
         module for the rest.
     """
     return {
@@ -321,13 +322,14 @@ def summary(
     ``next_learning_rate``      α of the next one
     ``weight_decay``            λ of that step, 0 without decay
     ``signal_to_noise``         root mean square of m̂/√v̂ over all trained elements
-    ``effective_step``          that of α m̂/√v̂
+    ``effective_step``          root mean square of α m̂/√v̂
     ``at_bound``                share of the elements with ``|m̂|/√v̂ ≥ 0.99``
     ``update_to_weight``        ``‖u‖/‖p‖`` over all trained elements, with `updates`
     ``quantisation_error/mu``   ``‖s' - s‖/‖s‖`` of a step by `grads` from `state`, for each coded slot
     ==========================  =====================================================================
 
-    What `tx` does not have is left out: the rates without a `Rate`, the ratio and what follows from it in Lion.
+    What `tx` does not have is left out: the rates if there is no `Rate`; for Lion, the ratio and what is computed from
+    it.
 
     Args:
       tx: the transformation.
@@ -335,8 +337,8 @@ def summary(
       params: the parameters, before or after the step.
       updates: what `tx.update` returned.
       grads: gradients, for `quantisation_error`, which costs two steps.
-      learning_rate: α where ``update(..., learning_rate=x)`` set it.
-      per_leaf: adds the same for each leaf, as ``signal_to_noise/layers/0/kernel``: the path as in `adam_fn.masks`.
+      learning_rate: α, if ``update(..., learning_rate=x)`` set it.
+      per_leaf: adds the same for each leaf, as ``signal_to_noise/layers/0/kernel``, with the paths of `adam_fn.masks`.
     """
     parts = parts_of(tx, state, params)
     optimizer = optimizer_of(parts)

@@ -13,8 +13,8 @@ class Group:
     """What differs for some leaves.
 
     Attributes:
-      rate: multiplies the learning rate, also that of `update(..., learning_rate=x)`.
-      decay: multiplies the weight decay; with ``decay="scaled"`` and ``"proximal"`` the rate does so as well.
+      rate: multiplies the learning rate, including one given by `update(..., learning_rate=x)`.
+      decay: multiplies the weight decay; with ``decay="scaled"`` and ``"proximal"``, `rate` multiplies it as well.
       frozen: not trained: no moments and a zero update.
     """
 
@@ -49,11 +49,12 @@ class Groups:
 
     Paths and patterns are those of `adam_fn.masks.path`: keys joined by ``/``, matched as a whole by `fnmatch`. A leaf
     that several patterns match gets the product of their multipliers, and is frozen if one of them says so; the order
-    does not matter. A leaf that none matches keeps rate and decay. The state has the structure of the parameters, with
-    a placeholder for each frozen leaf. Leaves of one shape share a compilation, whatever their multipliers are.
+    does not matter. A leaf that no pattern matches keeps its rate and decay. The state has the structure of the
+    parameters, with a placeholder for each frozen leaf. Leaves of one shape share a compilation, whatever their
+    multipliers are.
 
-    Raises, where the parameters are seen (by `init` and `update`): ValueError for a pattern that matches no parameter,
-    and with `complete` for parameters that no pattern matches, which it lists.
+    `init` and `update` raise a ValueError for a pattern that matches no parameter and, with `complete`, for parameters
+    that no pattern matches; the error lists them.
 
     Args:
       patterns: a `Group` for each pattern.
@@ -86,7 +87,7 @@ class Groups:
         return [_product([group for group, hit in zip(groups, hits, strict=True) if hit]) for _, hits in found]
 
     def check_no_decay(self) -> None:
-        """Raises where a decay that is not there is multiplied."""
+        """Raises if a decay that is not there is multiplied."""
         for pattern, group in self.patterns:
             if group.decay != 1:
                 raise ValueError(f"the group {pattern!r} multiplies the decay, but weight_decay is not given")

@@ -15,10 +15,10 @@ class GuardState(NamedTuple):
     """The state of `skip_nonfinite`.
 
     Attributes:
-      skipped: how many steps were skipped so far, an int32 scalar.
+      skipped: how many steps have been skipped so far, an int32 scalar.
       consecutive: how many steps in a row, up to and including the last one, had a gradient that was not finite; an
         int32 scalar.
-      inner: the state of the transformation that is wrapped.
+      inner: the state of the wrapped transformation.
     """
 
     skipped: jax.Array
@@ -76,21 +76,21 @@ def _guarded(
 def skip_nonfinite(
     tx: optax.GradientTransformation, max_consecutive: int = 10
 ) -> optax.GradientTransformationExtraArgs:
-    """Skips a step where a gradient is infinite or nan; the outermost wrapper, around any transformation.
+    """Skips every step in which a gradient is infinite or nan; the outermost wrapper, around any transformation.
 
     ::
 
         tx = skip_nonfinite(optax.chain(clip_by_global_norm(1.0), adamw(1e-3)))
 
-    A skipped step leaves the parameters, the moments and the step count, and with it schedules and random streams, bit
-    for bit as they were: training continues as if the batch had not been drawn. ``state.skipped`` counts such steps.
-    Like `optax.apply_if_finite`, it eventually gives up: after `max_consecutive` skips in a row it applies every
+    A skipped step leaves the parameters, the moments and the step count, and with them schedules and random streams,
+    bit for bit as they were: training continues as if the batch had not been drawn. ``state.skipped`` counts such
+    steps. Like `optax.apply_if_finite`, it eventually gives up: after `max_consecutive` skips in a row it makes every
     update, whatever it is, until the gradients are finite again, so that a broken run becomes visible.
 
-    The step is computed, and its result is then selected or not, element by element. So each member of a `vmap` skips
-    for itself, and `make_step` still works in place. Inside `shard_map` give all shards the same gradients (after
-    `psum`); otherwise they decide differently. Gradients of frozen leaves count as well; those of integers, and None,
-    do not.
+    Every step is computed, and its result is then kept or dropped, element by element. So each member of a `vmap`
+    decides for itself, and `make_step` still works in place. Inside `shard_map`, give all shards the same gradients
+    (after `psum`); otherwise they may decide differently. Gradients of frozen leaves count as well; gradients of
+    integers, and None, do not.
 
     Args:
       tx: any optax transformation.

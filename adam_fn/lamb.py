@@ -75,7 +75,7 @@ def lamb(
 
     The ratio is 1 where either norm is 0. With ``decay="independent"`` (and the rate in λ) the decay is outside the
     ratio, as in Keras. The norms are computed in float32 (float64 for float64), for a complex leaf from its two reals.
-    They are norms of whole leaves, so use `lamb` outside of `shard_map`.
+    They are norms of whole leaves, so use `lamb` outside `shard_map`.
 
     The arguments are those of `adamw`; the state is a pair: the state of the direction and the state of the rate.
     """

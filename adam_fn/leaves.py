@@ -111,7 +111,7 @@ class Leaves:
         def add(value: bool | None, below: PyTree) -> None:
             leaves = Leaves(below).leaves
             if value is None and any(leaf is not None for leaf in leaves):
-                raise TypeError("it is None where there is a parameter")
+                raise TypeError("it is None in place of a parameter")
             found.extend([bool(value)] * len(leaves))
 
         try:

@@ -1,4 +1,4 @@
-"""Ready masks: which leaves decay (``mask=``) or are frozen (``frozen=``), by rank or by path.
+"""Ready-made masks: which leaves decay (``mask=``) or are frozen (``frozen=``), by rank or by path.
 
 A mask is a function of the parameters that returns a tree of booleans. These are frozen dataclasses, so equal masks
 compare equal, hash alike and pickle; `optax.masked` takes them too.
@@ -17,7 +17,7 @@ PyTree: TypeAlias = Any
 
 
 def _check_tree(mask: object, params: PyTree) -> None:
-    """Raises where a mask was taken for a schedule."""
+    """Raises if a mask was taken for a schedule."""
     if isinstance(params, jax.Array) and params.shape == () and jnp.issubdtype(params.dtype, jnp.integer):
         raise TypeError(
             f"{mask} is a mask, but was called with a step count: optax.inject_hyperparams treats every function as a "
@@ -29,7 +29,7 @@ def _check_tree(mask: object, params: PyTree) -> None:
 class rank:
     """The leaves with at least `at_least` axes: ``rank(2)`` leaves out biases and the scales of norms.
 
-    Layers stacked along an extra first axis (for `scan` or `vmap`) have one rank more.
+    The rank of layers stacked along an extra first axis (for `scan` or `vmap`) is one higher.
     """
 
     at_least: int = 2
@@ -55,7 +55,7 @@ class path:
     def __init__(self, *patterns: str, invert: bool = False) -> None:
         for pattern in patterns:
             if not isinstance(pattern, str):
-                raise TypeError(f"a pattern is a string, got {pattern!r}")
+                raise TypeError(f"a pattern must be a string, got {pattern!r}")
         object.__setattr__(self, "patterns", patterns)
         object.__setattr__(self, "invert", invert)
 

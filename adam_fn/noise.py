@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 
 class Part(NamedTuple):
-    """Of an array of `shape` the part that begins at `starts`."""
+    """The part of an array of `shape` that begins at `starts`."""
 
     shape: Sequence[int]
     starts: Sequence[ArrayLike]
@@ -28,10 +28,10 @@ def random_bits(
     """32 uniform bits for each element of a leaf, uint32 of `shape`.
 
     The integers `seed`, `step` and `leaf` (scalars, modulo 2³²) choose one of 2⁶⁴ streams. The bits of an element
-    depend on these and on its row-major index alone, so that they are the same under `jit` and under any sharding. They
-    have statistical quality, not a cryptographic one. A leaf of more than 2³² elements uses bits twice. Inside
-    `shard_map` and `vmap` the shape, and so the index, is that of one shard or of one member. An array that is a `part`
-    of a leaf gets the leaf's bits.
+    depend on these and on its row-major index alone, so that they are the same under `jit` and under any sharding.
+    Their quality is statistical, not cryptographic. A leaf of more than 2³² elements uses bits twice. Inside
+    `shard_map` and `vmap`, shape and index are those of one shard or one member. An array that is a `part` of a leaf
+    gets the leaf's bits.
     """
     # Two keys: of one alone the streams would be permutations of each other, element i of one element j of another.
     first, second = _key(0x9E3779B9, seed, step, leaf), _key(0x85EBCA6B, seed, step, leaf)

@@ -71,9 +71,10 @@ def offload(tx: optax.GradientTransformation) -> optax.GradientTransformationExt
     Arrays of fewer than 4096 elements stay where they are. Results and shardings are those of `tx`, except for the kind
     of memory; `state_shardings` gives both. Once the gradients exist, each step moves the state to the devices and
     back, over a bus that is far slower than their memory. It pays off when steps are few and batches large, for example
-    with accumulated gradients. It must be outermost.
+    with accumulated gradients. The backend must have this kind of memory; TPUs, GPUs and CPUs do. The wrapper must be
+    outermost.
 
     Args:
-      tx: any optax transformation. The backend must have this kind of memory, as TPUs, GPUs and CPUs do.
+      tx: any optax transformation.
     """
     return Offload(tx).transformation()

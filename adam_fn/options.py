@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class StateOptions(TypedDict, total=False):
-    """What is kept between steps, and of which leaves; see `Options`."""
+    """What is kept between steps, and for which leaves; see `Options`."""
 
     frozen: Mask | None
     nu_dtype: DTypeLike | None
@@ -50,39 +50,45 @@ class MuOptions(CommonOptions, total=False):
 
 
 class DecayOptions(CommonOptions, total=False):
-    """`CommonOptions`, and the decay of an optimizer that has none by default; see `Options`."""
+    """`CommonOptions`, and weight decay for optimizers that have none by default; see `Options`."""
 
     weight_decay: Hyper | None
     mask: Mask | None
 
 
 class Options(MuOptions, DecayOptions, total=False):
-    """The keyword options that the optimizers share; the signature of each lists those that it takes.
+    """The keyword options that the optimizers share; each optimizer's signature lists the ones that it takes.
 
     A mask is a tree of booleans (or a prefix), or a function of the parameters that returns one; `adam_fn.masks` has
-    ready ones. `optax.inject_hyperparams` mistakes such a function for a schedule unless its `static_args` name it.
+    ready-made ones. `optax.inject_hyperparams` mistakes such a function for a schedule unless its `static_args` name
+    it.
 
     Attributes:
-      weight_decay: λ, a number, a 0-d array or a schedule. No decay by default, except where the signature says so.
+      weight_decay: λ, a number, a 0-d array or a schedule. No decay by default, unless the signature has another
+        default.
       mask: the leaves that decay, as a mask. All by default.
       decay: what `weight_decay` means: ``"scaled"``, ``p - α(u + λp)`` (torch, optax; the default);
         ``"independent"``, ``p - αu - λp`` (the AdamW paper, arXiv 1711.05101; give λ as a schedule to let it follow
         one); ``"l2"``, ``g + λp`` before the optimizer (what other frameworks' "Adam with weight decay" often is);
         ``"proximal"``, ``(p - αu)/(1 + αλ)`` (Adan).
-      frozen: the leaves that are not trained, as a mask: no moments, a zero update. None by default.
-      mu_dtype: the floating dtype in which the first moments are stored; float32 by default, whatever the parameters.
-      nu_dtype: the same for the second moments. bfloat16 loses the changes of v below 0.4%: with β₂ above 0.996 that is
-        all of them while gradients are steady.
-      storage: how the moments are stored between steps: a codec for all of them, such as `Block(8)`, or codecs by name,
-        `Storage(mu=Block(8), nu=Cast("bfloat16"))`; a name covers the slots that begin with it (nu, nu_max).
-      storage_mask: the leaves whose moments are stored as `storage` says, as a mask; the others stay in float32:
-        ``storage_mask=masks.path("*embedding*", invert=True)``. All by default.
-      groups: multipliers of the rate and of the decay, and frozen leaves, by path: a `Groups`, or what it is made of,
-        ``{"embedding/*": Group(frozen=True), "*bias": Group(decay=0.0)}``.
-      kernel: whether a TPU or a GPU runs each leaf as one kernel, which needs no temporaries, instead of the programs
-        that XLA compiles. On other devices, and for leaves that a kernel does not suit, it changes nothing. Results and
-        state are the same, up to the order of roundings. Without derivatives and `vmap`. Off by default; the
-        documentation's page "How a step runs" says why.
+      frozen: the leaves that are not trained, as a mask: they have no moments and get a zero update. By default all are
+        trained.
+      mu_dtype: the floating dtype in which the first moments are stored; float32 by default (float64 for float64
+        parameters).
+      nu_dtype: the same for the second moments. bfloat16 loses changes of v below 0.4%: if β₂ is above 0.996 and the
+        gradients are steady, that is every change.
+      storage: how the moments are stored between steps: a codec for all of them, such as `Block(8)`, or a mapping from
+        slot names to codecs, `Storage(mu=Block(8), nu=Cast("bfloat16"))`; a name covers every slot that begins with it
+        (nu, nu_max).
+      storage_mask: the leaves to which `storage` applies, as a mask, such as
+        ``masks.path("*embedding*", invert=True)``; the others are stored in float32 (float64 for float64 parameters).
+        All by default.
+      groups: multipliers of the rate and of the decay, and frozen leaves, by path: a `Groups`, or the mapping that it
+        is made from, ``{"embedding/*": Group(frozen=True), "*bias": Group(decay=0.0)}``.
+      kernel: whether a TPU or a GPU runs the step of each leaf as one Pallas kernel, which needs no temporaries,
+        instead of the program that XLA generates. On other devices, and for leaves that a kernel does not suit, it
+        changes nothing. Results and state are the same, up to the order of roundings. It supports neither derivatives
+        nor `vmap`. Off by default; the documentation's page "How a step runs" says why.
     """
 
 
@@ -131,7 +137,7 @@ def links(
 
 
 class Storage(dict[str, Codec]):
-    """Codecs by slot, ``Storage(mu=Block(8), nu=Block(8))``; slots without one are stored in float32."""
+    """Codecs by slot, ``Storage(mu=Block(8), nu=Block(8))``; slots without a codec are stored in float32."""
 
 
 def codecs(
@@ -144,12 +150,15 @@ def codecs(
     if isinstance(storage, Codec):
         storage = dict.fromkeys(rule.slots, storage)
     if storage is not None and not isinstance(storage, Mapping):
-        raise TypeError(f"storage must be a codec, such as Block(8), or map slot names to codecs, got {storage!r}")
+        raise TypeError(
+            "storage must be a codec, such as Block(8) or Cast('bfloat16'), or a mapping from slot names to codecs, "
+            f"got {storage!r}"
+        )
     asked = {name: (codec, f"storage of {name}") for name, codec in (storage or {}).items()}
     for name, dtype in (("mu", mu_dtype), ("nu", nu_dtype)):
         if dtype is not None:
             if name in asked:
-                raise ValueError(f"{name}_dtype and storage both say how {name} is stored: pass one of them")
+                raise ValueError(f"{name}_dtype and storage both specify how {name} is stored: pass only one of them")
             asked[name] = (Cast(dtype), f"{name}_dtype")
     found: dict[str, Codec] = {}
     for name, (codec, what) in asked.items():

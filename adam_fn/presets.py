@@ -4,11 +4,12 @@ The arguments have the names of `adam_fn.adam` and the framework's defaults; wha
 Each docstring gives the update, the framework's names for the arguments where they differ ("There: ..."), and the
 source file. In the formulas ``m`` and ``v`` are the raw moments, ``m̂ = m/(1-β₁ᵗ)``, ``v̂ = v/(1-β₂ᵗ)`` and ``α_t = α
 √(1-β₂ᵗ)/(1-β₁ᵗ)``: an ε beside the raw ``√v`` is the paper's epsilon hat (arXiv 1412.6980, section 2). `weight_decay`
-is off where no number is given. Rates and other numbers may be schedules, as everywhere in adam_fn.
+is off unless a number is given. Rates and other numbers may be schedules, as everywhere in adam_fn.
 
-Not here, because no rule of adam_fn does the same: optax's ``amsgrad`` (its maximum is of the corrected v), MXNet's
-``AdamW`` (its decay is times α_t instead of α) and ``Nadam`` (its product of momenta advances once for each parameter),
-and Chainer's ``AdaBound``. Clipping (``clipvalue``, ``clip_gradients``, ...) is optax's, chained before the preset.
+Not here, because no rule of adam_fn does the same: optax's ``amsgrad`` (it takes the maximum of the corrected v),
+MXNet's ``AdamW`` (it multiplies the decay by α_t instead of α) and ``Nadam`` (its product of momenta advances once for
+each parameter), and Chainer's ``AdaBound``. Clipping (``clipvalue``, ``clip_gradients``, ...) is optax's, chained
+before the preset.
 """
 
 import math
@@ -25,14 +26,14 @@ from adam_fn.transform import Transformation
 
 
 class Weights(MomentOptions, total=False):
-    """`MomentOptions`, and `weight_decay`, whose meaning is the framework's, with `mask`: the leaves that decay."""
+    """`MomentOptions`, `weight_decay` as the framework means it, and `mask`: the leaves that decay."""
 
     weight_decay: Hyper | None
     mask: Mask | None
 
 
 def _meaning(decay: Literal["scaled", "independent", "l2"], options: Weights) -> Options:
-    """The options, with what their weight decay means where there is one."""
+    """The options, with what their weight decay means if there is one."""
     return {**options} if options.get("weight_decay") is None else {**options, "decay": decay}
 
 
@@ -46,7 +47,7 @@ def tensorflow1_adam(
 ) -> Transformation:
     """TensorFlow 1's ``tf.train.AdamOptimizer``: ``p ← p - α_t m/(√v + ε)``.
 
-    There: ``beta1``, ``beta2``, ``epsilon``. Its docstring puts the root over the whole fraction of α_t, its code does
+    There: ``beta1``, ``beta2``, ``epsilon``. Its docstring puts the root over the whole fraction of α_t; its code does
     not. Source: ``tensorflow/python/training/adam.py``.
     """
     return adam(learning_rate, b1, b2, eps, eps_hat=True, **options)
@@ -193,7 +194,7 @@ def lasagne_amsgrad(
 def caffe_adam(
     learning_rate: Hyper, b1: Hyper, b2: Hyper = 0.999, eps: Hyper = 1e-8, **options: Unpack[Weights]
 ) -> Transformation:
-    """Caffe's solver ``Adam``: ``p ← p - α_t m/(√v + ε)``, the moments those of ``g + λp``.
+    """Caffe's solver ``Adam``: ``p ← p - α_t m/(√v + ε)``, with the moments of ``g + λp``.
 
     There: ``base_lr`` and ``momentum`` (α and β₁, which have no default), ``momentum2``, ``delta`` (ε),
     ``weight_decay`` (λ, with ``regularization_type: "L2"``; "L1" is not here). Its ``lr_policy`` is a schedule, its
@@ -206,10 +207,10 @@ def caffe_adam(
 def mxnet_adam(
     learning_rate: Hyper = 1e-3, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-8, **options: Unpack[Weights]
 ) -> Transformation:
-    """MXNet's ``Adam``: ``p ← p - α_t m/(√v + ε)``, the moments those of ``g + λp``.
+    """MXNet's ``Adam``: ``p ← p - α_t m/(√v + ε)``, with the moments of ``g + λp``.
 
-    There: ``beta1``, ``beta2``, ``epsilon``, ``wd`` (λ, 0; ``wd_mult`` is `mask`). Its ``lazy_update`` (off) of
-    sparse rows is not here. Source: ``python/mxnet/optimizer/adam.py``.
+    There: ``beta1``, ``beta2``, ``epsilon``, ``wd`` (λ, 0; ``wd_mult`` is `mask`). Its ``lazy_update`` (off), for
+    sparse rows, is not here. Source: ``python/mxnet/optimizer/adam.py``.
     """
     return adam(learning_rate, b1, b2, eps, eps_hat=True, **_meaning("l2", options))
 
@@ -236,13 +237,13 @@ def cntk_adam(
     time_constant: float = 720_000.0,
     **options: Unpack[Weights],
 ) -> Transformation:
-    """CNTK's ``adam``: ``p ← p - α_t m/(√v + ε)``, the moments those of ``g + λp``, ``β₂ = exp(-minibatch/720000)``.
+    """CNTK's ``adam``: ``p ← p - α_t m/(√v + ε)``, with the moments of ``g + λp``, ``β₂ = exp(-minibatch/720000)``.
 
     There: ``lr`` (per sample) and ``momentum`` (β₁, per minibatch), which have no default; ``variance_momentum``, by
     default a time constant of 720000 samples, so that β₂ depends on the minibatch (0.99982 at 128); ``epsilon``;
     ``l2_regularization_weight`` (λ). Its ``unit_gain=False``, ``m ← β₁m + g``, is the rate ``learning_rate/(1 - b1)``.
-    The gradients are those of ``use_mean_gradient=True``. By default CNTK's are sums over the minibatch: with means
-    give ``eps/minibatch_size`` for the same steps. With `optax.inject_hyperparams`, `minibatch_size` and
+    The gradients here are means, as with ``use_mean_gradient=True``. By default CNTK's are sums over the minibatch: for
+    the same steps with means, pass ``eps/minibatch_size``. With `optax.inject_hyperparams`, `minibatch_size` and
     `time_constant` are static arguments. Source: ``bindings/python/cntk/learners/__init__.py`` and ``Source/Math``.
     """
     b2 = math.exp(-minibatch_size / time_constant)
@@ -261,9 +262,9 @@ def chainer_adam(
 ) -> Transformation:
     """Chainer's ``Adam`` and ``AdamW``: ``p ← p - α_t m/(√v + ε) - λp``; with `amsgrad` max v replaces v.
 
-    There: ``alpha``, ``beta1``, ``beta2``, ``weight_decay_rate`` (λ, 0): as in the AdamW paper not times α. Its ``eta``
-    (1), η in ``p - η(α_t m/(√v + ε) + λp)``, is `learning_rate` and `weight_decay` times η; both may be schedules.
-    (From version 6 on its CPU code leaves η out of the decay.) Source: ``chainer/optimizers/adam.py``.
+    There: ``alpha``, ``beta1``, ``beta2``, ``weight_decay_rate`` (λ, 0), which is not multiplied by α, as in the AdamW
+    paper. Its ``eta`` (1), η in ``p - η(α_t m/(√v + ε) + λp)``, is `learning_rate` and `weight_decay` times η; both may
+    be schedules. (From version 6 on, its CPU code leaves η out of the decay.) Source: ``chainer/optimizers/adam.py``.
     """
     return _ADAM[amsgrad](learning_rate, b1, b2, eps, eps_hat=True, **_meaning("independent", options))
 
@@ -278,7 +279,7 @@ def torch_adam(
     amsgrad: bool = False,
     **options: Unpack[Weights],
 ) -> Transformation:
-    """``torch.optim.Adam``: ``p ← p - α m̂/(√v̂ + ε)``, the moments those of ``g + λp``.
+    """``torch.optim.Adam``: ``p ← p - α m̂/(√v̂ + ε)``, with the moments of ``g + λp``.
 
     With `amsgrad` the maximum of all v so far replaces v. There: ``lr``, ``betas``, ``weight_decay`` (λ, 0).
     Source: ``torch/optim/adam.py``.

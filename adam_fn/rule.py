@@ -2,7 +2,7 @@
 
 A rule is a frozen dataclass of its hyperparameters. It is pure and elementwise and knows nothing of trees, storage,
 devices or optax; `adam_fn.transform` lifts it. A hyperparameter is a Python number or a schedule (static: compared by
-value, compiled in) or a 0-d array (dynamic: another value needs no other compilation).
+value, compiled in) or a 0-d array (dynamic: a new value needs no new compilation).
 """
 
 import abc
@@ -22,7 +22,7 @@ from adam_fn.arithmetic import OneMinus, Scalar, Weight, bounded
 
 #: A function of the zero-based step, an int32 scalar, that returns a number or a 0-d array.
 Schedule: TypeAlias = Callable[[jax.Array], ArrayLike]
-#: A hyperparameter where a rule is made, that is, a number, a 0-d array or a `Schedule`.
+#: A hyperparameter as it is given to a rule: a number, a 0-d array or a `Schedule`.
 Hyper: TypeAlias = ArrayLike | Schedule
 #: What a rule remembers of one array, by name.
 Slots: TypeAlias = Mapping[str, jax.Array]
@@ -60,7 +60,7 @@ class Clock:
       count: the zero-based step, an int32 scalar; the first update sees 0.
       weights: the rule's bias weights, this step included.
       learning_rate: the rate that `update(..., learning_rate=x)` sets for this step, or None.
-      index: the number of the leaf, an int32 scalar, where its storage is random; else None. Rules must not use it.
+      index: the number of the leaf, an int32 scalar, if its storage is random; else None. Rules must not use it.
     """
 
     count: jax.Array
@@ -86,15 +86,16 @@ def checked(name: str, value: object, bounds: Range) -> Hyper:
             raise ValueError(f"{name} must be a scalar, got an array of shape {value.shape}")
         if bounds is UNIT and jnp.issubdtype(value.dtype, jnp.floating) and jnp.finfo(value.dtype).bits < 32:
             raise ValueError(
-                f"{name} is a {value.dtype} array, too short for a decay rate near 1 (0.999 becomes 1): pass it as "
-                'float32, or give optax.inject_hyperparams hyperparam_dtype=jnp.float32 or static_args=("b1", "b2")'
+                f"{name} is a {value.dtype} array, which has too few digits for a decay rate near 1 (in bfloat16, "
+                "0.999 becomes 1): pass it in float32, or call optax.inject_hyperparams with "
+                'hyperparam_dtype=jnp.float32 or static_args=("b1", "b2")'
             )
         return value
     if callable(value):
         try:
             hash(value)
         except TypeError as error:
-            raise TypeError(f"{name} is a schedule that is not hashable: use a function or frozen dataclass") from error
+            raise TypeError(f"{name} is an unhashable schedule: use a function or a frozen dataclass") from error
         return typing.cast(Schedule, value)
     raise TypeError(f"{name} must be a number, a 0-d array or a schedule, got {value!r}")
 
@@ -119,8 +120,8 @@ class Rule(abc.ABC):
     hyperparameters given as arrays.
 
     Attributes:
-      squares: the largest number that `leaf` squares, in units of the largest gradient: 1 where it is the gradient
-        itself, 2 where it is the difference of two, 0 where nothing is squared.
+      squares: the largest number that `leaf` squares, in units of the largest gradient: 1 for the gradient itself, 2
+        for the difference of two gradients, 0 if nothing is squared.
     """
 
     squares: ClassVar[float] = 0.0
@@ -153,7 +154,7 @@ class Rule(abc.ABC):
 
         A rule that squares receives at most ``2⁶³/squares`` (float64: ``2⁵¹¹/squares``), whose square a float can hold:
         beyond that v would no longer grow with m, and the update would not be bounded. Other rules with slots receive
-        at most a quarter of the largest number, rules without slots receive everything. inf and nan are never changed.
+        at most a quarter of the largest number; rules without slots receive everything. inf and nan are never changed.
         """
         return bounded(g, self.squares) if self.slots else g
 
@@ -161,11 +162,11 @@ class Rule(abc.ABC):
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
         """The update of one array and its new slots; everything has one dtype, float32 or float64.
 
-        Elementwise: the array may be a part of a leaf. What needs whole leaves is a `Wrapper`, such as `lamb`.
+        Elementwise: the array may be a part of a leaf. Whatever needs whole leaves is a `Wrapper`, such as `lamb`.
         """
 
     def signal_to_noise(self, slots: Slots, clock: Clock) -> jax.Array | None:
-        """``m̂/√v̂`` of one array, from its slots after a step and that step's bias weights; None where there is none."""
+        """``m̂/√v̂`` of one array, from its slots after a step and that step's bias weights; None if it has none."""
         return None
 
     def at(self, count: jax.Array) -> Self:
@@ -186,11 +187,11 @@ class Rule(abc.ABC):
         return jax.tree.map(lambda x: jnp.asarray(x, dtype), self)
 
     def without(self, kind: type["Rule"]) -> "Rule":
-        """The rule less its parts of one kind."""
+        """The rule without its parts of one kind."""
         return Chain(tuple(part for part in self.parts() if not isinstance(part, kind)))
 
     def times(self, factors: Mapping[str, float]) -> "Rule":
-        """The rule with hyperparameters multiplied, by name, after `at`: arrays, so that any factor is one program."""
+        """The rule, after `at`, with hyperparameters multiplied by name: arrays, so that factors share a program."""
         parts: list[Rule] = []
         for part in self.parts():
             own = factors.keys() & _ranges(type(part))
@@ -213,7 +214,9 @@ class Rule(abc.ABC):
         for i, part in enumerate(parts):
             if rates and isinstance(part, Decay) and part.independent != (i > rates[0]):
                 order = "Rate >> Decay needs" if i > rates[0] else "Decay >> Rate is for"
-                raise ValueError(f"{order} Decay(…, independent={not part.independent}): else the weights would grow")
+                raise ValueError(
+                    f"{order} Decay(…, independent={not part.independent}): otherwise the weights would grow"
+                )
         return Chain(parts)
 
 
@@ -248,7 +251,7 @@ def _unflatten(
 class Chain(Rule):
     """Rules applied one after the other; ``a >> b >> c`` is ``Chain((a, b, c))``, and ``Chain(())`` does nothing.
 
-    A slot whose name an earlier part took already is kept as ``name_i`` for part i.
+    A slot of part i whose name an earlier part has taken is kept as ``name_i``.
     """
 
     chained: tuple[Rule, ...]
@@ -311,7 +314,7 @@ def _required(p: jax.Array | None) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class WeightDecay(Rule):
-    """What a mask of decaying leaves applies to."""
+    """A rule that decays weights: `mask` selects the leaves to which it applies."""
 
     weight_decay: NonNegative
 
@@ -321,7 +324,7 @@ class Decay(WeightDecay):
     """Weight decay: ``u + λ p`` before the rate, or after it with `independent=True`, ``u - λ p``.
 
     Before the rate it is the decoupled decay of torch and optax (``p - α(u + λ p)``), before the optimizer it is L2
-    regularisation, and after the rate that of the AdamW paper (``p - α u - λ p``; arXiv 1711.05101).
+    regularisation, and after the rate it is the decay of the AdamW paper (``p - α u - λ p``; arXiv 1711.05101).
     """
 
     independent: bool = False

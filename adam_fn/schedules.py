@@ -1,9 +1,9 @@
 """Schedules that the sources describe and optax lacks; every optax schedule works as well.
 
-A schedule is a function of the zero-based step ``count`` (the first update sees 0) that returns a scalar. Those below
-are frozen dataclasses, so equal ones compare equal, hash alike, pickle and share compilations; they are lower case
-because they are used as optax's functions are. In the formulas ``t = count + 1`` is the papers' one-based step. All
-lengths are in steps (optimizer updates). Values are float32, or float64 under ``jax_enable_x64``.
+A schedule is a function of the zero-based step ``count`` (the first update sees 0) that returns a scalar. The schedules
+below are frozen dataclasses, so equal ones compare equal, hash alike, pickle and share compilations; their names are
+lower case because they are used like optax's functions. In the formulas ``t = count + 1`` is the papers' one-based
+step. All lengths are in steps (optimizer updates). Values are float32, or float64 under ``jax_enable_x64``.
 """
 
 # ruff: noqa: N801
@@ -29,8 +29,8 @@ def _require(condition: bool, message: str) -> None:
 class inverse_sqrt:
     """``α/√t``, with a linear warm-up on request.
 
-    ``α_t = α · min(1/√t, t/W^1.5)``, ``W = warmup_steps``; the two meet at ``t = W`` in the peak ``α/√W``. Without a
-    warm-up it is the ``α/√t`` of Adam's convergence theorem (arXiv 1412.6980, section 4).
+    ``α_t = α · min(1/√t, t/W^1.5)``, ``W = warmup_steps``; the two terms meet at ``t = W``, at the peak ``α/√W``.
+    Without a warm-up it is the ``α/√t`` of Adam's convergence theorem (arXiv 1412.6980, section 4).
     """
 
     init_value: float
@@ -98,7 +98,7 @@ class warmup_stable_decay:
 
     ``α · (count+1)/warmup_steps`` while ``count < warmup_steps``, then ``α`` for ``stable_steps``, then over
     ``decay_steps`` ``end + (α - end) · (1 - x)`` (``shape="linear"``) or ``end + (α - end) · (1 - √x)``
-    (``shape="sqrt"``, arXiv 2405.18392), ``x`` the fraction of the decay that is over; ``end_value`` from then on.
+    (``shape="sqrt"``, arXiv 2405.18392), with ``x`` the fraction of the decay that is over; ``end_value`` from then on.
     """
 
     peak_value: float
@@ -209,8 +209,8 @@ class ademamix_b3:
     """AdEMAMix's slow decay rate, whose half-life grows linearly from that of ``β₁`` to that of ``β₃``.
 
     ``f(β) = ln ½ / ln β - 1``, ``β_t = f⁻¹((1 - t/T) f(β₁) + (t/T) f(β₃)) = 2^(-1/(f + 1))`` until ``t = T``, then
-    ``β₃`` (arXiv 2409.03137, section 3). The optimizers of this package ask for `one_minus`: of a float32 β it would be
-    off by 2e-4 at 0.9999 and by 1e-2 at 0.999999.
+    ``β₃`` (arXiv 2409.03137, section 3). The optimizers of this package call `one_minus`: computed from a float32 β,
+    ``1 - β`` would be off by 2e-4 at 0.9999 and by 1e-2 at 0.999999.
     """
 
     b3: float
@@ -241,7 +241,7 @@ class by_complement:
 
         adam_fn.adam(1e-3, b2=by_complement(lambda count: 1 / (count + 10)))
 
-    Any schedule that has a method ``one_minus(count)`` beside its ``__call__`` is exact in this way.
+    Any schedule that has a method ``one_minus(count)`` besides its ``__call__`` is exact in the same way.
     """
 
     complement: Callable[[ArrayLike], ArrayLike]

@@ -40,7 +40,7 @@ def devices(mesh: Mesh, names: Sequence[str]) -> int:
 
 
 def check_mesh(who: str, path: str, sharding: NamedSharding, mesh: Mesh) -> None:
-    """Raises where a leaf lives on another mesh."""
+    """Raises if a leaf lives on another mesh."""
     if dict(sharding.mesh.shape) != dict(mesh.shape):
         raise ValueError(f"{who}: {path} lives on the mesh {dict(sharding.mesh.shape)}, expected {dict(mesh.shape)}")
 
@@ -110,7 +110,7 @@ def _is_blank(x: object) -> bool:
 
 
 def state_shardings(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
-    """The shardings of ``tx.init(params)``, as a tree of the state's structure: ``jit(tx.init, out_shardings=…)``.
+    """The shardings of ``tx.init(params)``, as a tree with the state's structure: ``jit(tx.init, out_shardings=…)``.
 
     Whatever belongs to a parameter is sharded like the parameter: moments, codes, scales, remainders of masters,
     averages, and the states of optax's transformations, which `jit` alone would put on one device. Scales that are too
@@ -129,7 +129,7 @@ def state_shardings(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
         mesh of the others; if none has one, everything lives where the first leaf does.
 
     Raises:
-      ValueError: if a leaf has no sharding at all, or lives on another mesh than those before it.
+      ValueError: if a leaf has no sharding at all, or lives on another mesh than the leaves before it.
     """
     if (own := getattr(getattr(tx.init, "wrapper", None), "state_shardings", None)) is not None:
         return own(params)

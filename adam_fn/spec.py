@@ -89,7 +89,7 @@ def scatter(leaves: Leaves, codec: Codec, slot: PyTree, what: str) -> list[Store
             leaves.treedef.flatten_up_to(slot)  # Of a Block, unless the parameters have these names.
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{what} is not stored as {codec}: the state was made with another storage; "
+            f"{what} is not stored as {codec}: the state was made with a different storage; "
             "adam_fn.interop.change_storage converts it"
         ) from error
     columns = [leaves.match(part, what, "the parameters") for part in parts]

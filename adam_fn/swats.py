@@ -26,7 +26,7 @@ class SwatsState(NamedTuple):
 
     Attributes:
       adam: the state of Adam. After the switch its m is SGD's momentum, which starts again at 0; v stays as it is.
-      average: the raw moving average of the rates γ, a scalar of the dtype of the bias weights (float32).
+      average: the raw moving average of the rates γ, a scalar in the dtype of the bias weights (float32).
       switched: bool scalar, whether SGD has taken over.
       sgd_rate: the rate Λ that was found, a scalar; 0 before the switch.
       adam_rate: Adam's rate at the switch, a scalar; 0 before.
@@ -234,25 +234,26 @@ def swats(
         λ ← β₂λ + (1-β₂)γ;   switch after step k > 1 when |λ/(1-β₂ᵏ) - γ| < tolerance and λ > 0, with Λ = λ/(1-β₂ᵏ)
         then  m ← β₁m + (1-β₁)g from m = 0,   u = -Λ m
 
-    All leaves switch at once. ``state.switched`` tells whether they have, and ``state.sgd_rate`` is Λ. A schedule of
-    the rate, or `update(..., learning_rate=x)`, stays in effect after the switch: SGD's rate is ``Λ α_t/α_switch``. The
-    paper's L2 decay is a link before this one, ``optax.chain(transform(Decay(λ)), swats())``.
+    All leaves switch at once. ``state.switched`` tells whether they have, and ``state.sgd_rate`` is Λ. A schedule for
+    the rate, or `update(..., learning_rate=x)`, stays in effect after the switch: SGD's rate is ``Λ α_t/α_switch``. For
+    the paper's L2 decay, put a link before this one, ``optax.chain(transform(Decay(λ)), swats())``.
 
     Args:
       learning_rate: Adam's α, a number, a 0-d array or a schedule.
       b1: the decay rate of the momentum, Adam's and SGD's, in (0, 1).
       b2: the decay rate of the second moment and of λ, in [0, 1).
       eps: in units of the gradient.
-      tolerance: of the rate, in units of a rate; 1e-9 in the paper. With noisy gradients that hardly ever holds (and
-        1e-9 is float32's rounding of a rate of 0.02): 1e-5 is common, and switches earlier.
-      eps_hat: ε is added to the uncorrected √v.
+      tolerance: how far γ may be from its average at the switch, in units of a rate; 1e-9 in the paper. With noisy
+        gradients it is hardly ever that near (and 1e-9 is float32's rounding of a rate of 0.02): 1e-5 is common, and
+        switches earlier.
+      eps_hat: whether ε is added to the uncorrected √v.
       options: see `adam_fn.options.Options`; m is the momentum.
     """
     if isinstance(tolerance, (int, float)) and not tolerance > 0:
         raise ValueError(f"tolerance must be positive, got {tolerance}")
     rule = Adam(b1, b2, eps, eps_hat=eps_hat)
     if "mu" not in rule.slots:
-        raise ValueError(f"b1 must be in (0, 1), since swats needs the momentum; got {b1}")
+        raise ValueError(f"b1 must be in (0, 1), because swats needs a momentum; got {b1}")
     rate = Rate(learning_rate)
     adam = optimizer(rule, learning_rate, **options)
     return Swats(adam, rule, rate, tolerance).transformation()

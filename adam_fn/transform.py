@@ -39,7 +39,7 @@ class State(NamedTuple):
         ``1 - β**count`` for a constant β, and its rounding remainder.
         ``()`` for a rule that has none (checkpointers refuse empty arrays).
       slots: by name (``"mu"``, ``"nu"``, …) a tree with the structure of the parameters: the raw, uncorrected moments.
-        Those of a complex parameter are two reals, of shape ``(2, *shape)``.
+        The moments of a complex parameter are two reals, of shape ``(2, *shape)``.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -80,7 +80,7 @@ def _expected(codec: Codec, shape: tuple[int, ...], dtype: np.dtype) -> list[tup
 
 
 def _check_leaf(path: str, g: object, p: object, stored: Mapping[str, Stored], codecs: Mapping[str, Codec]) -> None:
-    """Raises where a trained leaf's gradient, parameter and state do not belong together."""
+    """Raises if a trained leaf's gradient, parameter and state do not belong together."""
     if g is None:
         raise ValueError(f"the gradient of {path} is None, but the parameter is trained; to freeze it, use frozen=")
     gradient, parameter = jax.typeof(g), jax.typeof(p)
@@ -230,9 +230,9 @@ class Update:
     def write(
         self, grads: PyTree, state: optax.OptState, params: PyTree, *, learning_rate: ArrayLike | None = None
     ) -> tuple[PyTree, State]:
-        """The new parameters, those of ``optax.apply_updates(params, updates)``, and the new state.
+        """The new parameters, as ``optax.apply_updates(params, updates)`` gives them, and the new state.
 
-        No update is ever stored: in a program that donates `params` and `state` every leaf is changed in its place.
+        No update is ever stored: in a program that donates `params` and `state` every leaf is changed in place.
         """
         rate = rate_of_step(learning_rate)
         new, _, after = _update(self.spec, grads, self._checked(state), params, rate, write=PARAMETERS)
@@ -266,8 +266,8 @@ class Update:
             found = f"State with the slots {sorted(state.slots)}" if isinstance(state, State) else type(state).__name__
             expected = sorted(dict(self.spec.codecs))
             raise TypeError(
-                f"expected an adam_fn.State with the slots {expected}, got a {found}, which this transformation "
-                "did not make; adam_fn.interop converts states of optax, torch and Keras"
+                f"expected an adam_fn.State with the slots {expected}, got a {found}, which this transformation did "
+                "not make; adam_fn.interop converts states of optax, torch and Keras"
             )
         return state
 
@@ -275,8 +275,8 @@ class Update:
 class Transformation(optax.GradientTransformationExtraArgs):
     """An optax transformation with precise types: `init` returns a `State`, and any pytree is accepted.
 
-    Those of equal rules, codecs and masks compare equal, hash alike, share compilations and pickle where their
-    hyperparameters do.
+    Transformations with equal rules, codecs and masks compare equal, hash alike and share compilations; they pickle if
+    their hyperparameters do.
     """
 
     __slots__ = ()
@@ -300,22 +300,24 @@ def transform(
 
     Args:
       rule: what to compute; ``transform(a >> b)`` equals ``optax.chain(transform(a), transform(b))``.
-      storage: a `Codec` for every slot, or one for each by name; slots that are not named are stored in float32
-        (float64 for float64 parameters).
+      storage: a `Codec` for every slot, or a mapping from slot names to codecs; slots that it does not name are stored
+        in float32 (float64 for float64 parameters).
       mask: the leaves to which a `WeightDecay` applies: a tree of booleans with the structure of the parameters or a
         prefix of it, or a function of the parameters that returns one (see `adam_fn.masks`); all by default.
-      frozen: the leaves that are not trained: no moments and a zero update; none by default.
-      storage_mask: the leaves to which `storage` applies, all by default; the others are stored as if it were not
-        given.
+      frozen: the leaves that are not trained: they have no moments and get a zero update; by default all are trained.
+      storage_mask: the leaves to which `storage` applies, all by default; the others are stored in float32 (float64 for
+        float64 parameters).
       groups: multipliers of `learning_rate` and `weight_decay`, and frozen leaves, by path (see `Groups`).
-      kernel: whether a TPU or a GPU runs each leaf as one kernel (see `adam_fn.options.Options`).
+      kernel: whether a TPU or a GPU runs the step of each leaf as one kernel (see `adam_fn.options.Options`).
     """
     if not isinstance(rule, Rule):
         raise TypeError(f"transform takes a rule, such as Adam() >> Rate(1e-3), got {rule!r}")
     if isinstance(storage, Codec):
         storage = dict.fromkeys(rule.slots, storage)
     if storage is not None and not isinstance(storage, Mapping):
-        raise TypeError(f"storage must be a codec, such as Block(8), or map slot names to codecs, got {storage!r}")
+        raise TypeError(
+            f"storage must be a codec, such as Block(8), or a mapping from slot names to codecs, got {storage!r}"
+        )
     for name, codec in (storage or {}).items():
         if not isinstance(codec, Codec):
             raise TypeError(f"storage[{name!r}] must be a codec, such as Block(8) or Cast('bfloat16'), got {codec!r}")

@@ -86,7 +86,7 @@ def inner(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def check_state(state: object, expected: type, name: str) -> None:
-    """Raises where `state` is not one that the transformation `name` made."""
+    """Raises if `state` is not one that the transformation `name` made."""
     if not isinstance(state, expected):
         raise TypeError(f"{name} expected its own state, {expected.__name__}, got a {type(state).__name__}")
 

@@ -1,8 +1,8 @@
-"""bfloat16 parameters that learn: how a float32 update is written to a parameter that is too short for it.
+"""bfloat16 parameters that learn: how a float32 update is written to a parameter with fewer bits.
 
-A bfloat16 parameter has 8 significant bits: an update below 2⁻⁹ of it is rounded away. `master_weights` keeps the bits
-that are missing, `stochastic_rounding` makes the rounding right on average. Both emit the float32 difference q - p, so
-that an ordinary `optax.apply_updates`, which adds in float32 and rounds, lands on the intended bfloat16 q.
+A bfloat16 parameter has 8 significant bits: an update below 2⁻⁹ of it is rounded away. `master_weights` keeps the
+missing bits; `stochastic_rounding` makes the rounding right on average. Both emit the float32 difference q - p, so that
+an ordinary `optax.apply_updates`, which adds in float32 and rounds, lands on the intended bfloat16 q.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class MasterState(NamedTuple):
     Attributes:
       remainder: the low bits of the masters, int16 or int8, a tree with the structure of the parameters; an
         `optax.MaskedNode` for a leaf that is not bfloat16.
-      inner: the state of the transformation that is wrapped; it is one of float32 parameters.
+      inner: the state of the wrapped transformation, whose parameters are the float32 masters.
     """
 
     remainder: PyTree
@@ -238,7 +238,7 @@ def _joined(grads: PyTree, low: PyTree, params: PyTree, bits: int) -> tuple[PyTr
 
 
 def _check_remainders(tree: _Params, lows: Sequence[Any], bits: int) -> None:
-    """Raises where what is stored beside a parameter is not of its kind."""
+    """Raises if what is stored beside a parameter is not of its kind."""
     for path, short, p, r in zip(tree.paths, tree.short, tree.leaves, lows, strict=True):
         found = str(getattr(r, "dtype", "none"))
         if found == f"int{bits}" and not short:
@@ -274,28 +274,28 @@ def master_weights(tx: optax.GradientTransformation, bits: int = 16) -> optax.Gr
 
         x = (bits(p) << 16) + r;   x ← x + tx(g, x);   q = x rounded to bfloat16;   r = x - q in units of x's last bit
 
-    The master x is a float32; of it the parameter is the upper half, rounded to nearest (halves away from 0), and the
-    state keeps the rest, an int16 r. Nothing is lost: training proceeds as with float32 parameters, and the bfloat16
-    parameters are the masters, rounded. (XLA may contract the addition and a multiplication in `tx`, in one program and
-    not in another: then x differs in the last bit.) `tx` sees the masters as parameters, weight decay included, and
+    The master x is a float32. The parameter is its upper half, rounded to nearest (halves away from 0), and the state
+    keeps the rest, an int16 r. Nothing is lost: training proceeds as with float32 parameters, and the bfloat16
+    parameters are the masters, rounded. (XLA may contract the addition and a multiplication in `tx` in one program and
+    not in another; x then differs in the last bit.) `tx` sees the masters as parameters, weight decay included, and
     gradients in float32; so its state is in float32 too. The updates are float32, and `optax.apply_updates` lands on q
     exactly.
 
     The remainder is added to whatever parameter is given. A parameter that was changed between two steps (tied,
-    clipped, averaged, restored) is taken as it is, up to half a unit of its last place. bfloat16 is the only short
-    dtype: float16 and float8 are errors, since all float32 below 2⁻²⁵ are one float16, 0, and 2 bytes cannot tell them
-    apart. Leaves of float32 and wider, integers and None go to `tx` as they are.
+    clipped, averaged, restored) is taken as it is, up to half a unit of its last place. No other narrow dtype is
+    accepted: float16 and float8 are errors, since every float32 below 2⁻²⁵ becomes the same float16, 0, and 2 bytes
+    cannot tell them apart. Leaves of float32 and wider, integers and None go to `tx` as they are.
 
     Gradients are best accumulated inside, in float32: ``master_weights(optax.MultiSteps(tx, n))``.
 
-    Where ``|q|`` is below about ``2⁻¹⁶|p|`` float32 may not hold the update q - p: then it is off by ``2⁻²⁵|p|`` at
-    most, which is float32's rounding of the step, and the remainder fits the parameter as it is. Masters of more than
-    3.396e38, which bfloat16 would round to inf, stay there.
+    If ``|q|`` is below about ``2⁻¹⁶|p|``, float32 may be unable to represent the update q - p. The update is then off
+    by at most ``2⁻²⁵|p|``, which is float32's rounding of the step, and the remainder fits the parameter that results.
+    Masters stop at 3.396e38: bfloat16 would round larger ones to inf.
 
     Args:
       tx: any optax transformation.
       bits: 16 for float32 masters; 8 for masters of 24 bits (16 significant ones, rounded to nearest): each step is off
-        by up to 2⁻¹⁷ of the parameter, equal steps equally, and vanishes below that.
+        by up to 2⁻¹⁷ of the parameter, equal steps by the same amount, and a smaller step vanishes.
     """
     if bits not in (8, 16):
         raise ValueError(f"bits must be 8 or 16, got {bits}")
@@ -359,11 +359,11 @@ def stochastic_rounding(seed: int = 0) -> optax.GradientTransformationExtraArgs:
 
     It can only round the updates that it receives. Updates of this package have the gradients' dtype, so pass float32
     gradients; bfloat16 gradients give each update a relative error of up to 2⁻⁹. An update below 2⁻²⁵ of its parameter
-    vanishes in x, and where XLA takes subnormal numbers as 0 (on CPU) so do they here. bfloat16 is the only short dtype
-    of parameters: float16 and float8 are errors. The updates of other leaves pass through.
+    vanishes in x; so do subnormal numbers where XLA treats them as 0 (on CPUs). Parameters in float16 and float8 are
+    errors. The updates of other leaves pass through.
 
     Args:
-      seed: an integer in [0, 2³²). Transformations of equal seeds use equal bits.
+      seed: an integer in [0, 2³²). Transformations with equal seeds use equal bits.
     """
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be in [0, 2**32), got {seed}")

@@ -1,4 +1,4 @@
-"""ZeRO, stage 1: the state divided over the axis of the data, while the parameters stay as they are."""
+"""ZeRO, stage 1: the state divided over the data axis, while the parameters stay as they are."""
 
 import dataclasses
 import math
@@ -94,8 +94,8 @@ class Zero1(Wrapper):
         state = self._within(self.tx.init, self.state.tree(), self._each(params, "parameters", self._part))
         if self._inside() and jax.tree.structure(state) != self.state.treedef:
             raise ValueError(
-                "zero1: inside shard_map a device's part of a leaf is treated as a leaf, and one of them is too small "
-                "to be stored in codes although the whole leaf is; call the transformation outside of shard_map"
+                "zero1: inside shard_map each device's part of a leaf is treated as a leaf, and here one part is too "
+                "small to be stored in codes although the whole leaf is; call the transformation outside shard_map"
             )
         return self._kept(state)
 
@@ -224,26 +224,27 @@ def zero1(
         state = jax.jit(tx.init)(params)  # The rest as before, with `tx.update` or `make_step`.
 
     Each of the n devices holds 1/n of the moments, codes, scales and masters, and steps 1/n of the parameters
-    (Rajbhandari et al., arXiv 1910.02054, section 5.1). Where the gradients in the same program are of a batch that is
-    divided over the axis, their all-reduce becomes a reduce-scatter, and the updates are gathered; in `make_step` the
-    new parameters are gathered instead, which take fewer bytes in bfloat16. Results are those of `tx` alone, random
-    streams included.
+    (Rajbhandari et al., arXiv 1910.02054, section 5.1). If the same program computes the gradients, from a batch that
+    is divided over the axis, their all-reduce becomes a reduce-scatter, and the updates are gathered; in `make_step`
+    the new parameters are gathered instead, which take fewer bytes in bfloat16. Results are the same as with `tx`
+    alone, random streams included.
 
-    A leaf is divided along the first of its axes that the n devices divide evenly, on top of what divides it already
-    (tensor parallelism); the axis of the blocks of codes only between blocks. A leaf that is divided over the axis
-    already (FSDP) stays as it is. Leaves that cannot be divided stay whole: `undivided` lists them, and a warning names
-    those of 4096 elements or more.
+    A leaf is divided along the first of its axes that the n devices divide evenly, in addition to any division that it
+    already has (tensor parallelism); the axis along which codes form blocks is divided only between blocks. A leaf that
+    is divided over the axis already (FSDP) stays as it is. Leaves that cannot be divided stay whole: `undivided` lists
+    them, and a warning names those of 4096 elements or more.
 
     It must be outermost: ``zero1(optax.chain(optax.clip_by_global_norm(1.0), adamw(3e-4)), …)``. Axes may be automatic
     or explicit. Inside a `shard_map` over the axis it takes whole parameters; gradients that vary over it are summed,
-    by a reduce-scatter: divide the loss by n. (With ``check_vma=False`` JAX does not know which vary, and all must be
-    the same on every device.)
+    by a reduce-scatter: divide the loss by n. (With ``check_vma=False`` JAX does not know which gradients vary, and all
+    of them must be the same on every device.)
 
     Args:
       tx: any optax transformation; in a `shard_map`, one whose work is elementwise.
-      params: arrays, or `jax.ShapeDtypeStruct`, with their shardings; without one they are whole on every device.
-      mesh: the one that the parameters live on.
-      axis: its axis, or axes, of data parallelism.
+      params: arrays, or `jax.ShapeDtypeStruct`, with their shardings; a leaf without one counts as whole on every
+        device.
+      mesh: the mesh that the parameters live on.
+      axis: the mesh axis, or axes, of data parallelism.
 
     Raises:
       ValueError: if the mesh has no such axis, or a parameter lives on another mesh.
@@ -279,7 +280,7 @@ def zero1(
     if large:
         warnings.warn(
             f"zero1: the state of {', '.join(large)} stays whole on each of the {devices(mesh, names)} devices of "
-            f"{axis!r}, because none of its axes can be divided evenly among them (between blocks, for codes)",
+            f"{axis!r}: no axis can be divided evenly among them (codes are divided only between blocks)",
             stacklevel=2,
         )
     over = [() if place is None else division(place.spread, len(place.shape)) for place in places]
@@ -309,10 +310,10 @@ def _axis(
 
 
 def undivided(tx: optax.GradientTransformation) -> dict[str, int]:
-    """The parameters whose state `zero1` leaves whole on every device: by path, their elements.
+    """The parameters whose state `zero1` leaves whole on every device: their numbers of elements, by path.
 
-    Paths are those of `adam_fn.masks.path`, as in ``{"layers/0/kernel": 15}``; of a tree that is one array it is empty.
-    `tx` is what `zero1` returned, or a wrapper of this package around it (`offload`).
+    Paths are those of `adam_fn.masks.path`, as in ``{"layers/0/kernel": 15}``; the path of a tree that is a single
+    array is empty. `tx` is what `zero1` returned, or a wrapper of this package around it (`offload`).
     """
     wrapper = getattr(tx.init, "wrapper", None)
     while not isinstance(wrapper, Zero1):

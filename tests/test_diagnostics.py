@@ -501,7 +501,7 @@ def test_what_is_not_there_is_an_error() -> None:
         read(diagnostics.effective_step, adam_fn.adam(RATE, b1=0.0))
     with pytest.raises(ValueError, match="one Rate in the transformation, found 0"):
         read(diagnostics.learning_rate, optax.chain(adam_fn.transform(adam_fn.Adam()), optax.scale(-RATE)))
-    with pytest.raises(ValueError, match="found 0: give learning_rate"):
+    with pytest.raises(ValueError, match="found 0: pass learning_rate"):
         read(diagnostics.effective_step, adam_fn.transform(adam_fn.Adam()))
     with pytest.raises(ValueError, match="one Rate in the transformation, found 2"):
         read(diagnostics.learning_rate, adam_fn.transform(adam_fn.Rate(1.0) >> adam_fn.Rate(0.5)))

@@ -165,14 +165,14 @@ def test_what_a_schedule_returns_is_checked() -> None:
         tx = adam_fn.adam(1e-3, b2=b2)
         with pytest.raises(ValueError, match=message):
             tx.update(p, tx.init(p))
-    with pytest.raises(ValueError, match="a Nesterov momentum of its own"):
+    with pytest.raises(ValueError, match="nesterov must be False"):
         adam_fn.Adan(nesterov=True)
 
 
 def test_bad_options_name_the_argument() -> None:
     with pytest.raises(ValueError, match=r"decay must be one of .*'independent', 'l2', 'proximal'.*, got 'L2'"):
         adam_fn.adam(1e-3, weight_decay=0.1, decay="L2")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="have no effect without weight_decay"):
+    with pytest.raises(ValueError, match="no effect without weight_decay"):
         adam_fn.adam(1e-3, mask=True)
     with pytest.raises(ValueError, match=r"momentum_decay .* needs nesterov=True"):
         adam_fn.adam(1e-3, momentum_decay=4e-3)
@@ -199,7 +199,7 @@ class _Unhashable:
         ({"w": True}, r"mask must have the structure of the parameters"),
         ({"w": True, "b": True, "c": True}, r"mask must have .*: c is not a parameter"),
         ({"w": {"x": True}, "b": True}, r"mask must have .*: w/x is not a parameter"),
-        ({"w": None, "b": True}, r"mask must have .*it is None where there is a parameter"),
+        ({"w": None, "b": True}, r"mask must have .*it is None in place of a parameter"),
         ({"w": 1.0, "b": True}, r"mask of w must be a Python bool, got 1.0"),
         ("*bias", r"mask must be a tree of booleans or .* masks.path\('\*bias'\).*, got '\*bias'"),
         (adam_fn.masks.rank, r"mask must be a tree of booleans or .*, got <class"),
@@ -309,7 +309,7 @@ def test_masks_by_rank_and_path() -> None:
     boxed = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
     assert jax.tree.leaves(masks.path("*bias")(boxed)) == [True, False]
     assert jax.tree.leaves(masks.path("value")({"value": jnp.ones(1)})) == [True]  # A key of a dict is not a box.
-    with pytest.raises(TypeError, match="a pattern is a string"):
+    with pytest.raises(TypeError, match="a pattern must be a string"):
         masks.path(("a",))  # pyright: ignore[reportArgumentType]
 
 

@@ -220,7 +220,7 @@ def test_averaged_params_reads_any_state() -> None:
     np.testing.assert_allclose(found["z"], [(0.5 + 2.5j + 2 * (0 + 3j)) / 3], rtol=1e-5)
     assert (found["n"] == params["n"]).all()
     for bad in (adam_fn.adam(1e-3).init(params), (state, state)):
-        with pytest.raises(ValueError, match=r"one average_params in it, found [02]"):
+        with pytest.raises(ValueError, match=r"exactly one average_params, found [02]"):
             adam_fn.averaged_params(bad, params)
     with pytest.raises(ValueError, match="average_params needs the parameters"):
         adam_fn.average_params().update(grads, adam_fn.average_params().init(params))

@@ -314,3 +314,286 @@ def test_reproducible_and_different_for_seed_step_and_leaf() -> None:
     centred = np.stack([np.asarray(x) > 0 for x in draws]) - 0.25
     correlation = np.corrcoef(centred) - np.eye(5)
     assert np.abs(correlation).max() < 5 / 64
+
+
+# What both have in common.
+
+WRITES: dict[str, Callable[[Any], Any]] = {
+    "masters of 16 bits": write.master_weights,
+    "masters of 8 bits": functools.partial(write.master_weights, bits=8),
+    "stochastic": lambda tx: optax.chain(tx, write.stochastic_rounding(0)),
+}
+
+
+def test_small_steps_move_one_to_zero() -> None:
+    """1,000 steps of 1e-3, which plain bfloat16 rounds away at the first."""
+
+    def end(tx: Any) -> np.ndarray:
+        return np.asarray(_run(tx, jnp.ones(1000, BF16), lambda p, t: jnp.full(1000, 1e-3), 1000)[0][-1], np.float32)
+
+    sgd = optax.sgd(1.0)
+    assert (end(sgd) == 1).all()
+    # float32's own rounding of 1,000 differences is 2⁻²⁵ each; of 24-bit masters it is 2⁻¹⁷.
+    assert np.abs(end(WRITES["masters of 16 bits"](sgd))).max() < 1000 * 2.0**-25
+    assert np.abs(end(WRITES["masters of 8 bits"](sgd))).max() < 1000 * 2.0**-17
+    moved = end(WRITES["stochastic"](sgd))
+    # Each step's variance is at most a quarter of the square of the unit at the larger of the neighbours.
+    sigma = np.sqrt(sum((2.0**-8 * max(1 - i / 1000, 2.0**-8)) * 1e-3 for i in range(1000)))
+    assert 0.01 < moved.std() < 1.2 * sigma
+    assert abs(moved.mean()) < 5 * sigma / np.sqrt(1000)
+
+
+@pytest.mark.parametrize("dtype", [BF16, jnp.float32], ids=str)
+def test_adam_learns(dtype: Any) -> None:
+    start = jnp.zeros(32, BF16)
+    target = np.asarray(RNG.uniform(0.5, 1, 32), np.float32)
+    grad = lambda p, t: (p.astype(jnp.float32) - target).astype(dtype)  # noqa: E731
+
+    def error(tx: Any) -> float:
+        found = _run(tx, start, grad, 1600)[0][-1]
+        assert found.dtype == BF16
+        return float(np.abs(np.asarray(found, np.float32) - target).mean())
+
+    assert error(adam_fn.adam(2e-3)) > 0.1
+    for make in WRITES.values():
+        assert error(make(adam_fn.adam(2e-3))) < 0.01
+
+
+@pytest.mark.parametrize("kind", WRITES)
+def test_landing_in_every_loop(kind: str) -> None:
+    """Under jit XLA does not undo q - p: `apply_updates`, Flax linen's and NNX's loops land on the same bits."""
+    # Powers of two, so that it does not matter where XLA contracts multiplications and additions.
+    tx: Any = WRITES[kind](optax.chain(optax.add_decayed_weights(2.0**-4), optax.sgd(2.0**-6)))
+    shapes = {"a": (), "b": (0,), "c": (1,), "d": (3, 5, 7), "e": (999,)}
+    start = {key: jnp.asarray(RNG.standard_normal(shape), BF16) for key, shape in shapes.items()}
+    noise = jax.tree.map(lambda p: jnp.asarray(RNG.standard_normal((20, *p.shape)), jnp.float32), start)
+    grads = [jax.tree.map(lambda g, t=t: g[t], noise) for t in range(20)]
+
+    def loop(update: Any, apply: Any) -> Any:
+        p, state = start, tx.init(start)
+        for g in grads:
+            u, state = update(g, state, p)
+            aim = jax.tree.map(lambda p, u: np.asarray(p, np.float64) + np.asarray(u, np.float64), p, u)
+            p = apply(p, u)
+            for key, x in p.items():
+                assert (np.asarray(x, np.float64) == aim[key]).all()  # No rounding at all: the sum is a bfloat16.
+        return p
+
+    expected = loop(full_jit(tx.update), optax.apply_updates)
+    scanned, _ = _run(tx, start, lambda p, t: jax.tree.map(lambda g: g[t], noise), 20)
+
+    @jax.jit
+    def unrolled(p: Any) -> Any:
+        state = tx.init(p)
+        for g in grads[:2]:
+            u, state = tx.update(g, state, p)
+            p = optax.apply_updates(p, u)
+        return p
+
+    train = TrainState.create(apply_fn=lambda: None, params=start, tx=tx)
+    linen = jax.lax.scan(lambda s, g: (s.apply_gradients(grads=g), None), train, noise)[0].params
+
+    class Model(nnx.Module):
+        def __init__(self) -> None:
+            self.wide = nnx.Param(jnp.ones(2))
+            for key, p in start.items():
+                setattr(self, key, nnx.Param(p))
+
+    model = Model()
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model: Model, optimizer: nnx.Optimizer, g: dict[str, jax.Array]) -> None:
+        optimizer.update(model, nnx.State(jax.tree.map(nnx.Param, g | {"wide": jnp.zeros(2)})))
+
+    for g in grads:
+        step(model, optimizer, g)
+    early, donated = unrolled(start), adam_fn.make_step(tx)
+    p, state = jax.tree.map(jnp.copy, start), tx.init(start)
+    for g in grads:
+        old, (p, state) = p, donated(p, state, g)
+        assert all(x.is_deleted() for x in old.values() if x.size)
+    assert compilations(donated) == 1
+    for key in start:
+        for found in (linen[key], scanned[key][-1], getattr(model, key)[...], p[key]):
+            np.testing.assert_array_equal(_bits(found), _bits(expected[key]))
+        np.testing.assert_array_equal(_bits(early[key]), _bits(scanned[key][1]))
+
+
+@pytest.mark.parametrize("kind", ["masters of 16 bits", "stochastic"])
+def test_members_and_shards_are_what_they_are_alone(kind: str) -> None:
+    """Under `vmap` and in `shard_map` on 8 devices: also the random bits, unless the counts differ."""
+    tx: Any = WRITES[kind](optax.sgd(2.0**-6))
+    start = jnp.asarray(RNG.standard_normal((8, 33)), BF16)
+    grads = jnp.asarray(RNG.standard_normal((8, 33)), jnp.float32)
+
+    def train(p: Any, g: Any) -> Any:
+        return jax.lax.scan(lambda c, _: (_step(tx, c[0], c[1], g), None), (p, tx.init(p)), None, 5)[0]
+
+    alone, state = jax.jit(lambda p, g: jax.lax.map(lambda x: train(*x), (p, g)))(start, grads)
+    members, states = jax.jit(jax.vmap(train))(start, grads)
+    spec = PartitionSpec("a")
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
+    sharded = jax.shard_map(lambda p, g: train(p[0], g[0])[0][None], mesh=mesh, in_specs=spec, out_specs=spec)
+    np.testing.assert_array_equal(_bits(jax.jit(sharded)(start, grads)), _bits(alone))
+    np.testing.assert_array_equal(_bits(members), _bits(alone))
+    jax.tree.map(np.testing.assert_array_equal, states, state)
+    if kind == "stochastic":
+        same, flat = jnp.ones((8, 4096), BF16), jnp.full((8, 4096), -0.125)
+        counts = tx.init(same[0])[1]._replace(count=jnp.arange(8) << 20)
+        apart = jax.vmap(lambda p, g, c: tx.update(g, (tx.init(p)[0], c), p)[0])(same, flat, counts)
+        assert np.abs(np.corrcoef(np.asarray(apart) > 0) - np.eye(8)).max() < 5 / 64
+
+
+@pytest.mark.parametrize("kind", ["masters of 16 bits", "stochastic"])
+def test_the_same_bits_with_x64(kind: str) -> None:
+    """Also with gradients in float64 and beside a float64 parameter, which is updated in float64."""
+    p, g = jnp.asarray(RNG.standard_normal(999), BF16), jnp.asarray(RNG.standard_normal(999), jnp.float32)
+    tx: Any = WRITES[kind](optax.sgd(2.0**-6))
+    expected, state = tx.update({"a": g}, tx.init({"a": p}), {"a": p})
+    with jax.enable_x64(True):
+        params = {"a": p, "wide": jnp.full(3, 1 / 3)}
+        grads = {"a": g.astype(jnp.float64), "wide": params["wide"]}
+        found, wide = jax.jit(tx.update)(grads, tx.init(params), params)
+    np.testing.assert_array_equal(found["a"], expected["a"])
+    assert found["a"].dtype == jnp.float32 and found["wide"].dtype == jnp.float64
+    assert (np.asarray(found["wide"]) == -(2.0**-6) / 3).all()
+    if isinstance(state, write.MasterState):
+        np.testing.assert_array_equal(wide.remainder["a"], state.remainder["a"])
+        assert wide.remainder["a"].dtype == state.remainder["a"].dtype
+    else:
+        assert wide[1].count.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("kind", ["masters of 16 bits", "stochastic"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_skipped_step_leaves_all_as_it_is(kind: str, inside: bool) -> None:
+    p, g = jnp.asarray(RNG.standard_normal(99), BF16), jnp.asarray(RNG.standard_normal(99), jnp.float32)
+    skip = lambda tx: optax.apply_if_finite(tx, 3)  # noqa: E731
+    sgd, make = optax.sgd(2.0**-6), WRITES[kind]
+    tx: Any = make(skip(sgd)) if inside else skip(make(sgd))
+    before = _step(tx, p, tx.init(p), g)
+    after, state = _step(tx, *before, g.at[3].set(jnp.nan).at[4].set(jnp.inf))
+    assert not (_bits(before[0]) == _bits(p)).all()
+    np.testing.assert_array_equal(_bits(after), _bits(before[0]))
+    if isinstance(state, write.MasterState):
+        np.testing.assert_array_equal(state.remainder, before[1].remainder)
+    elif not inside:
+        jax.tree.map(np.testing.assert_array_equal, state.inner_state, before[1].inner_state)
+
+
+SPECS = {
+    "first": PartitionSpec("a"),
+    "last": PartitionSpec(None, "b"),
+    "both": PartitionSpec("a", "b"),
+    "stacked": PartitionSpec(("a", "b")),
+    "none": PartitionSpec(),
+}
+
+
+@pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("kind", WRITES)
+def test_sharded_like_the_parameters(kind: str, axes: AxisType) -> None:
+    """The same bits as on one device, states where the parameters are, and no collective."""
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(axes, axes))
+    alone = {key: jnp.asarray(RNG.standard_normal((16, 8)), BF16) for key in SPECS}
+    params = {key: jax.device_put(alone[key], NamedSharding(mesh, spec)) for key, spec in SPECS.items()}
+    grads, here = (jax.tree.map(lambda p: jnp.sin(p.astype(jnp.float32)), tree) for tree in (params, alone))
+    tx: Any = WRITES[kind](optax.sgd(2.0**-8))
+    expected, _ = tx.update(here, tx.init(alone), alone)
+    for init, update in ((tx.init, tx.update), (jax.jit(tx.init), jax.jit(tx.update))):
+        state = init(params)
+        updates, after = update(grads, state, params)
+        for key, p in params.items():
+            np.testing.assert_array_equal(np.asarray(updates[key]), np.asarray(expected[key]))
+            assert updates[key].sharding.is_equivalent_to(p.sharding, 2)
+            for x in (state, after):
+                if isinstance(x, write.MasterState):
+                    assert x.remainder[key].sharding.is_equivalent_to(p.sharding, 2)
+    text = jax.jit(tx.update).lower(grads, tx.init(params), params).compile(compiling.FULL).as_text() or ""
+    for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"):
+        assert collective not in text
+
+
+@pytest.mark.parametrize("kind", WRITES)
+def test_other_leaves_pass_through(kind: str) -> None:
+    params = {
+        "short": jnp.ones((3, 2), BF16),
+        "wide": jnp.full(2, 1 / 3),
+        "complex": jnp.ones(2, jnp.complex64),
+        "whole": jnp.arange(2),
+        "none": None,
+        "empty": jnp.zeros((0, 2), BF16),
+        "scalar": jnp.ones((), BF16),
+    }
+    grads = {**params, "whole": np.zeros(2, jax.dtypes.float0)}
+    inner = adam_fn.adam(0.1)
+    tx: Any = WRITES[kind](inner)
+    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    plain, _ = inner.update(grads, inner.init(params), params)
+    for key in ("wide", "complex", "whole"):
+        np.testing.assert_array_equal(updates[key], plain[key])
+        assert updates[key].dtype == plain[key].dtype
+    assert updates["none"] is None and updates["short"].dtype == updates["scalar"].dtype == jnp.float32
+    if isinstance(state, write.MasterState):
+        assert state.remainder["wide"] == state.remainder["whole"] == optax.MaskedNode()
+        assert state.remainder["none"] is None and state.remainder["short"].shape == (3, 2)
+    after = optax.apply_updates(params, updates)
+    assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, params)
+
+
+@pytest.mark.parametrize("kind", WRITES)
+def test_composes(kind: str) -> None:
+    """With MultiSteps inside and outside, injected hyperparameters, masks, pickling; equal ones are equal."""
+    p = {"a": jnp.ones(8, BF16), "b": jnp.ones(8, BF16)}
+    g = jax.tree.map(lambda x: x.astype(jnp.float32), p)
+    make = WRITES[kind]
+    for tx in (
+        make(optax.MultiSteps(adam_fn.adam(0.1), 2).gradient_transformation()),
+        optax.MultiSteps(make(adam_fn.adam(0.1)), 2).gradient_transformation(),
+        make(optax.inject_hyperparams(adam_fn.adam, hyperparam_dtype=jnp.float32)(learning_rate=0.1)),
+        optax.masked(make(adam_fn.adam(0.1)), {"a": True, "b": False}),
+    ):
+        after, state = _run(tx, p, lambda p, t: g, 2)
+        assert np.asarray(after["a"][-1] < 0.95).all()
+        jax.tree.map(np.testing.assert_array_equal, pickle.loads(pickle.dumps(state)), state)
+    tx: Any = make(adam_fn.adam(0.1))
+    if kind != "stochastic":
+        assert tx == make(adam_fn.adam(0.1)) != make(adam_fn.adam(0.2)) and hash(tx) == hash(make(adam_fn.adam(0.1)))
+        assert pickle.loads(pickle.dumps(tx)) == tx
+        doubled = optax.tree_map_params(tx, lambda x: x * 2, tx.init(p))
+        assert jax.tree.structure(doubled) == jax.tree.structure(tx.init(p))
+    assert write.stochastic_rounding(1) == write.stochastic_rounding(1) != write.stochastic_rounding(2)
+
+
+@pytest.mark.parametrize("kind", WRITES)
+def test_errors_name_the_leaf(kind: str) -> None:
+    tx: Any = WRITES[kind](optax.sgd(1.0))
+    for dtype in (jnp.float16, jnp.float8_e4m3fn):
+        with pytest.raises(TypeError, match=rf"expected parameters in bfloat16.*; a is {jnp.dtype(dtype)}"):
+            tx.init({"a": jnp.ones(2, dtype)})
+    p = {"a": jnp.ones(2, BF16)}
+    with pytest.raises(ValueError, match="needs the parameters"):
+        tx.update(p, tx.init(p))
+    with pytest.raises(ValueError, match=r"of a has shape \(3,\), its parameter \(2,\)"):
+        tx.update({"a": jnp.ones(3)}, tx.init(p), p)
+
+
+def test_errors_of_arguments_and_states() -> None:
+    p = {"a": jnp.ones(2, BF16)}
+    sixteen, eight = (write.master_weights(optax.sgd(1.0), bits) for bits in (16, 8))
+    with pytest.raises(ValueError, match=r"remainder of a \(.*bits=8.*int16"):
+        eight.update(p, sixteen.init(p), p)
+    with pytest.raises(TypeError, match="MasterState"):
+        sixteen.update(p, optax.EmptyState(), p)
+    with pytest.raises(TypeError, match="RoundingState"):
+        write.stochastic_rounding(0).update(p, optax.EmptyState(), p)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), p)
+    with pytest.raises(ValueError, match=r"a was bfloat16 when .* and is float32 now: .* optax.apply_updates"):
+        sixteen.update(wide, sixteen.init(p), wide)
+    for bits in (0, 12, 32):
+        with pytest.raises(ValueError, match="bits must be 8 or 16"):
+            write.master_weights(optax.sgd(1.0), bits)
+    for seed in (-1, 2**32):
+        with pytest.raises(ValueError, match="seed must be in"):
+            write.stochastic_rounding(seed)

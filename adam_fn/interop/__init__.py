@@ -1,4 +1,4 @@
-"""Converts states: of other frameworks' optimizers to ours and back, and of ours to another storage.
+"""Converts states of other frameworks' optimizers to ours and back, and our states to another storage.
 
 torch and Keras need not be installed.
 """

@@ -44,22 +44,22 @@ def from_keras(
 
         state = adam_fn.interop.from_keras(tx, params, optimizer.variables, paths=["dense/kernel", "dense/bias"])
 
-    `tx` is the one of `adam_fn.presets` with Keras's name (``keras3_adam``, …) and Keras's hyperparameters.
+    `tx` is the optimizer of `adam_fn.presets` with Keras's name (``keras3_adam``, …), and has Keras's hyperparameters.
 
     Args:
-      tx: an optimizer of this package, or `adam_fn.master_weights` around one (its remainders then start at 0).
+      tx: an optimizer of this package, or `adam_fn.master_weights` around one; its remainders then start at 0.
       params: the parameters, now. Paths are their keys joined by ``/``, as in `adam_fn.masks.path`.
-      variables: ``optimizer.variables``, arrays in that order, or by number what ``save_own_variables`` stored (as in
+      variables: ``optimizer.variables``, arrays in that order, or what ``save_own_variables`` stored, by number (as in
         the ``optimizer/vars`` of a file).
-      paths: the path of each of ``model.trainable_variables``, in that order, None for one that has no counterpart
-        here; or a mapping or a function from their names.
-      names: those names, in that order: ``[v.path for v in model.trainable_variables]``.
+      paths: the path of each of ``model.trainable_variables``, in that order, with None for a variable that has no
+        counterpart here; or a mapping or a function from the names of the variables to paths.
+      names: for such a mapping or function, the names in that order: ``[v.path for v in model.trainable_variables]``.
       transpose: as in `from_torch`.
 
     Raises:
-      ValueError: where moments are missing, of another shape or kind, or of no parameter, with a list of all; where
-        there are other variables than those of this optimizer.
-      TypeError: where `tx` has no counterpart in Keras.
+      ValueError: if moments are missing, have another shape or kind, or belong to no parameter (the error lists all of
+        them); if there are other variables than this optimizer has.
+      TypeError: if `tx` has no counterpart in Keras.
     """
     target = Target(tx, params)
     given, order = _listed(variables), _order(paths, names)
@@ -90,10 +90,10 @@ def to_keras(
             variable.assign(value)
 
     Args:
-      tx: the transformation whose state it is.
+      tx: the transformation that made the state.
       params: the parameters, now.
       state: the state of `tx`.
-      variables: those of Keras's optimizer, after ``optimizer.build(model.trainable_variables)``.
+      variables: the variables of Keras's optimizer, after ``optimizer.build(model.trainable_variables)``.
       paths: as in `from_keras`.
       names: as in `from_keras`.
       transpose: as in `from_torch`.
@@ -102,8 +102,9 @@ def to_keras(
       an array for each variable, in its dtype; the learning rate and averages of the parameters stay as they are.
 
     Raises:
-      ValueError: where a variable has no moments here, or the reverse, or another shape, with a list of all.
-      TypeError: where `tx` has no counterpart in Keras.
+      ValueError: if a variable has no moments here, or moments have no variable, or their shapes differ; the error
+        lists all of them.
+      TypeError: if `tx` has no counterpart in Keras.
     """
     target = Target(tx, params)
     given, order = _listed(variables), _order(paths, names)

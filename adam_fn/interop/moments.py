@@ -29,9 +29,9 @@ from adam_fn.write import MasterState, MasterWeights
 Array: TypeAlias = Any
 #: Arrays by the path of their parameter.
 ByPath: TypeAlias = Mapping[str, Array]
-#: What another framework's parameters, in its order, are called here. See `in_order`.
+#: The paths here of another framework's parameters, in its order. See `in_order`.
 Paths: TypeAlias = Sequence[str | None] | Mapping[str, str | None] | Callable[[str], str | None]
-#: Patterns of paths, and the axes of the others' array in the order in which they are here.
+#: By patterns of paths, the axes of the other framework's arrays, in the order in which they are here.
 Transpose: TypeAlias = Mapping[str, Sequence[int]]
 
 
@@ -68,8 +68,8 @@ class Target:
         if not isinstance(update, Update):
             raise TypeError(
                 "expected an optimizer of adam_fn, such as adam_fn.adam(1e-3), or adam_fn.master_weights around one; "
-                f"got {tx!r}. In an optax.chain convert the state of the one link that has the moments, and put the "
-                "result into its place in the tuple of states"
+                f"got {tx!r}. For an optax.chain, convert the state of the one link that has the moments, and put the "
+                "result in its place in the chain's state"
             )
         self.update = update
         if self.masters:  # What is inside sees them in float32.
@@ -87,14 +87,16 @@ class Target:
         """The part of the rule that has the moments."""
         members = [part for part in self.update.spec.rule.parts() if part.slots]
         if len(members) != 1:
-            raise TypeError(f"expected a rule with one optimizer in it, got {self.update.spec.rule}")
+            raise TypeError(f"expected a rule that contains exactly one optimizer, got {self.update.spec.rule}")
         return members[0]
 
     def form(self, forms: Mapping[type[Rule], Any], framework: str) -> Any:  # noqa: ANN401
         """The row of the rule in a framework's table."""
         if type(self.rule) not in forms:
             known = ", ".join(sorted(kind.__name__ for kind in forms))
-            raise TypeError(f"{framework} has no counterpart of {type(self.rule).__name__}; it has those of {known}")
+            raise TypeError(
+                f"{framework} has no counterpart of {type(self.rule).__name__}; it has counterparts of {known}"
+            )
         return forms[type(self.rule)]
 
     @property
@@ -206,7 +208,7 @@ def in_order(paths: Paths, names: Sequence[str] | None, number: int, framework: 
       framework: for errors.
     """
     if isinstance(paths, str):
-        raise TypeError(f"paths is a sequence of paths, a mapping or a function, got {paths!r}")
+        raise TypeError(f"paths must be a sequence of paths, a mapping or a function, got {paths!r}")
     if isinstance(paths, Sequence):
         found = list(paths)
     else:
@@ -226,8 +228,8 @@ def in_order(paths: Paths, names: Sequence[str] | None, number: int, framework: 
 
 def _no_names(framework: str) -> NoReturn:
     raise ValueError(
-        f"paths that go by name need the names of {framework}'s parameters, in the order of its optimizer: pass them "
-        "as names=, or pass a list of paths in that order"
+        f"a mapping or function as paths needs the names of {framework}'s parameters, in the order of its optimizer: "
+        "pass them as names=, or pass a list of paths in that order"
     )
 
 

@@ -68,27 +68,28 @@ def from_optax(tx: optax.GradientTransformation, params: PyTree, optax_state: op
 
     optax's moments are found wherever they are: in a chain, masked, partitioned, under `inject_hyperparams`,
     `MultiSteps` or `apply_if_finite`. They are stored as `tx` stores its moments, and live where the parameters live.
-    What else such wrappers keep (injected hyperparameters, accumulated gradients) is not taken over, nor are moments of
-    leaves that `tx` has frozen. `tx` should have the hyperparameters that optax's had: they are not part of a state.
+    Whatever else such wrappers keep (injected hyperparameters, accumulated gradients) is not taken over, nor are
+    moments of leaves that `tx` freezes. `tx` should have the hyperparameters of optax's optimizer: they are not part of
+    the state.
 
     Adam, AdamW, NAdam, AdaMax, RAdam, AdaBelief, Yogi, Lion, ADOPT and AdEMAMix continue as they would have in optax.
-    `adam_fn.adam_atan2`, which optax has not, continues from the state of Adam.
-    Two of optax's optimizers differ from those of the same name here: `optax.amsgrad` takes the maximum of the
-    corrected v, `AMSGrad` (and torch) corrects the maximum. ``nu_max`` is converted so that the two agree now; later
-    only where ``β₂ᵗ`` is negligible, or without ``bias_correction_nu``, where they are the same. `optax.adan` has 1-β₂
-    in the place of β₂ (see `adam_fn.adan`).
+    `adam_fn.adam_atan2`, which optax lacks, continues from the state of Adam. Two of optax's optimizers differ from
+    those of the same name here. `optax.amsgrad` takes the maximum of the corrected v, while `AMSGrad` (like torch)
+    corrects the maximum. ``nu_max`` is converted so that the two agree now; afterwards they agree only if ``β₂ᵗ`` is
+    negligible, or without ``bias_correction_nu``, when they are the same. `optax.adan` has 1-β₂ in place of β₂ (see
+    `adam_fn.adan`).
 
     Args:
-      tx: an optimizer of this package, or `adam_fn.master_weights` around one (its remainders then start at 0).
+      tx: an optimizer of this package, or `adam_fn.master_weights` around one; its remainders then start at 0.
       params: the parameters, now.
-      optax_state: the state of an optimizer of optax for parameters of this structure. One from a checkpoint has to be
-        restored into ``optax_tx.init(params)``: dictionaries and lists in its place are a ValueError that says how.
+      optax_state: the state of an optimizer of optax for parameters of this structure. A state from a checkpoint must
+        be restored into ``optax_tx.init(params)``: plain dictionaries and lists are a ValueError that says how.
 
     Raises:
-      ValueError: where moments are missing, of another shape or kind, or not of a parameter, with a list of all; where
-        steps are counted differently in two places; where a complex parameter has a second moment, which in optax is
-        one for both parts.
-      TypeError: where `tx` has no counterpart in optax.
+      ValueError: if moments are missing, have another shape or kind, or belong to no parameter (the error lists all of
+        them); if two places count steps differently; or if a complex parameter has a second moment, since optax has one
+        for both parts.
+      TypeError: if `tx` has no counterpart in optax.
     """
     target, form = _target(tx, params)
     found: list[Any] = []
@@ -111,8 +112,8 @@ def from_optax(tx: optax.GradientTransformation, params: PyTree, optax_state: op
             "StandardRestore(optax_tx.init(params)) or flax.serialization.from_state_dict(optax_tx.init(params), …)"
         )
         raise ValueError(
-            f"the state of optax has no {form.state.__name__}, from which {type(target.rule).__name__} could continue"
-            + (lost if untyped else "")
+            f"the optax state contains no {form.state.__name__}, which {type(target.rule).__name__} needs in order to "
+            "continue" + (lost if untyped else "")
         )
     if len(set(counts.values())) > 1:
         fail((f"{where}: {count}" for where, count in counts.items()), "the state of optax counts steps differently")
@@ -139,15 +140,16 @@ def to_optax(tx: optax.GradientTransformation, params: PyTree, state: State | Ma
         optax_state = adam_fn.interop.to_optax(tx, params, state, optax_tx.init(params))
 
     Args:
-      tx: the transformation whose state it is.
+      tx: the transformation that made the state.
       params: the parameters, now.
       state: the state of `tx`.
       optax_state: a state of optax's optimizer, as its `init` returns it. Moments and counts of steps are replaced, in
         its dtypes; everything else stays.
 
     Raises:
-      ValueError: where a parameter has moments in one of the states only, or of another shape, with a list of all.
-      TypeError: where `tx` has no counterpart in optax.
+      ValueError: if a parameter has moments in only one of the states, or of another shape; the error lists all of
+        them.
+      TypeError: if `tx` has no counterpart in optax.
     """
     target, form = _target(tx, params)
     count, slots = target.moments(state)
@@ -185,7 +187,7 @@ def to_optax(tx: optax.GradientTransformation, params: PyTree, state: State | Ma
 
     result = _map_nodes(replaced, optax_state, form)
     problems += [f"{shown(path)}: has no moments in optax's" for path in target.trained if path not in used]
-    fail(problems, "the state does not fit the one of optax")
+    fail(problems, "the state does not fit the optax state")
     return result
 
 
@@ -193,7 +195,7 @@ def _target(tx: optax.GradientTransformation, params: PyTree) -> tuple[Target, _
     target = Target(tx, params)
     form: _Form = target.form(_FORMS, "optax")
     if "nu" in form.slots:
-        fail(target.complex, "the second moments of complex parameters are |g|² in optax, here of either part")
+        fail(target.complex, "optax has one second moment, |g|², for a complex parameter; here each part has its own")
     return target, form
 
 

@@ -11,7 +11,7 @@ from adam_fn.write import MasterState, MasterWeights
 def change_storage(
     old: optax.GradientTransformation, tx: optax.GradientTransformation, params: PyTree, state: State | MasterState
 ) -> State | MasterState:
-    """The state with which `tx` continues where `old` stopped: the same optimizer, whose moments are stored otherwise.
+    """The state with which `tx` continues where `old` stopped: the same optimizer with another storage.
 
     ::
 
@@ -19,8 +19,8 @@ def change_storage(
         state = adam_fn.interop.change_storage(old, tx, params, state)
 
     The moments are decoded and stored as `tx` stores its moments, and live where the parameters live. The step count,
-    the bias weights and the remainders of masters are kept; where only `tx` has masters, they start at the parameters.
-    Moments of leaves that `tx` has frozen are dropped.
+    the bias weights and the remainders of masters are kept; if only `tx` has masters, they start at the parameters.
+    Moments of leaves that `tx` freezes are dropped.
 
     Args:
       old: the optimizer that made the state, or `adam_fn.master_weights` around one.
@@ -29,18 +29,18 @@ def change_storage(
       state: the state of `old`.
 
     Raises:
-      TypeError: where the two are not one optimizer.
-      ValueError: where `tx` has moments that are not in the state, with a list of all; where it would drop or round the
-        remainders of masters.
+      TypeError: if `old` and `tx` are different optimizers.
+      ValueError: if `tx` has moments that are not in the state (the error lists all of them), or if it would drop or
+        round the remainders of masters.
     """
     source, target = Target(old, params), Target(tx, params)
     if type(source.rule) is not type(target.rule):
         kinds = ", ".join(type(rule).__name__ for rule in (source.rule, target.rule))
-        raise TypeError(f"expected one optimizer with two storages, got {kinds}")
+        raise TypeError(f"expected the same optimizer with two storages, got {kinds}")
     if source.masters and _bits(old) != _bits(tx):
         raise ValueError(
-            f"the masters of the state have {_bits(old)} bits beside the parameters, those of tx {_bits(tx)}: give tx "
-            f"master_weights(…, bits={_bits(old)}), or convert state.inner and start with new masters"
+            f"the state's masters have {_bits(old)} bits beside the parameters, but those of tx have {_bits(tx)}: pass "
+            f"master_weights(…, bits={_bits(old)}) as tx, or convert state.inner and start with new masters"
         )
     new = target.state(source.moments(state), "the state")
     inner = state.inner if isinstance(state, MasterState) else state

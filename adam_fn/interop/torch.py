@@ -59,26 +59,26 @@ def from_torch(
             transpose={"*/kernel": (1, 0)},  # torch.nn.Linear's weight is [out, in].
         )
 
-    `tx` is the one of `adam_fn.presets` with torch's name and with the hyperparameters in ``param_groups`` (see
-    `torch_groups`): they are not part of our state.
+    `tx` is the optimizer of `adam_fn.presets` with torch's name, and has the hyperparameters in ``param_groups`` (see
+    `torch_groups`): they are not part of the state.
 
     Args:
-      tx: an optimizer of this package, or `adam_fn.master_weights` around one (its remainders then start at 0).
+      tx: an optimizer of this package, or `adam_fn.master_weights` around one; its remainders then start at 0.
       params: the parameters, now. Paths are their keys joined by ``/``, as in `adam_fn.masks.path`.
       state_dict: what ``optimizer.state_dict()`` returned, of tensors or of NumPy arrays, or the name of a file to
-        which torch saved it (only that needs torch).
-      paths: the path of each of torch's parameters, in the order of its optimizer: that of ``model.parameters()``, or
-        of the groups one after the other. None for one that has no counterpart here. Or a mapping or a function from
-        torch's names, ``lambda name: name.replace(".", "/").replace("weight", "kernel")``.
-      names: torch's names, for such a mapping: ``[name for name, _ in model.named_parameters()]``. They are in the
-        state of an optimizer that was made of named parameters.
+        which torch saved it (only a file needs torch).
+      paths: the path of each of torch's parameters, in the optimizer's order: the order of ``model.parameters()``, or
+        of the groups one after the other; with None for a parameter that has no counterpart here. Or a mapping or a
+        function from torch's names to paths, ``lambda name: name.replace(".", "/").replace("weight", "kernel")``.
+      names: for such a mapping or function, torch's names: ``[name for name, _ in model.named_parameters()]``. An
+        optimizer that was made from named parameters has them in its state.
       transpose: the axes of torch's arrays in the order in which they are here, by patterns of paths (`fnmatch`; the
         first that matches counts): ``{"conv*/kernel": (2, 3, 1, 0), "*/kernel": (1, 0)}``.
 
     Raises:
-      ValueError: where moments are missing, of another shape or kind, or of no parameter, with a list of all; where
-        torch's parameters have made different numbers of steps.
-      TypeError: where `tx` has no counterpart in torch.
+      ValueError: if moments are missing, have another shape or kind, or belong to no parameter (the error lists all of
+        them); if torch's parameters have made different numbers of steps.
+      TypeError: if `tx` has no counterpart in torch.
     """
     target, form = _target(tx, params)
     saved = _read(state_dict)
@@ -119,20 +119,20 @@ def to_torch(
         optimizer.load_state_dict(adam_fn.interop.torch_tensors(found))
 
     Args:
-      tx: the transformation whose state it is.
+      tx: the transformation that made the state.
       params: the parameters, now.
       state: the state of `tx`.
-      state_dict: that of torch's optimizer, which may be new: its groups and hyperparameters are kept.
+      state_dict: what torch's optimizer has now; it may be new. Its groups and hyperparameters are kept.
       paths: as in `from_torch`.
       names: as in `from_torch`.
       transpose: as in `from_torch`.
 
     Returns:
-      a ``state_dict`` of NumPy arrays; parameters whose path is None keep what `state_dict` has of them.
+      a ``state_dict`` of NumPy arrays; parameters whose path is None keep what `state_dict` has for them.
 
     Raises:
-      ValueError: where one of torch's parameters has no moments here, or the reverse, with a list of all.
-      TypeError: where `tx` has no counterpart in torch.
+      ValueError: if one of torch's parameters has no moments here, or the reverse; the error lists all of them.
+      TypeError: if `tx` has no counterpart in torch.
     """
     target, form = _target(tx, params)
     saved = _read(state_dict)
@@ -157,10 +157,10 @@ def to_torch(
 def torch_groups(
     state_dict: StateDict | str | os.PathLike[str], *, paths: Paths, names: Sequence[str] | None = None
 ) -> list[tuple[dict[str, Any], list[str]]]:
-    """The parameter groups of a state of torch: the hyperparameters of each, and the paths of its parameters here.
+    """The parameter groups of a torch state: the hyperparameters of each group, and the paths here of its parameters.
 
-    Multipliers and masks of `tx` are made of them: ``mask=masks.path(*decaying)`` where only those decay. The arguments
-    are those of `from_torch`.
+    The multipliers and masks of `tx` follow from them: ``mask=masks.path(*decaying)`` if only some groups decay. The
+    arguments are those of `from_torch`.
     """
     saved = _read(state_dict)
     order = _order(saved, paths, names)
@@ -175,7 +175,7 @@ def torch_groups(
 
 
 def torch_tensors(tree: PyTree) -> PyTree:
-    """A tree, such as the result of `to_torch`, with tensors of torch in the place of NumPy arrays."""
+    """A tree, such as the result of `to_torch`, with torch's tensors in place of NumPy arrays."""
     torch = _torch()
     return jax.tree.map(lambda x: torch.from_numpy(np.array(x)) if isinstance(x, np.ndarray) else x, tree)
 

@@ -20,7 +20,7 @@ from adam_fn.transform import Transformation
 class Moments(Rule):
     """The two moving averages of the family, ``m ← β₁m + (1-β₁)g``, ``v ← β₂v + (1-β₂)g²``, and their bias weights.
 
-    Where `b1` is the number 0, m is g and is not stored.
+    If `b1` is the number 0, m is g and is not stored.
     """
 
     b1: Beta = 0.9
@@ -68,11 +68,10 @@ class Adam(Moments):
         v ← β₂v + (1-β₂)g²,  w₂ ← β₂w₂ + (1-β₂),   v̂ = v/w₂
         u = m̂ / (√(v̂ + ε_root) + ε)
 
-    The bias weights are ``w = 1 - βᵗ`` for a constant β and right for a scheduled one as well. With `nesterov`
-    ``m̂ = μ₊ m/w₊ + (1-μ)g/w``, where μ is β₁, or with `momentum_decay` ψ the schedule ``β₁(1 - 0.96^(tψ)/2)`` of the
-    paper and torch, w its bias weight, and ₊ the next step's (a
-    scheduled β₁ is taken as it is now for both). With `eps_hat`, ε is the "epsilon hat" of the paper's
-    section 2, TensorFlow and Keras: ``u = (√w₂/w₁) m/(√v + ε)``.
+    The bias weights are ``w = 1 - βᵗ`` for a constant β, and right for a scheduled one as well. With `nesterov`,
+    ``m̂ = μ₊ m/w₊ + (1-μ)g/w``: μ is β₁ or, with `momentum_decay` ψ, the schedule ``β₁(1 - 0.96^(tψ)/2)`` of the paper
+    and torch; w is its bias weight; and ₊ marks the next step's values (a scheduled β₁ has its present value in both).
+    With `eps_hat`, ε is the "epsilon hat" of the paper's section 2, TensorFlow and Keras: ``u = (√w₂/w₁) m/(√v + ε)``.
 
     A variant replaces `second_moment` or another of the small methods: everything else is shared.
     """
@@ -140,10 +139,10 @@ def adam(
       b2: the decay rate of the second moment, in [0, 1).
       eps: added to the denominator, in units of the gradient.
       eps_root: added inside the root, in units of the squared gradient.
-      mu_dtype: the dtype in which the first moment is stored; float32 whatever the gradients are, unless given.
+      mu_dtype: the dtype in which the first moment is stored; float32 by default, whatever the dtype of the gradients.
       nesterov: NAdam, with constant momentum as in optax, unless `momentum_decay` is given.
       momentum_decay: ψ of NAdam's momentum schedule, per step: 0.004 in torch.
-      eps_hat: `eps` is TensorFlow's and Keras's: added to the uncorrected ``√v``.
+      eps_hat: whether ε is added to the uncorrected ``√v``, as in TensorFlow and Keras.
       **options: see `adam_fn.options.Options`.
 
     Raises:
@@ -196,7 +195,7 @@ def nadam(
     """NAdam (Dozat, ICLR 2016 workshop): `adam` with Nesterov's momentum.
 
     The momentum is constant, as in optax; ``momentum_decay=0.004`` gives the paper's and torch's schedule,
-    ``momentum_decay=1`` that of Keras 3.
+    ``momentum_decay=1`` gives Keras 3's.
     """
     rule = Adam(b1, b2, eps, eps_root, nesterov, momentum_decay, eps_hat)
     return optimizer(rule, learning_rate, mu_dtype=mu_dtype, **options)

@@ -67,14 +67,14 @@ def adamax(
 ) -> Transformation:
     """AdaMax (Kingma and Ba, arXiv 1412.6980, section 7.1): ``p ← p - α m̂/v``, ``v ← max(β₂v, |g| + ε)``.
 
-    The paper's α is 0.002 and its ε is 0; torch and optax have it inside the maximum, as here.
+    The paper's α is 0.002 and its ε is 0; torch and optax have ε inside the maximum, as here.
 
     Args:
       learning_rate: α, a number, a 0-d array or a schedule, as is every hyperparameter here.
       b1: the decay rate of the first moment, in [0, 1).
       b2: the decay rate of the maximum, in [0, 1).
       eps: in units of the gradient.
-      eps_hat: ε is added to v outside the maximum (Keras).
+      eps_hat: whether ε is added to v outside the maximum, as in Keras.
       **options: see `adam_fn.options.Options`.
     """
     return optimizer(AdaMax(b1, b2, eps, eps_hat), learning_rate, **options)

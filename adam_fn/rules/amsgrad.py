@@ -23,7 +23,7 @@ class AMSGrad(Adam):
         m, v, w₁, w₂ as in Adam;   v_max ← max(v_max, v)
         u = (m/w₁) / (√(v_max/w₂ + ε_root) + ε)
 
-    The maximum is of the raw v and is corrected afterwards, as in torch and Keras (optax corrects first). The paper
+    The maximum is taken of the raw v and corrected afterwards, as in torch and Keras (optax corrects first). The paper
     has no correction: without `bias_correction_mu` (`bias_correction_nu`) w₁ (w₂) is 1.
     """
 
@@ -67,8 +67,8 @@ def amsgrad(
 ) -> Transformation:
     """AMSGrad (Reddi, Kale and Kumar, arXiv 1904.09237): ``p ← p - α m̂/(√(max v/w₂ + ε_root) + ε)``.
 
-    The maximum is of the raw second moments, then corrected (torch, Keras); without both corrections it is the paper's.
-    The other arguments are those of `adam`.
+    The maximum is taken of the raw second moments, then corrected (torch, Keras); without the two corrections this is
+    the paper's form. The other arguments are those of `adam`.
     """
     rule = AMSGrad(
         b1,

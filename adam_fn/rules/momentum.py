@@ -69,7 +69,7 @@ class AdEMAMix(Adam):
         u = (m/w₁ + α m_slow) / (√(v/w₂ + ε_root) + ε)
 
     The slow momentum is not corrected: it is meant to fill slowly. ``b1 = 0`` is the paper's variant without the fast
-    one, which then is not stored.
+    momentum, which is then not stored.
     """
 
     b3: Beta = 0.9999
@@ -185,9 +185,9 @@ def adan(
 
     Four numbers are kept for each parameter: m, n, δ and the last gradient; `mu_dtype` and `nu_dtype` store m and n.
 
-    The betas are written as in the authors' code and optax; `optax.adan` multiplies δ̂ and d by 1-β₂ where paper and
-    authors have β₂, so its trajectories differ. The authors' weight decay is ``decay="proximal"``, and with their
-    `no_prox` ``"scaled"``, the default here. The authors have no `eps_root`; optax's is 1e-8.
+    The betas are written as in the authors' code and optax; `optax.adan` multiplies δ̂ and d by 1-β₂, where the paper
+    and the authors' code have β₂, so its trajectories differ. The authors' weight decay is ``decay="proximal"``; with
+    their `no_prox` it is ``"scaled"``, the default here. The authors have no `eps_root`; optax's is 1e-8.
     """
     rule = Adan(b1, b2, eps, eps_root, b3=b3)
     return optimizer(rule, learning_rate, weight_decay=weight_decay, mask=mask, **options)
@@ -200,7 +200,7 @@ def fourth_root(count: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class ADOPT(Rule):
-    """ADOPT (arXiv 2411.02853): the gradient is divided by the root of the second moment of those before it.
+    """ADOPT (arXiv 2411.02853): the gradient is divided by the root of the second moment of the gradients before it.
 
     ::
 
@@ -209,7 +209,8 @@ class ADOPT(Rule):
                 u = m,  or with `nesterov` β₁m + (1-β₁)n
 
     ``c(t) = t^(1/4)``. There is no bias correction: v starts at a gradient, and m is meant to warm up. After an
-    infinite gradient v is so large that the element all but stops: keep those out (`optax.apply_if_finite`).
+    infinite gradient, v is so large that the element all but stops: keep infinite gradients out
+    (`optax.apply_if_finite`).
     """
 
     b1: Beta = 0.9
@@ -261,8 +262,8 @@ def adopt(
       b2: the decay rate of the second moment, in [0, 1).
       eps: the least value of √v, in units of the gradient.
       mu_dtype: the dtype in which the momentum is stored; float32 by default.
-      nesterov: Nesterov's momentum.
-      use_clipping: bound the normalised gradient; not in the first version of the paper.
+      nesterov: whether to use Nesterov's momentum.
+      use_clipping: whether to bound the normalised gradient; not in the first version of the paper.
       clip_value_fn: the bound c, a schedule as in optax or a number.
       **options: see `adam_fn.options.Options`.
     """
@@ -302,7 +303,7 @@ def lion(
 ) -> Transformation:
     """Lion (Chen et al., arXiv 2302.06675): ``p ← p - α(sign(β₁m + (1-β₁)g) + λp)``.
 
-    The paper takes a rate 3 to 10 times smaller and a decay 3 to 10 times larger than AdamW's.
+    The paper uses a rate 3 to 10 times smaller and a decay 3 to 10 times larger than AdamW's.
 
     Args:
       learning_rate: α, a number, a 0-d array or a schedule, as is every hyperparameter here.
@@ -324,8 +325,8 @@ class AdamAtan2(Moments):
 
         m, v, w₁, w₂ as in Adam;   u = a atan2(m/w₁, b √(v/w₂))
 
-    With ``b = 1``, ``a = 4/π`` makes the step of a constant gradient α, as Adam's is. No step exceeds ``aαπ/2``, here
-    2α; gradients below 1e-19, whose squares are 0 in float32, take that step.
+    With ``b = 1``, ``a = 4/π`` makes the step of a constant gradient α, as in Adam. No step exceeds ``aαπ/2``, here 2α;
+    gradients below 1e-19, whose squares are 0 in float32, take that step.
     """
 
     b2: Beta = 0.99

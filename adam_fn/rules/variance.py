@@ -24,9 +24,9 @@ class RAdam(Adam):
         r = √((ρ-4)(ρ-2)ρ∞ / ((ρ∞-4)(ρ∞-2)ρ))
         u = r m̂/(√v̂ + ε)  where ρ ≥ threshold,  else m̂, or 0 without `degenerated_to_sgd`
 
-    ``ρ + 1`` is twice the mean age of the gradients in v. It is computed so, from a third bias weight, the moving
-    average of the second (``a ← β₂a + (1-β₂)w₂``, ``ρ = 2a/((1-β₂)w₂) - 1``): the difference above loses every digit
-    in float32 when β₂ is near 1.
+    ``ρ + 1`` is twice the mean age of the gradients in v. It is computed in this way, from a third bias weight, the
+    moving average of the second (``a ← β₂a + (1-β₂)w₂``, ``ρ = 2a/((1-β₂)w₂) - 1``): the difference above loses every
+    digit in float32 when β₂ is near 1.
     """
 
     threshold: NonNegative = 5.0

@@ -353,7 +353,7 @@ def test_a_checkpoint_without_its_types(restored: Any, tmp_path: Path) -> None:
     ):
         from_optax(tx, params, plain)
     jax.tree.map(np.testing.assert_array_equal, from_optax(tx, params, typed), from_optax(tx, params, state))
-    with pytest.raises(ValueError, match=r"from which Adam could continue$"):
+    with pytest.raises(ValueError, match=r"which Adam needs in order to continue$"):
         from_optax(tx, params, optax.sgd(1e-3).init(params))
 
 

@@ -87,7 +87,7 @@ def test_masters_keep_their_remainders() -> None:
 def test_errors() -> None:
     params, state = after(PLAIN, PARAMS)
     wrong: Any = optax.EmptyState()
-    with pytest.raises(TypeError, match="expected one optimizer with two storages, got Adam, AMSGrad"):
+    with pytest.raises(TypeError, match="expected the same optimizer with two storages, got Adam, AMSGrad"):
         change_storage(PLAIN, adam_fn.amsgrad(1e-3), params, state)
     with pytest.raises(TypeError, match="expected an optimizer of adam_fn"):
         change_storage(PLAIN, optax.adamw(1e-3), params, state)
@@ -101,13 +101,13 @@ def test_errors() -> None:
     sixteen = adam_fn.master_weights(PLAIN)
     masters: Any = sixteen.init(SHORT)
     for tx, bits in ((adam_fn.master_weights(CODED, bits=8), 8), (CODED, 0)):
-        with pytest.raises(ValueError, match=f"the masters of the state have 16 bits .*, those of tx {bits}: give tx"):
+        with pytest.raises(ValueError, match=f"the state's masters have 16 bits .*, but those of tx have {bits}: pass"):
             change_storage(sixteen, tx, SHORT, masters)
 
 
 def test_a_state_of_another_storage_is_an_error_that_says_so() -> None:
     for old, new in ((PLAIN, CODED), (CODED, PLAIN)):
-        with pytest.raises(ValueError, match=r"was made with another storage; adam_fn.interop.change_storage"):
+        with pytest.raises(ValueError, match=r"was made with a different storage; adam_fn.interop.change_storage"):
             new.update(PARAMS, old.init(PARAMS), PARAMS)
     # Parameters that are called like the parts of a code are no codes.
     named = {"codes": jnp.ones(2), "scales": jnp.ones(3)}

@@ -109,9 +109,9 @@ def test_gradients_that_do_not_fit(grads: Any, message: str) -> None:
 def test_states_that_do_not_fit() -> None:
     params = {"w": jnp.ones((3, 1))}
     tx = adam_fn.adam(1e-3)
-    with pytest.raises(TypeError, match=r"slots \['mu', 'nu'\], got a tuple: not a state of"):
+    with pytest.raises(TypeError, match=r"slots \['mu', 'nu'\], got a tuple, which this transformation did not make"):
         tx.update(params, optax.adam(1e-3).init(params), params)
-    with pytest.raises(TypeError, match=r"got a State with the slots \['mu', 'nu', 'nu_max'\]: not a state of"):
+    with pytest.raises(TypeError, match=r"got a State with the slots \['mu', 'nu', 'nu_max'\], which this"):
         tx.update(params, adam_fn.amsgrad(1e-3).init(params), params)
     for other in (adam_fn.adamax, adam_fn.radam):
         with pytest.raises(ValueError, match=r"the state has . bias weights, but .* has 2"):
