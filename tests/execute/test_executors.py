@@ -42,7 +42,8 @@ def test_every_rule_by_every_way(case: Case, monkeypatch: pytest.MonkeyPatch) ->
     plain = tuple(way for way in CODED if way not in KERNELS)
     check(stepped(case.make(1e-2, storage=Block(bits)), (2, 96, 128), write, plain), f"{bits} bits")
     storage, write = KINDS[i % len(KINDS)]
-    ways = ("rows" if isinstance(storage, Block) else "whole", list(KERNELS)[i % 2])  # They differ in their blocks only.
+    # The kernels of the two machines, which differ in their blocks only, take turns.
+    ways = ("rows" if isinstance(storage, Block) else "whole", list(KERNELS)[i % 2])
     check(stepped(case.make(1e-2, storage=storage), (2, 96, 128), write, ways), f"{storage} {write}")
 
 

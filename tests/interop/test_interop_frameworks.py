@@ -185,7 +185,7 @@ def test_ways_to_name_parameters() -> None:
     same(from_torch(tx, params, without, paths=path, names=list(SHAPES), transpose=FLIP), state)
     texts = {**without, "state": {str(number): entry for number, entry in saved["state"].items()}}  # As JSON has it.
     same(from_torch(tx, params, texts, paths=PATHS, transpose=FLIP), state)
-    with pytest.raises(ValueError, match="need the names of torch's parameters"):
+    with pytest.raises(ValueError, match="needs the names of torch's parameters"):
         from_torch(tx, params, without, paths=path)
     with pytest.raises(ValueError, match=r"(?s)head\.weight: paths has no entry.*head\.bias: paths has no entry"):
         from_torch(tx, params, saved, paths={"dense.weight": "dense/kernel", "dense.bias": "dense/bias"})
