@@ -49,6 +49,6 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
 def _forget_programs() -> Iterator[None]:
     """Now and then, or a worker ends with gigabytes of programs."""
     yield
-    if next(TESTS) % 400 == 0:
+    if next(TESTS) % 250 == 0:
         jax.clear_caches()
         gc.collect()

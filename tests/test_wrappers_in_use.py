@@ -176,7 +176,7 @@ def test_bad_options() -> None:
             tx.update(p, {}, p)
     with pytest.raises(ValueError, match="tolerance must be positive, got 0"):
         adam_fn.swats(tolerance=0)
-    with pytest.raises(ValueError, match=r"b1 must be in \(0, 1\), got 0"):
+    with pytest.raises(ValueError, match=r"b1 must be in \(0, 1\), because swats needs a momentum; got 0"):
         adam_fn.swats(b1=0.0)
     with pytest.raises(ValueError, match="lamb needs the parameters"):
         adam_fn.lamb(1e-3).update(jnp.ones(2), adam_fn.lamb(1e-3).init(jnp.ones(2)))
