@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from adam_fn.codec import Cast
+from adam_fn.execute.body import compute_dtype
 from adam_fn.leaves import PyTree, joined, path_name
 from adam_fn.observe import observed
 from adam_fn.spec import Spec
@@ -54,12 +56,19 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> dict[str, Any]
       params: arrays or `jax.ShapeDtypeStruct`; nothing is computed or allocated.
     """
     state, specs = _made(tx, params)
+    # `Cast()` stores in the dtype of the arithmetic: named, where there is one, so that it equals the cast to that.
+    kinds = {
+        compute_dtype(kind)
+        for kind in map(jnp.result_type, jax.tree.leaves(params))
+        if jnp.issubdtype(kind, jnp.inexact)
+    }
+    plain = Cast(kinds.pop()) if len(kinds) == 1 else Cast()
     parts = [type(part).__name__ for spec in specs for part in spec.rule.parts() if part.slots]
     return {
         "format": _FORMAT,
         "rules": parts,
         "storage": {
-            f"storage/{name}" if len(specs) == 1 else f"storage/{i}/{name}": str(codec)
+            f"storage/{name}" if len(specs) == 1 else f"storage/{i}/{name}": str(plain if codec == Cast() else codec)
             for i, spec in enumerate(specs)
             for name, codec in spec.codecs
         },
@@ -115,14 +124,15 @@ def check(saved: PyTree, tx: optax.GradientTransformation, params: PyTree) -> No
         for x in (saved, expected)
     )
     differ = [path for path in {**wanted, **found} if found.get(path) != wanted.get(path)]
-    # What differs in a slot that is stored otherwise is named by its storage.
-    slots = [f"/slots/{path.split('/')[-1]}/" for path in differ if path in both]
+    # What differs in a slot that is stored otherwise is named by its storage; of several transformations each leaf is.
+    changed = [path for path in differ if path in both]
+    slots = [path.replace("storage", "/slots") + "/" for path in changed if path.count("/") == 1]
     lines = [
         f"  {path}: {found.get(path, 'nothing')}, expected {wanted.get(path, 'nothing')}"
         for path in differ
         if not any(slot in f"{path}/" for slot in slots)
     ]
-    if slots and found["rules"] == wanted["rules"]:
+    if changed and found["rules"] == wanted["rules"]:
         lines.append("adam_fn.interop.change_storage converts a state to another storage")
     if lines:
         raise ValueError(

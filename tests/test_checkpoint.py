@@ -293,6 +293,27 @@ def test_boxes_have_no_value_in_their_path() -> None:
     assert list(checkpoint.describe(tx, {"value": jnp.ones(2)})["params"]) == ["params/value"]
 
 
+def test_a_cast_to_the_dtype_of_the_arithmetic_is_no_other_storage() -> None:
+    plain, named = adam_fn.adamw(1e-3), adam_fn.adamw(1e-3, mu_dtype="float32", nu_dtype="float32")
+    for params in (P, jax.tree.map(lambda p: p.astype(jnp.bfloat16), P)):
+        checkpoint.check(checkpoint.describe(plain, params), named, params)
+        checkpoint.check(checkpoint.describe(named, params), plain, params)
+        with pytest.raises(ValueError, match=r"storage/mu: Cast\('float32'\), expected Cast\('bfloat16'\)"):
+            checkpoint.check(checkpoint.describe(plain, params), adam_fn.adamw(1e-3, mu_dtype="bfloat16"), params)
+
+
+def test_of_several_transformations_each_leaf_is_named() -> None:
+    """The slots of another transformation do not hide behind the storage of one."""
+
+    def parts(first: Any, **labels: int) -> Any:
+        return optax.partition({0: first, 1: adam_fn.adam(1e-3)}, {"w": 0, "b": [0, 1], **labels})
+
+    saved = checkpoint.describe(parts(adam_fn.adamw(1e-3)), P)
+    with pytest.raises(ValueError, match=r"storage/0/mu: Cast\('float32'\), expected Block\(8\)") as error:
+        checkpoint.check(saved, parts(adam_fn.adamw(1e-3, storage=Block(8)), w=1), P)
+    assert "state/inner_states/1/inner_state/slots/mu/w: nothing, expected float32[64,128]" in str(error.value)
+
+
 def test_what_may_change_between_two_runs() -> None:
     saved = checkpoint.describe(ADAMW, P)
     for tx in (

@@ -7,17 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import MEMBERS
+from helpers.layouts import SPECS
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import adam_fn
-
-SPECS = {
-    "first": PartitionSpec("a"),
-    "last": PartitionSpec(None, "b"),
-    "both": PartitionSpec("a", "b"),
-    "stacked": PartitionSpec(("a", "b")),
-    "none": PartitionSpec(),
-}
 
 
 def _params(kind: AxisType) -> dict[str, jax.Array]:

@@ -10,6 +10,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
+from helpers.layouts import SPECS
 from helpers.runs import compilations, full_jit
 from helpers.short import BF16, WRITES, bits_of, run, step
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -175,15 +176,6 @@ def test_a_skipped_step_leaves_all_as_it_is(kind: str, inside: bool) -> None:
         np.testing.assert_array_equal(state.remainder, before[1].remainder)
     elif not inside:
         jax.tree.map(np.testing.assert_array_equal, state.inner_state, before[1].inner_state)
-
-
-SPECS = {
-    "first": PartitionSpec("a"),
-    "last": PartitionSpec(None, "b"),
-    "both": PartitionSpec("a", "b"),
-    "stacked": PartitionSpec(("a", "b")),
-    "none": PartitionSpec(),
-}
 
 
 @pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit], ids=str)
