@@ -12,11 +12,15 @@ from adam_fn.arithmetic import weigh as weigh
 from adam_fn.averaging import Average as Average
 from adam_fn.averaging import average_params as average_params
 from adam_fn.averaging import averaged_params as averaged_params
-from adam_fn.block import Block as Block
 from adam_fn.cautious import cautious as cautious
 from adam_fn.clip import clip_by_global_norm as clip_by_global_norm
 from adam_fn.codec import Cast as Cast
 from adam_fn.codec import Codec as Codec
+from adam_fn.codec import Slot as Slot
+from adam_fn.codec import Slots as Slots
+from adam_fn.codec import Unit as Unit
+from adam_fn.codes import MuLaw as MuLaw
+from adam_fn.codes import Word as Word
 from adam_fn.diagnostics import state_bytes as state_bytes
 from adam_fn.groups import Group as Group
 from adam_fn.groups import Groups as Groups
@@ -25,6 +29,8 @@ from adam_fn.guard import skip_nonfinite as skip_nonfinite
 from adam_fn.lamb import lamb as lamb
 from adam_fn.offload import offload as offload
 from adam_fn.options import Storage as Storage
+from adam_fn.rounding import RoundingState as RoundingState
+from adam_fn.rounding import stochastic_rounding as stochastic_rounding
 from adam_fn.rule import Beta as Beta
 from adam_fn.rule import Clock as Clock
 from adam_fn.rule import Decay as Decay
@@ -32,8 +38,6 @@ from adam_fn.rule import NonNegative as NonNegative
 from adam_fn.rule import ProximalDecay as ProximalDecay
 from adam_fn.rule import Rate as Rate
 from adam_fn.rule import Rule as Rule
-from adam_fn.rule import Slot as Slot
-from adam_fn.rule import Slots as Slots
 from adam_fn.rule import WeightDecay as WeightDecay
 from adam_fn.rules.adam import Adam as Adam
 from adam_fn.rules.adam import adam as adam
@@ -72,9 +76,7 @@ from adam_fn.transform import Transformation as Transformation
 from adam_fn.transform import transform as transform
 from adam_fn.version import __version__ as __version__
 from adam_fn.write import MasterState as MasterState
-from adam_fn.write import RoundingState as RoundingState
 from adam_fn.write import master_weights as master_weights
-from adam_fn.write import stochastic_rounding as stochastic_rounding
 from adam_fn.zero1 import undivided as undivided
 from adam_fn.zero1 import zero1 as zero1
 
@@ -89,7 +91,6 @@ __all__ = [
     "Adan",
     "Average",
     "Beta",
-    "Block",
     "Cast",
     "Clock",
     "Codec",
@@ -100,6 +101,7 @@ __all__ = [
     "LaProp",
     "Lion",
     "MasterState",
+    "MuLaw",
     "NonNegative",
     "ProximalDecay",
     "RAdam",
@@ -112,8 +114,10 @@ __all__ = [
     "Storage",
     "SwatsState",
     "Transformation",
+    "Unit",
     "Weight",
     "WeightDecay",
+    "Word",
     "Yogi",
     "adabelief",
     "adam",

@@ -1,9 +1,12 @@
 """The arithmetic that rules share: moving averages, bias weights, roots and quotients, accurate and finite."""
 
+import functools
+import math
 from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 #: A number or a 0-d array, what a hyperparameter is while a rule computes.
 Scalar: TypeAlias = float | jax.Array
@@ -93,6 +96,43 @@ def bounded(x: jax.Array, times: float) -> jax.Array:
     bound = 2.0 ** (exponent // 2) / times if times else 2.0**exponent
     clipped = jax.lax.clamp(jnp.asarray(-bound, x.dtype), x, jnp.asarray(bound, x.dtype))
     return jax.lax.select(jax.lax.is_finite(x), clipped, x)
+
+
+def largest_ratio(b1: object, b2: object) -> float | None:
+    """The largest ``|m|/√v`` of any gradients: ``(1-β₁)/√((1-β₂)(1-β₁²/β₂))``; None if it is unbounded (β₁² ≥ β₂).
+
+    By Cauchy and Schwarz; the strict form of the bound of arXiv 1412.6980, section 2.1, without bias correction. Of
+    betas that are no numbers, that of 0.9 and 0.999: beyond it codes saturate.
+    """
+    if not isinstance(b1, float) or not isinstance(b2, float):
+        b1, b2 = 0.9, 0.999
+    return (1 - b1) / math.sqrt((1 - b2) * (1 - b1 * b1 / b2)) if b1 * b1 < b2 else None
+
+
+@functools.cache
+def largest_ratios_of_adan(b1: float, b2: float, b3: float) -> tuple[float | None, float | None, float | None]:
+    """The largest ``|m|/√n``, ``|δ|/√n`` and ``|g|/√n`` of Adan, whatever the gradients are; None if unbounded.
+
+    All three are filters of ``h = g + β₂(g - g₋)``, whose squares n averages, and ``|Σ cₖhₖ| ≤ √(n Σ cₖ²/wₖ)``, where
+    ``wₖ = (1-β₃)β₃ᵏ`` is what n weighs a gradient of k steps ago with (Cauchy and Schwarz). The first h is g itself.
+    """
+    pole = b2 / (1 + b2)
+    if max(b1, b2, pole) ** 2 >= b3 or not b2:
+        return None, None, None
+    k = np.arange(min(10**6, math.ceil(40 / math.log(b3 / max(b1, b2, pole) ** 2))))
+
+    def average(beta: float) -> np.ndarray:
+        """Σ βʲ pole^(k-j) over j ≤ k"""
+        return (beta ** (k + 1) - pole ** (k + 1)) / (beta - pole) if beta != pole else (k + 1) * beta**k
+
+    def bound(later: np.ndarray, first: np.ndarray) -> float:
+        weights = (1 - b3) * b3**k
+        sums = np.concatenate([[0.0], np.cumsum(later**2 / weights)[:-1]])
+        return float(np.sqrt(np.max(sums + first**2 / weights)))
+
+    g = pole**k
+    delta = [(1 - b2) / b2 * (b2**k - share * average(b2)) for share in (1 / (1 + b2), 1.0)]
+    return bound((1 - b1) * average(b1) / (1 + b2), (1 - b1) * average(b1)), bound(*delta), bound(g / (1 + b2), g)
 
 
 def shifted(x: jax.Array, constant: Scalar) -> jax.Array:

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from adam_fn.arithmetic import Weight, one_minus, weigh
+from adam_fn.codec import Slot, Slots
 from adam_fn.execute.body import as_dtype
-from adam_fn.rule import Beta, Clock, Hyper, Rule, Slot, Slots
+from adam_fn.rule import Beta, Clock, Hyper, Rule
 from adam_fn.transform import State, Transformation, transform
 
 Params = TypeVar("Params")

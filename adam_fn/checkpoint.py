@@ -62,13 +62,15 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> dict[str, Any]
         for kind in map(jnp.result_type, jax.tree.leaves(params))
         if jnp.issubdtype(kind, jnp.inexact)
     }
-    plain = Cast(kinds.pop()) if len(kinds) == 1 else Cast()
+    plain = str(Cast(kinds.pop()) if len(kinds) == 1 else Cast())
     parts = [type(part).__name__ for spec in specs for part in spec.rule.parts() if part.slots]
     return {
         "format": _FORMAT,
         "rules": parts,
         "storage": {
-            f"storage/{name}" if len(specs) == 1 else f"storage/{i}/{name}": str(plain if codec == Cast() else codec)
+            f"storage/{name}" if len(specs) == 1 else f"storage/{i}/{name}": plain
+            if str(codec) == str(Cast())
+            else str(codec)
             for i, spec in enumerate(specs)
             for name, codec in spec.codecs
         },
@@ -113,11 +115,13 @@ def check(saved: PyTree, tx: optax.GradientTransformation, params: PyTree) -> No
     expected = describe(tx, params)
     if not (isinstance(saved, Mapping) and saved.get("format") == _FORMAT):
         saved = {**expected, "state": _forms("state", saved, like=_made(tx, params)[0])}
-    both = [name for name in expected["storage"] if name in saved["storage"]]  # Of other slots the leaves tell.
+    # Of slots that another rule does not have the leaves tell.
+    same, names = saved["rules"] == expected["rules"], {**expected["storage"], **saved["storage"]}
+    compared = [name for name in names if same or all(name in x["storage"] for x in (saved, expected))]
     found, wanted = (
         {
             "rules": ", ".join(x["rules"]) or "none",
-            **{name: x["storage"][name] for name in both},
+            **{name: x["storage"][name] for name in compared if name in x["storage"]},
             **x["params"],
             **x["state"],
         }
@@ -125,14 +129,14 @@ def check(saved: PyTree, tx: optax.GradientTransformation, params: PyTree) -> No
     )
     differ = [path for path in {**wanted, **found} if found.get(path) != wanted.get(path)]
     # What differs in a slot that is stored otherwise is named by its storage; of several transformations each leaf is.
-    changed = [path for path in differ if path in both]
+    changed = [path for path in differ if path in compared]
     slots = [path.replace("storage", "/slots") + "/" for path in changed if path.count("/") == 1]
     lines = [
         f"  {path}: {found.get(path, 'nothing')}, expected {wanted.get(path, 'nothing')}"
         for path in differ
         if not any(slot in f"{path}/" for slot in slots)
     ]
-    if changed and found["rules"] == wanted["rules"]:
+    if changed and same:
         lines.append("adam_fn.interop.change_storage converts a state to another storage")
     if lines:
         raise ValueError(

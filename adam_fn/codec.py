@@ -1,72 +1,98 @@
-"""Codecs: how a slot is stored between steps. A codec knows nothing of rules, leaves or devices."""
+"""Codecs: how slots are stored between steps. A codec knows nothing of rules, leaves or devices.
+
+Everything here is elementwise: there are no blocks, scales or reductions. So a stored array has its parameter's shape
+and sharding, a step stays one pass over the memory, and no element depends on its neighbours.
+"""
 
 import abc
 import dataclasses
+import functools
 import warnings
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
-#: What is stored of one array, which is an array or a dictionary of arrays.
-Stored: TypeAlias = jax.Array | dict[str, Any]
+from adam_fn import noise
+
+#: What is stored of a leaf, by name.
+Stored: TypeAlias = Mapping[str, jax.Array]
+#: The slots of a leaf, by name.
+Slots: TypeAlias = Mapping[str, jax.Array]
 
 
-class Codec(abc.ABC):
-    """Stores an array element by element. Codecs are static: hashable, compared by value, without arrays of their own.
+class Unit(NamedTuple):
+    """What a slot is measured in: another slot of the same element, or the root of it."""
 
-    Everything here is elementwise, so that it runs on a whole leaf, on a part of it and inside a kernel alike. If 32
-    successive elements share a `scale`, `encode` and `decode` get it in a shape that broadcasts to the elements.
+    slot: str
+    root: bool = True
 
-    Laws: ``encode(decode(encode(x))) = encode(x)``, and stored arrays that are all 0 stand for 0.
+
+class Slot(NamedTuple):
+    """What a rule remembers per element.
+
+    Attributes:
+      initial: its value before the first step.
+      signed: whether it can become negative.
+      bound: the largest magnitude that it can have, in its unit, whatever the gradients are; None if there is none.
+      unit: the unit of the bound; None for plain numbers.
     """
+
+    initial: float = 0.0
+    signed: bool = True
+    bound: float | None = None
+    unit: Unit | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec(abc.ABC):
+    """Stores one slot, or several, in one array. Codecs are static: hashable, compared by value, without arrays.
+
+    A subclass is a frozen dataclass that defines `encode` and `decode`, element by element. Laws: ``decode(encode(x))``
+    is x where a code stands for x, and otherwise one of the two codes around it, such that the mean over all dithers is
+    x. Code 0 stands for 0. nan is stored as nan, infinity as infinity or nan.
+
+    Attributes:
+      slots: what the array holds; `of` fills it in.
+    """
+
+    slots: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
 
     def __init_subclass__(cls) -> None:
         jax.tree_util.register_static(cls)
 
-    def of(self, *, signed: bool) -> "Codec":
-        """The codec for a slot; `signed`: whether the slot can become negative."""
-        return self
-
     @property
-    def scaled(self) -> bool:
-        """Whether blocks of elements share a scale; small leaves are then stored as they are."""
-        return False
+    def units(self) -> tuple[Unit | None, ...]:
+        """The unit in which each of the slots is encoded; None for plain numbers."""
+        return (None,) * len(self.slots)
 
-    @property
-    def random(self) -> bool:
-        """Whether codes are rounded at random; `scale` and `encode` then get a `chance`."""
-        return False
-
-    @property
-    def packed(self) -> int:
-        """How many codes share a byte; with more than one, `encode` returns numbers that fit into that part of it."""
-        return 1
-
-    def chance(self, random: jax.Array) -> jax.Array:
-        """Turns random bits, 32 for each block, into the `chance` that `scale` and `encode` get."""
-        return random
-
-    def scale(self, x: jax.Array, chance: jax.Array | None) -> jax.Array:
-        """The least scale that can hold each element, int16 and at least 0; a block has the largest of its elements.
-
-        `chance`: random numbers, one for each block.
-        """
-        raise TypeError(f"{self} has no scales")
+    def of(self, name: str, slots: Mapping[str, Slot]) -> "Codec":
+        """The codec for the array `name` of a rule's state, or an error that says why there is none."""
+        slot_of(self, name, slots)
+        return dataclasses.replace(self, slots=(name,))
 
     @abc.abstractmethod
-    def encode(self, x: jax.Array, scale: jax.Array | None = None, chance: jax.Array | None = None) -> jax.Array:
-        """What is stored for each element of `x` (float32 or float64)."""
+    def encode(self, x: tuple[jax.Array, ...], dither: tuple[jax.Array, ...]) -> jax.Array:
+        """What is stored of each of the slots, float32 or float64 in its unit; `dither`: int32 numbers for each."""
 
     @abc.abstractmethod
-    def decode(self, codes: jax.Array, scale: jax.Array | None, dtype: DTypeLike) -> jax.Array:
-        """The numbers, of floating `dtype`, that `codes` stand for."""
+    def decode(self, code: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, ...]:
+        """The inverse of `encode`, of floating `dtype`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Cast(Codec):
-    """Stores an array in another floating dtype; without one, in the dtype of the arithmetic (the identity)."""
+    """Stores a slot in another floating dtype, dithered where that is narrower; without one, as it is computed.
+
+    ::
+
+        bits(q) = ⌊(bits(x) + u)/2¹⁶⌋,   0 ≤ u < 2¹⁶
+
+    for a float32 x and a bfloat16 q; u is the dither.
+    """
 
     dtype: DTypeLike | None = None
 
@@ -80,24 +106,73 @@ class Cast(Codec):
     def __str__(self) -> str:
         return "Cast()" if self.dtype is None else f"Cast('{self.dtype}')"
 
-    def of(self, *, signed: bool) -> "Cast":
-        if not signed and self.dtype is not None and jnp.finfo(self.dtype).minexp > -64:
+    def of(self, name: str, slots: Mapping[str, Slot]) -> Codec:
+        if not slot_of(self, name, slots).signed and self.dtype is not None and jnp.finfo(self.dtype).minexp > -64:
             warnings.warn(
                 f"{self.dtype} cannot represent small second moments: where they underflow to 0 the update is m/eps. "
-                "Use bfloat16 or Block(8)",
+                "Use bfloat16",
                 stacklevel=2,
             )
-        return self
+        return super().of(name, slots)
 
-    def encode(self, x: jax.Array, scale: jax.Array | None = None, chance: jax.Array | None = None) -> jax.Array:
-        return x if self.dtype is None else x.astype(self.dtype)
+    def encode(self, x: tuple[jax.Array, ...], dither: tuple[jax.Array, ...]) -> jax.Array:
+        dtype = x[0].dtype if self.dtype is None else np.dtype(self.dtype)
+        return x[0].astype(dtype) if is_wide(dtype, x[0].dtype) else narrowed(x[0], dtype, dither[0])
 
-    def decode(self, codes: jax.Array, scale: jax.Array | None, dtype: DTypeLike) -> jax.Array:
-        return jnp.asarray(codes, dtype)
+    def decode(self, code: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, ...]:
+        return (jnp.asarray(code, dtype),)
 
 
-@dataclasses.dataclass(frozen=True)
-class Uncoded(Cast):
-    """Stores arrays as they are in the place of `codec`: small leaves, and those that `storage_mask` leaves out."""
+def slot_of(codec: Codec, name: str, slots: Mapping[str, Slot]) -> Slot:
+    """The slot of a name, or an error."""
+    if name not in slots:
+        raise ValueError(f"{codec} is to store {name!r}, but the slots are {', '.join(slots)}")
+    return slots[name]
 
-    codec: Codec | None = None
+
+# XLA for CPUs stores a quotient or a root that is used more than once, and computes a choice again.
+
+
+def ratio(x: jax.Array, unit: jax.Array) -> jax.Array:
+    """`x` in a unit, and as it is where the unit is 0."""
+    return jnp.where(unit > 0, x / unit, x)
+
+
+def root(v: jax.Array) -> jax.Array:
+    """``√v`` of what is not negative."""
+    return jnp.where(v > 0, jnp.sqrt(v), v)
+
+
+def is_wide(dtype: np.dtype, computed: np.dtype) -> bool:
+    """Whether a dtype holds every number of the other one."""
+    ours, theirs = jnp.finfo(dtype), jnp.finfo(computed)
+    return ours.nmant >= theirs.nmant and ours.minexp <= theirs.minexp
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def narrowed(x: jax.Array, dtype: np.dtype, dither: jax.Array) -> jax.Array:
+    """`x` in a narrower floating dtype: one of the two numbers around it, their mean over all dithers is `x`.
+
+    Finite numbers stay finite; nan and infinity stay what they are.
+    """
+    wide, narrow = jnp.finfo(x.dtype), jnp.finfo(dtype)
+    drop = wide.nmant - narrow.nmant
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"int{wide.bits}"))
+    low = noise.top(dither, min(drop, 31)).astype(bits.dtype) << max(drop - 31, 0)
+    # The last operation is a conversion from a float: for a TPU that is part of the pass that writes the parameters.
+    kept = (bits + low) & np.asarray(-(1 << drop), bits.dtype)
+    rounded = jax.lax.bitcast_convert_type(kept, x.dtype)
+    if narrow.minexp > wide.minexp:  # There are numbers outside its range.
+        least = float(narrow.smallest_subnormal)
+        small = jnp.floor(x / least + noise.top(dither, 24).astype(x.dtype) * 2.0**-24) * least
+        rounded = jnp.where(jnp.abs(x) < float(narrow.smallest_normal), small, rounded)
+        rounded = jnp.clip(rounded, -float(narrow.max), float(narrow.max))
+    return jnp.where(jnp.isfinite(x), rounded, x).astype(dtype)
+
+
+@narrowed.defjvp
+def _narrowed_jvp(
+    dtype: np.dtype, primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """That of a cast: on average it is one."""
+    return narrowed(primals[0], dtype, primals[1]), tangents[0].astype(dtype)

@@ -31,7 +31,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from adam_fn.codec import Cast
+from adam_fn.codes import codecs_of
 from adam_fn.execute.body import as_real, compute_dtype
 from adam_fn.leaves import Leaves, PyTree, by_path
 from adam_fn.parts import Part, calls_of, earlier, hyperparameter, optimizer_of, parts_of
@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 
 def state_bytes(tx: optax.GradientTransformation, params: PyTree) -> int:
-    """The bytes of the state that `tx` keeps for `params`, codes and scales included; nothing is allocated.
+    """The bytes of the state that `tx` keeps for `params`, in the form in which it is stored; nothing is allocated.
 
     `params` may be arrays or `jax.ShapeDtypeStruct`. Sharded arrays count in full.
     """
@@ -122,7 +122,7 @@ def _signal_to_noise(part: Part, params: PyTree) -> PyTree | None:
     kept = part.kept(params)
     leaves, rule = Leaves(kept), part.rule(0)
     slots = {name: leaves.match(slot, name, "the parameters") for name, slot in part.decoded(kept).items()}
-    weights = tuple(jnp.asarray(part.state.weights)[:, 0]) if rule.weights else ()
+    weights = tuple(weight.value for weight in part.state.weights)
     found: list[jax.Array | None] = []
     for i, p in enumerate(leaves.leaves):
         if p is None:
@@ -260,15 +260,16 @@ def _lost(
     if len(found) != 1:
         optimizer_of([Part(call.spec, call.state) for call in found])
     spec, grads, before, params = found[0]
-    coded = [name for name, codec in spec.codecs if codec != Cast()]
+    exact_ones = codecs_of(None, spec.rule.slots)
+    coded = [slot for name, codec in spec.codecs if (name, codec) not in exact_ones for slot in codec.slots]
     if not coded:
         return {}
     reference = grads if params is None else params
-    plain = dataclasses.replace(spec, codecs=tuple((name, Cast()) for name, _ in spec.codecs), storage_mask=None)
+    plain = dataclasses.replace(spec, codecs=exact_ones, storage_mask=None)
     slots = Part(spec, before).decoded(reference)
     _, exact = Update(plain)(grads, before._replace(slots=slots), params)
     _, after = Update(spec)(grads, before, params)
-    stored = {name: Update(spec).decoded(name, after, reference) for name in coded}
+    stored = Update(spec).decoded(after, reference)
     return {name: (exact.slots[name], jax.tree.map(jnp.subtract, stored[name], exact.slots[name])) for name in coded}
 
 
@@ -280,8 +281,8 @@ def quantisation_error(
 
     ``‖s' - s‖/‖s‖`` of each leaf, where s is the slot after the step in the dtype of the arithmetic and s' is what is
     read back (``decode(encode(s))``). Both come from the same stored state, so this is the loss of one step, not an
-    accumulated one. Slots that are stored in the dtype of the arithmetic lose nothing and are left out; leaves that are
-    too small for blocks have 0. The function computes two steps.
+    accumulated one: these errors are as often positive as negative, and over many steps they cancel. Slots that are
+    stored in the dtype of the arithmetic lose nothing and are left out. The function computes two steps.
 
     Args:
       tx: the transformation.

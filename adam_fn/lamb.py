@@ -83,8 +83,6 @@ def lamb(
     rule = Adam(b1, b2, eps, eps_root)
     direction, step = links(rule, learning_rate, weight_decay, options.get("decay", "scaled"))
     stored = codecs(rule, options.get("mu_dtype"), options.get("nu_dtype"), options.get("storage"))
-    where, groups, kernel = options.get("storage_mask"), options.get("groups"), options.get("kernel", False)
-    kept = transform(
-        direction, storage=stored, mask=mask, frozen=frozen, storage_mask=where, groups=groups, kernel=kernel
-    )
+    where, groups = options.get("storage_mask"), options.get("groups")
+    kept = transform(direction, storage=stored, mask=mask, frozen=frozen, storage_mask=where, groups=groups)
     return Lamb(kept, transform(step, mask=mask, frozen=frozen, groups=groups)).transformation()

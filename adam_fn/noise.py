@@ -1,85 +1,75 @@
-"""Random bits from a counter: a cheap hash of (seed, step, leaf, element) that needs no state and no communication."""
+"""Dither: what is added to a number before its last bits are dropped, so that the rounding errors average to nothing.
 
-import itertools
+It needs no state, no random numbers and no communication. The dither of element ``[i, j, …]`` at step t is
+
+::
+
+    u = i·A + j·B + … + s(t)   (mod 2³²)
+
+This is a lattice: over the elements of a leaf u is spread more evenly than random numbers are. s(t) is spread evenly
+over time as well, without a period: of 2ⁿ successive steps from a multiple of 2ⁿ on, each 1/2ⁿ of the interval has one
+(a van der Corput sequence), but in which order is random (an Owen scrambling, by the hash of Laine and Karras,
+"Stratified sampling for stochastic transparency", 2011). So errors cancel within the memory of an average, and no
+periodic gradient keeps time with them. Each thing that is rounded has an s of its own. The indices
+are those in the whole leaf, so u is the same under any sharding; inside `shard_map` and `vmap` they are those in a
+shard or a member, and all of these share one dither.
+"""
+
+import functools
 import operator
+import zlib
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+import numpy as np
+
+#: The multiples of this, of its square A² and of A² + A, modulo 2³², fill the interval almost as evenly as those of the
+#: golden ratio: of n successive ones no gap is wider than 2/n.
+_FACTOR = 0x2FB276CF
 
 
-class Part(NamedTuple):
-    """The part of an array of `shape` that begins at `starts`."""
+def times(count: jax.Array, names: Sequence[str]) -> dict[str, jax.Array]:
+    """s(t) of each thing that is rounded when `count` steps are made, by name: int32 scalars.
 
-    shape: Sequence[int]
-    starts: Sequence[ArrayLike]
-
-    @classmethod
-    def along(cls, shape: Sequence[int], axis: int, start: ArrayLike) -> "Part":
-        """The part from `start` on along one axis."""
-        return cls(shape, [start if i == axis else 0 for i in range(len(shape))])
-
-
-def random_bits(
-    seed: ArrayLike, step: ArrayLike, leaf: ArrayLike, shape: Sequence[int], part: Part | None = None
-) -> jax.Array:
-    """32 uniform bits for each element of a leaf, uint32 of `shape`.
-
-    The integers `seed`, `step` and `leaf` (scalars, modulo 2³²) choose one of 2⁶⁴ streams. The bits of an element
-    depend on these and on its row-major index alone, so that they are the same under `jit` and under any sharding.
-    Their quality is statistical, not cryptographic. A leaf of more than 2³² elements uses bits twice. Inside
-    `shard_map` and `vmap`, shape and index are those of one shard or one member. An array that is a `part` of a leaf
-    gets the leaf's bits.
+    Each is a scrambling of the one before, so that XLA for GPUs makes one kernel of them and of the count.
     """
-    # Two keys: of one alone the streams would be permutations of each other, element i of one element j of another.
-    first, second = _key(0x9E3779B9, seed, step, leaf), _key(0x85EBCA6B, seed, step, leaf)
-    whole = part.shape if part else shape
-    strides = list(itertools.accumulate(reversed(whole[1:]), operator.mul, initial=1))[::-1] if shape else []
-    index = jnp.zeros(tuple(shape), jnp.uint32)
-    for axis, stride in enumerate(strides):
-        rows = jax.lax.broadcasted_iota(jnp.uint32, tuple(shape), axis)
-        if part and not (isinstance(part.starts[axis], int) and part.starts[axis] == 0):
-            rows = rows + _shaped(jnp.asarray(part.starts[axis]).astype(jnp.uint32), rows)
-        if whole[axis] > 1:
-            index += rows * jnp.uint32(stride % 2**32)
-    return _mix(index ^ _shaped(first, index), _shaped(second, index))
+    s = jnp.asarray(count).astype(jnp.uint32)
+    for shift, mask in ((1, 0x55555555), (2, 0x33333333), (4, 0x0F0F0F0F), (8, 0x00FF00FF), (16, 0x0000FFFF)):
+        s = ((s >> shift) & np.uint32(mask)) | ((s & np.uint32(mask)) << shift)
+    found = {}
+    for name in names:
+        s = s + np.uint32(zlib.crc32(name.encode()))
+        for factor in (0x6C50B47C, 0xB82F1E52, 0xC7AFE638, 0x8D22F6E6):  # Even: bits depend on lower ones alone.
+            s = s ^ (s * np.uint32(factor))
+        found[name] = jax.lax.bitcast_convert_type(s, jnp.int32)
+    return found
 
 
-def even_bits(
-    seed: ArrayLike, step: ArrayLike, leaf: ArrayLike, shape: Sequence[int], part: Part | None = None
-) -> jax.Array:
-    """Like `random_bits`, but the numbers of an element are spread evenly over the steps instead of independent.
+def dither(lattice: jax.Array, time: jax.Array) -> jax.Array:
+    """The dither of each element of a leaf, int32."""
+    return lattice + jnp.reshape(time, (1,) * lattice.ndim)
 
-    They start at random and advance by the golden ratio of 2³² (an additive recurrence): every number is as likely as
-    any other, but among any few successive ones small and large ones are in proportion. Rounding errors that add up
-    over the steps then partly cancel.
+
+def lattice(like: jax.Array) -> jax.Array:
+    """``i·A + j·B + …`` of each element ``[i, j, …]``, int32 of the shape of an array and divided like it.
+
+    It is computed from sums of all indices: what depends on one of them alone XLA would make vectors of, compute once
+    for all leaves of a shape, and fuse these leaves into one program, which takes long to compile.
     """
-    advance = jnp.asarray(step).astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
-    start = random_bits(seed, 0, leaf, shape, part)
-    return start + _shaped(advance, start)
+    shape, place = like.shape, jax.typeof(like).sharding
+    # Over explicit axes each device would compute the whole leaf's without a sharding.
+    indices = [
+        jax.lax.broadcasted_iota(jnp.int32, shape, axis, out_sharding=place) for axis, n in enumerate(shape) if n > 1
+    ]
+    if not indices:
+        return jnp.zeros_like(like, jnp.int32)
+    found = functools.reduce(operator.add, indices)
+    for index in indices[:-1]:
+        found = found * np.int32(_FACTOR) + index
+    return found * np.int32(_FACTOR)
 
 
-def _shaped(number: jax.Array, x: jax.Array) -> jax.Array:
-    """An integer, which in kernels is an array of one element, in a shape that broadcasts to `x`."""
-    return number.reshape((1,) * x.ndim)
-
-
-def _key(start: int, *numbers: ArrayLike) -> jax.Array:
-    """A scalar hash of some integers."""
-    key = jnp.uint32(start)
-    for number in numbers:
-        key = _mix(
-            key ^ (jnp.uint32(number % 2**32) if isinstance(number, int) else jnp.asarray(number).astype(jnp.uint32))
-        )
-    return key
-
-
-def _mix(x: jax.Array, key: ArrayLike = 0) -> jax.Array:
-    """A bijection of the 32-bit integers in which any bit moves any other: Wellons' `triple32`, with a key inside."""
-    x = (x ^ (x >> 17)) * jnp.uint32(0xED5AD4BB)
-    x = (x ^ (x >> 11)) + jnp.asarray(key, jnp.uint32)
-    x = x * jnp.uint32(0xAC4C1B51)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x31848BAB)
-    return x ^ (x >> 14)
+def top(dither: jax.Array, bits: int) -> jax.Array:
+    """The upper bits of a dither, an int32 that is not negative: what is added below the bits that are kept."""
+    return jax.lax.shift_right_logical(dither, jnp.int32(32 - bits))

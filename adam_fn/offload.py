@@ -7,10 +7,12 @@ from typing import Any
 import jax
 import optax
 
-from adam_fn.layout import SMALL
 from adam_fn.leaves import PyTree
 from adam_fn.sharding import searching, state_shardings
 from adam_fn.wrapper import Wrapper
+
+#: Arrays of fewer elements stay where they are: moving them costs more than they hold.
+SMALL = 4096
 
 
 def _moved(state: PyTree, space: Any) -> PyTree:  # noqa: ANN401 (`jax.memory.Space` is no type to pyright)

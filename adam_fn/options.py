@@ -9,6 +9,7 @@ from typing import Literal, ParamSpec, TypeAlias, TypedDict, TypeVar
 from jax.typing import DTypeLike
 
 from adam_fn.codec import Cast, Codec
+from adam_fn.codes import WORD, StorageLike, StorageName, named
 from adam_fn.groups import Group, Groups
 from adam_fn.leaves import Mask
 from adam_fn.rule import Decay, Hyper, ProximalDecay, Rate, Rule
@@ -25,10 +26,9 @@ class StateOptions(TypedDict, total=False):
 
     frozen: Mask | None
     nu_dtype: DTypeLike | None
-    storage: Codec | Mapping[str, Codec] | None
+    storage: StorageLike | None
     storage_mask: Mask | None
     groups: Groups | Mapping[str, Group] | None
-    kernel: bool
 
 
 class MomentOptions(StateOptions, total=False):
@@ -74,21 +74,18 @@ class Options(MuOptions, DecayOptions, total=False):
       frozen: the leaves that are not trained, as a mask: they have no moments and get a zero update. By default all are
         trained.
       mu_dtype: the floating dtype in which the first moments are stored; float32 by default (float64 for float64
-        parameters).
-      nu_dtype: the same for the second moments. bfloat16 loses changes of v below 0.4%: if β₂ is above 0.996 and the
-        gradients are steady, that is every change.
-      storage: how the moments are stored between steps: a codec for all of them, such as `Block(8)`, or a mapping from
-        slot names to codecs, `Storage(mu=Block(8), nu=Cast("bfloat16"))`; a name covers every slot that begins with it
-        (nu, nu_max).
+        parameters). A narrower one is rounded with a dither, so that the mean of a slow average stays right.
+      nu_dtype: the same for the second moments.
+      storage: how the moments are stored between steps, in one word, by Adam's bytes of state a parameter:
+        ``"float32"`` (8), ``"bfloat16"`` (4), ``"24bit"`` (3: first moments in 8 bits, second ones in bfloat16) or
+        ``"16bit"`` (2: both in one word). Moments that no code suits are stored in bfloat16. Or codecs, to mix: one for
+        all moments, such as `Cast("bfloat16")`, or a mapping from slot names to codecs,
+        ``Storage(mu=MuLaw(), nu=Cast("float32"))``; a name covers every slot that begins with it (nu, nu_max).
       storage_mask: the leaves to which `storage` applies, as a mask, such as
         ``masks.path("*embedding*", invert=True)``; the others are stored in float32 (float64 for float64 parameters).
-        All by default.
+        All by default. Not with ``"16bit"``.
       groups: multipliers of the rate and of the decay, and frozen leaves, by path: a `Groups`, or the mapping that it
         is made from, ``{"embedding/*": Group(frozen=True), "*bias": Group(decay=0.0)}``.
-      kernel: whether a TPU or a GPU runs the step of each leaf as one Pallas kernel, which needs no temporaries,
-        instead of the program that XLA generates. On other devices, and for leaves that a kernel does not suit, it
-        changes nothing. Results and state are the same, up to the order of roundings. It supports neither derivatives
-        nor `vmap`. Off by default; the documentation's page "How a step runs" says why.
     """
 
 
@@ -102,10 +99,9 @@ def optimizer(
     frozen: Mask | None = None,
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = None,
-    storage: Codec | Mapping[str, Codec] | None = None,
+    storage: StorageLike | None = None,
     storage_mask: Mask | None = None,
     groups: Groups | Mapping[str, Group] | None = None,
-    kernel: bool = False,
 ) -> Transformation:
     """The transformation of `rule` with a learning rate and the options that all optimizers share (see `Options`)."""
     if weight_decay is None and (mask is not None or decay != "scaled"):
@@ -115,7 +111,7 @@ def optimizer(
     direction, step = links(rule, learning_rate, weight_decay, decay)
     stored = codecs(rule, mu_dtype, nu_dtype, storage)
     kept = {"mask": mask, "frozen": frozen, "storage_mask": storage_mask}
-    return transform(direction >> step, storage=stored, **kept, groups=groups, kernel=kernel)
+    return transform(direction >> step, storage=stored, **kept, groups=groups)
 
 
 def links(
@@ -137,31 +133,36 @@ def links(
 
 
 class Storage(dict[str, Codec]):
-    """Codecs by slot, ``Storage(mu=Block(8), nu=Block(8))``; slots without a codec are stored in float32."""
+    """Codecs by slot, ``Storage(mu=MuLaw(), nu=Cast("bfloat16"))``; slots without a codec are stored in float32."""
 
 
 def codecs(
     rule: Rule,
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = None,
-    storage: Codec | Mapping[str, Codec] | None = None,
+    storage: StorageLike | None = None,
 ) -> dict[str, Codec]:
     """The codec of each slot that the options ask for."""
     if isinstance(storage, Codec):
         storage = dict.fromkeys(rule.slots, storage)
+    elif isinstance(storage, str):
+        storage = named(storage, rule.slots)
     if storage is not None and not isinstance(storage, Mapping):
         raise TypeError(
-            "storage must be a codec, such as Block(8) or Cast('bfloat16'), or a mapping from slot names to codecs, "
-            f"got {storage!r}"
+            f"storage must be one of {list(typing.get_args(StorageName))}, a codec such as Cast('bfloat16'), or a "
+            f"mapping from slot names to codecs, got {storage!r}"
         )
     asked = {name: (codec, f"storage of {name}") for name, codec in (storage or {}).items()}
     for name, dtype in (("mu", mu_dtype), ("nu", nu_dtype)):
         if dtype is not None:
-            if name in asked:
+            if name in asked or WORD in asked:
                 raise ValueError(f"{name}_dtype and storage both specify how {name} is stored: pass only one of them")
             asked[name] = (Cast(dtype), f"{name}_dtype")
     found: dict[str, Codec] = {}
     for name, (codec, what) in asked.items():
+        if name == WORD:
+            found[name] = codec
+            continue
         slots = [slot for slot in rule.slots if slot == name or slot.startswith(f"{name}_")]
         if not slots:
             raise ValueError(

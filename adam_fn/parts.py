@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 
 from adam_fn.averaging import Average
-from adam_fn.execute.store import structure
 from adam_fn.leaves import Leaves, PyTree
 from adam_fn.observe import Call, observed
 from adam_fn.rule import Rule
@@ -31,10 +30,9 @@ class Part(NamedTuple):
 
     def kept(self, params: PyTree) -> PyTree:
         """The parameters that have slots, and `optax.MaskedNode` in the place of the others."""
-        name, codec = self.spec.codecs[0]
+        name, _ = self.spec.codecs[0]
         leaves = Leaves(params)
-        column = structure(codec).flatten_up_to(self.state.slots[name])[0]
-        slots = leaves.match(column, f"the state's {name}", "the parameters")
+        slots = leaves.match(self.state.slots[name], f"the state's {name}", "the parameters")
         blank = [isinstance(x, optax.MaskedNode) for x in slots]
         return leaves.treedef.unflatten(
             optax.MaskedNode() if no else p for no, p in zip(blank, leaves.leaves, strict=True)
@@ -42,7 +40,7 @@ class Part(NamedTuple):
 
     def decoded(self, params: PyTree) -> dict[str, PyTree]:
         """The slots as arrays in the dtype of the arithmetic."""
-        return {name: Update(self.spec).decoded(name, self.state, params) for name, _ in self.spec.codecs}
+        return Update(self.spec).decoded(self.state, params)
 
 
 def earlier(count: jax.Array, ahead: int) -> jax.Array:

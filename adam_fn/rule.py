@@ -19,13 +19,12 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from adam_fn.arithmetic import OneMinus, Scalar, Weight, bounded
+from adam_fn.codec import Slot, Slots
 
 #: A function of the zero-based step, an int32 scalar, that returns a number or a 0-d array.
 Schedule: TypeAlias = Callable[[jax.Array], ArrayLike]
 #: A hyperparameter as it is given to a rule: a number, a 0-d array or a `Schedule`.
 Hyper: TypeAlias = ArrayLike | Schedule
-#: What a rule remembers of one array, by name.
-Slots: TypeAlias = Mapping[str, jax.Array]
 
 
 class Range(NamedTuple):
@@ -44,13 +43,6 @@ Beta: TypeAlias = Annotated[Any, UNIT]
 NonNegative: TypeAlias = Annotated[Any, Range(0.0, math.inf)]
 
 
-class Slot(NamedTuple):
-    """What a rule remembers per element: its value before the first step, and whether it can become negative."""
-
-    initial: float = 0.0
-    signed: bool = True
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Clock:
@@ -60,13 +52,11 @@ class Clock:
       count: the zero-based step, an int32 scalar; the first update sees 0.
       weights: the rule's bias weights, this step included.
       learning_rate: the rate that `update(..., learning_rate=x)` sets for this step, or None.
-      index: the number of the leaf, an int32 scalar, if its storage is random; else None. Rules must not use it.
     """
 
     count: jax.Array
     weights: Sequence[jax.Array]
     learning_rate: jax.Array | None = None
-    index: jax.Array | None = None
 
     def rate(self, learning_rate: Scalar) -> Scalar:
         """The learning rate of this step."""
@@ -268,7 +258,12 @@ class Chain(Rule):
 
     @property
     def slots(self) -> Mapping[str, Slot]:
-        return {names[name]: slot for part, names in self._names() for name, slot in part.slots.items()}
+        found: dict[str, Slot] = {}
+        for part, names in self._names():
+            for name, slot in part.slots.items():
+                unit = slot.unit and slot.unit._replace(slot=names[slot.unit.slot])
+                found[names[name]] = slot._replace(unit=unit)
+        return found
 
     @property
     def weights(self) -> int:

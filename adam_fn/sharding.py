@@ -90,7 +90,7 @@ class Slots:
     def shardings(self, mesh: Mesh, over: Sequence[Division]) -> PyTree:
         """The shardings of the state, each array as its parameter is divided.
 
-        Along an axis that does not divide evenly (of few scales) it is whole; one of another rank is whole altogether.
+        Along an axis that does not divide evenly it is whole; one of another rank is whole altogether.
         """
 
         def beside(i: int, x: jax.ShapeDtypeStruct) -> NamedSharding:
@@ -112,10 +112,10 @@ def _is_blank(x: object) -> bool:
 def state_shardings(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
     """The shardings of ``tx.init(params)``, as a tree with the state's structure: ``jit(tx.init, out_shardings=…)``.
 
-    Whatever belongs to a parameter is sharded like the parameter: moments, codes, scales, remainders of masters,
-    averages, and the states of optax's transformations, which `jit` alone would put on one device. Scales that are too
-    few to be divided are replicated on every device, and so are counts and everything else that belongs to no
-    parameter. Together with `jax.eval_shape`, the result tells a checkpointer where to restore a state::
+    Whatever belongs to a parameter is sharded like the parameter: moments, remainders of masters, averages, and the
+    states of optax's transformations, which `jit` alone would put on one device. Counts and everything else that
+    belongs to no parameter are replicated. Together with `jax.eval_shape`, the result tells a checkpointer where to
+    restore a state::
 
         shardings = adam_fn.state_shardings(tx, params)
         state = jax.jit(tx.init, out_shardings=shardings)(params)

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adam_fn.codec import Codec, Stored, Uncoded
+from adam_fn.codec import Cast, Codec
 from adam_fn.execute.body import as_real, compute_dtype
-from adam_fn.execute.store import PARTS, structure
 from adam_fn.groups import Groups
 from adam_fn.leaves import Leaves, PyTree
 from adam_fn.rule import Rule
@@ -29,7 +28,6 @@ class Spec:
     frozen: Hashable = dataclasses.field(metadata={"static": True})
     storage_mask: Hashable = dataclasses.field(metadata={"static": True})
     groups: Groups | None = dataclasses.field(metadata={"static": True})
-    kernel: bool = dataclasses.field(metadata={"static": True})
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Spec):
@@ -55,7 +53,7 @@ class Spec:
         coded = dict(self.codecs)
         if self.storage_mask is None:
             return [coded] * len(leaves.leaves)
-        kinds = {True: coded, False: {name: Uncoded(codec=codec) for name, codec in self.codecs}}
+        kinds = {True: coded, False: {name: Cast().of(name, self.rule.slots) for name in coded}}
         return [kinds[kept] for kept in leaves.spread("storage_mask", self.storage_mask, tree)]
 
 
@@ -71,26 +69,7 @@ def zeros_like(p: jax.Array) -> jax.Array:
     return (bits ^ jax.lax.optimization_barrier(bits)).astype(compute_dtype(p.dtype))
 
 
-def gather(leaves: Leaves, codec: Codec, stored: Sequence[Stored | None]) -> PyTree:
-    """What the codec made of each leaf, as its structure of trees: slots outside, the parameters' structure inside."""
-    outer = structure(codec)
+def gather(leaves: Leaves, stored: Sequence[jax.Array | None]) -> PyTree:
+    """A tree of the parameters' structure, of what is stored of each leaf; `optax.MaskedNode` where nothing is."""
     blank = [None if x is None else optax.MaskedNode() for x in leaves.leaves]
-    rows = [b if x is None else outer.flatten_up_to(x) for b, x in zip(blank, stored, strict=True)]
-    columns = [[row[i] if isinstance(row, list) else row for row in rows] for i in range(outer.num_leaves)]
-    return outer.unflatten([leaves.treedef.unflatten(column) for column in columns])
-
-
-def scatter(leaves: Leaves, codec: Codec, slot: PyTree, what: str) -> list[Stored]:
-    """The inverse of `gather`."""
-    outer = structure(codec)
-    try:
-        parts = outer.flatten_up_to(slot)
-        if isinstance(slot, dict) and set(slot) == set(PARTS) and jax.tree_util.treedef_is_leaf(outer):
-            leaves.treedef.flatten_up_to(slot)  # Of a Block, unless the parameters have these names.
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{what} is not stored as {codec}: the state was made with a different storage; "
-            "adam_fn.interop.change_storage converts it"
-        ) from error
-    columns = [leaves.match(part, what, "the parameters") for part in parts]
-    return [outer.unflatten(row) for row in zip(*columns, strict=True)]
+    return leaves.treedef.unflatten(b if x is None else x for b, x in zip(blank, stored, strict=True))

@@ -11,10 +11,11 @@ import optax
 from jax.typing import ArrayLike
 
 from adam_fn.arithmetic import ema, one_minus
+from adam_fn.codec import Slot, Slots
 from adam_fn.leaves import PyTree
 from adam_fn.observe import Call, note, observed
 from adam_fn.options import MomentOptions, alias, optimizer
-from adam_fn.rule import Beta, Clock, Hyper, Rate, Rule, Slot, Slots
+from adam_fn.rule import Beta, Clock, Hyper, Rate, Rule
 from adam_fn.rules.adam import Adam
 from adam_fn.spec import Spec
 from adam_fn.transform import State, Transformation, Update, rate_of_step
@@ -37,6 +38,14 @@ class SwatsState(NamedTuple):
     switched: jax.Array
     sgd_rate: jax.Array
     adam_rate: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Switching(Adam):
+    """Adam whose m will be the momentum of SGD, which v does not bound."""
+
+    def measured(self, b1: Beta) -> Slot:
+        return Slot()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +83,7 @@ class Swats(Wrapper):
 
     def init(self, params: PyTree) -> SwatsState:
         adam = self.adam.init(params)
-        average, sgd_rate, adam_rate = (jnp.zeros((), jnp.asarray(adam.weights).dtype) for _ in range(3))
+        average, sgd_rate, adam_rate = (jnp.zeros((), adam.weights[0].value.dtype) for _ in range(3))
         return SwatsState(adam, average, jnp.zeros((), bool), sgd_rate, adam_rate)
 
     def update(
@@ -203,7 +212,7 @@ def _adam(
     defined = (along != 0) & jnp.isfinite(found)
     part = one_minus(rule.at(state.adam.count).b2)
     average = jnp.where(defined, state.average + part * (found - state.average), state.average)
-    mean = average / jnp.asarray(adam.weights)[1, 0]
+    mean = average / adam.weights[1].value
     # At the first step the mean is the rate itself.
     now = defined & (state.adam.count > 0) & (jnp.abs(mean - found) < tolerance) & (mean > 0)
     sgd_rate = jnp.where(now, mean, state.sgd_rate)
@@ -251,9 +260,11 @@ def swats(
     """
     if isinstance(tolerance, (int, float)) and not tolerance > 0:
         raise ValueError(f"tolerance must be positive, got {tolerance}")
-    rule = Adam(b1, b2, eps, eps_hat=eps_hat)
+    rule = Switching(b1, b2, eps, eps_hat=eps_hat)
     if "mu" not in rule.slots:
         raise ValueError(f"b1 must be in (0, 1), because swats needs a momentum; got {b1}")
     rate = Rate(learning_rate)
     adam = optimizer(rule, learning_rate, **options)
+    if "mu" not in dict(adam.update.spec.codecs):
+        raise ValueError("swats needs mu by itself, since after the switch nothing else is changed: store it by a Cast")
     return Swats(adam, rule, rate, tolerance).transformation()

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import jax
@@ -18,16 +18,17 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
+from adam_fn import noise
 from adam_fn.arithmetic import Weight
-from adam_fn.codec import Cast, Codec, Stored
-from adam_fn.execute.body import PARAMETERS, UPDATES, Inputs, Write, as_real, compute_dtype
+from adam_fn.codec import Codec, Stored
+from adam_fn.codes import WORD, StorageLike, codecs_of
+from adam_fn.execute.body import PARAMETERS, UPDATES, Inputs, Times, Write, as_real, compute_dtype, decode, encode
 from adam_fn.execute.run import run_leaf
-from adam_fn.execute.store import load, store, stored_spec
 from adam_fn.groups import Group, Groups, rules_of
 from adam_fn.leaves import Leaves, Mask, PyTree, fixed_mask, named
 from adam_fn.observe import Call, note
 from adam_fn.rule import Clock, Range, Rule, checked
-from adam_fn.spec import Spec, gather, scatter, zeros_like
+from adam_fn.spec import Spec, gather, zeros_like
 
 
 class State(NamedTuple):
@@ -35,15 +36,15 @@ class State(NamedTuple):
 
     Attributes:
       count: the number of updates made so far, an int32 scalar; schedules see it.
-      weights: the bias weights, float32 (float64 with float64 parameters) of shape ``[n, 2]``: the weight, which is
-        ``1 - β**count`` for a constant β, and its rounding remainder.
-        ``()`` for a rule that has none (checkpointers refuse empty arrays).
-      slots: by name (``"mu"``, ``"nu"``, …) a tree with the structure of the parameters: the raw, uncorrected moments.
-        The moments of a complex parameter are two reals, of shape ``(2, *shape)``.
+      weights: the bias weights, each with what the last rounding dropped of it: ``1 - β**count`` for a constant β.
+        Scalars, float32 (float64 with float64 parameters): of an array XLA for TPUs would keep a copy for every leaf.
+      slots: by name (``"mu"``, ``"nu"``, …; ``"mu_nu"`` where both share a word) a tree with the structure of the
+        parameters, of arrays with their shapes: the raw, uncorrected moments as they are stored, which
+        `adam_fn.diagnostics.moments` decodes. Those of a complex parameter are two reals, of shape ``(2, *shape)``.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    weights: jax.Array | tuple[()]
+    weights: tuple[Weight, ...]
     slots: dict[str, PyTree]
 
 
@@ -53,19 +54,36 @@ def _init(spec: Spec, params: PyTree) -> State:
     trained = spec.trained(leaves, params)
     if spec.mask is not None:
         leaves.spread("mask", spec.mask, params)  # Of another structure it is an error now and not at the first step.
-    own = spec.codecs_of(leaves, params)
-    slots = {}
-    for name, codec in spec.codecs:
-        initial = spec.rule.slots[name].initial
-        stored: list[Stored | None] = []
-        for path, p, train, codecs in zip(leaves.paths, leaves.leaves, trained, own, strict=True):
-            with named(path):
-                stored.append(store(codecs[name], zeros_like(jnp.asarray(p)) + initial) if train else None)
-        slots[name] = gather(leaves, codec, stored)
+    blank = [
+        {name: zeros_like(jnp.asarray(p)) + slot.initial for name, slot in spec.rule.slots.items()} if train else None
+        for p, train in zip(leaves.leaves, trained, strict=True)
+    ]
+    count = jnp.zeros((), jnp.int32)
+    slots = coded(spec, leaves, params, blank, count)
     double = any(compute_dtype(jnp.result_type(p)) == jnp.float64 for p in itertools.compress(leaves.leaves, trained))
-    shape = (spec.rule.weights, 2)
-    weights = jnp.zeros(shape, jnp.float64 if double else jnp.float32) if shape[0] else ()
-    return State(jnp.zeros((), jnp.int32), weights, slots)
+    dtype = jnp.float64 if double else jnp.float32
+    weights = tuple(Weight(jnp.zeros((), dtype), jnp.zeros((), dtype)) for _ in range(spec.rule.weights))
+    return State(count, weights, slots)
+
+
+def coded(
+    spec: Spec, leaves: Leaves, params: PyTree, slots: Sequence[Mapping[str, jax.Array] | None], count: jax.Array
+) -> dict[str, PyTree]:
+    """The trees of a state, of the slots of each leaf (None where there are none)."""
+    times = _times(spec, count)
+    stored: list[Stored | None] = []
+    for path, own, codecs in zip(leaves.paths, slots, spec.codecs_of(leaves, params), strict=True):
+        with named(path):
+            stored.append(encode(codecs, own, noise.lattice(next(iter(own.values()))), times) if own else own)
+    return _trees(spec, leaves, stored)
+
+
+def _times(spec: Spec, count: jax.Array) -> dict[str, jax.Array]:
+    return noise.times(count, [slot for _, codec in spec.codecs for slot in codec.slots])
+
+
+def _trees(spec: Spec, leaves: Leaves, stored: Sequence[Stored | None]) -> dict[str, PyTree]:
+    return {name: gather(leaves, [None if x is None else x[name] for x in stored]) for name, _ in spec.codecs}
 
 
 def _form(x: jax.Array | jax.ShapeDtypeStruct) -> tuple[tuple[int, ...], np.dtype]:
@@ -73,13 +91,19 @@ def _form(x: jax.Array | jax.ShapeDtypeStruct) -> tuple[tuple[int, ...], np.dtyp
 
 
 @functools.cache
-def _expected(codec: Codec, shape: tuple[int, ...], dtype: np.dtype) -> list[tuple[tuple[int, ...], np.dtype]]:
-    """Shapes and dtypes of what is stored for a slot of a parameter."""
+def _expected(
+    codecs: tuple[tuple[str, Codec], ...], shape: tuple[int, ...], dtype: np.dtype
+) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shapes and dtypes of what is stored of a parameter."""
     real = jax.eval_shape(as_real, jax.ShapeDtypeStruct(shape, dtype))
-    return [_form(x) for x in jax.tree.leaves(stored_spec(codec, real.shape, compute_dtype(dtype)))]
+    slot = jax.ShapeDtypeStruct(real.shape, compute_dtype(dtype))
+    slots = [name for _, codec in codecs for name in codec.slots]
+    lattice, time = (jax.ShapeDtypeStruct(x, jnp.int32) for x in (real.shape, ()))
+    kept = jax.eval_shape(encode, dict(codecs), dict.fromkeys(slots, slot), lattice, dict.fromkeys(slots, time))
+    return {name: _form(x) for name, x in kept.items()}
 
 
-def _check_leaf(path: str, g: object, p: object, stored: Mapping[str, Stored], codecs: Mapping[str, Codec]) -> None:
+def _check_leaf(path: str, g: object, p: object, stored: Stored, codecs: Mapping[str, Codec]) -> None:
     """Raises if a trained leaf's gradient, parameter and state do not belong together."""
     if g is None:
         raise ValueError(f"the gradient of {path} is None, but the parameter is trained; to freeze it, use frozen=")
@@ -90,13 +114,18 @@ def _check_leaf(path: str, g: object, p: object, stored: Mapping[str, Stored], c
         for kind in (jnp.floating, jnp.complexfloating):
             if jnp.issubdtype(gradient.dtype, kind) != jnp.issubdtype(parameter.dtype, kind):
                 raise ValueError(f"the gradient of {path} is {gradient.dtype}, its parameter {parameter.dtype}")
-    for name, codec in codecs.items():
-        found = [_form(x) for x in jax.tree.leaves(stored[name])]
-        expected = _expected(codec, parameter.shape, parameter.dtype)
-        if found != expected:
+    expected = _expected(tuple(codecs.items()), parameter.shape, parameter.dtype)
+    for name, x in stored.items():
+        if not isinstance(x, optax.MaskedNode) and _form(x) != expected[name]:
+            found, wanted = (f"{dtype}{list(shape)}" for shape, dtype in (_form(x), expected[name]))
             raise ValueError(
-                f"the state's {name} of {path} has (shape, dtype) {found}, expected {expected}: was the state made by "
-                "this transformation from these parameters?"
+                f"the state's {name} of {path} is {found}, expected {wanted} ({codecs[name]}): was the state made by "
+                "this transformation from these parameters? adam_fn.interop.change_storage converts one that was made "
+                "with another storage"
+            )
+        if isinstance(x, optax.MaskedNode):
+            raise ValueError(
+                f"the state has no {name} of {path}, which is trained: was it frozen when the state was made?"
             )
 
 
@@ -117,30 +146,31 @@ def _update(
     params: PyTree | None,
     learning_rate: jax.Array | None,
     low: PyTree | None = None,
+    time: jax.Array | None = None,
     *,
     write: Write = UPDATES,
 ) -> tuple[PyTree, PyTree | None, State]:
-    """What `write` makes of the updates and of `low`, and the new state."""
+    """What `write` makes of the updates and of `low`, and the new state; `time`: that of a `write` that dithers."""
     reference = grads if params is None else params
     leaves = Leaves(reference)
     gradients = leaves.match(grads, "the gradients", "the parameters")
     trained = spec.trained(leaves, reference)
     own = spec.codecs_of(leaves, reference)
-    slots = {name: scatter(leaves, codec, state.slots[name], f"the state's {name}") for name, codec in spec.codecs}
+    slots = {name: leaves.match(tree, f"the state's {name}", "the parameters") for name, tree in state.slots.items()}
 
     rule = spec.rule.at(state.count)
     decays = [True] * len(trained) if spec.mask is None else leaves.spread("mask", spec.mask, reference)
-    old_weights = [Weight(*row) for row in state.weights]
-    if len(old_weights) != rule.weights:
-        raise ValueError(f"the state has {len(old_weights)} bias weights, but {spec.rule} has {rule.weights}")
-    weights = rule.weigh(old_weights, state.count)
+    if len(state.weights) != rule.weights:
+        raise ValueError(f"the state has {len(state.weights)} bias weights, but {spec.rule} has {rule.weights}")
+    weights = tuple(rule.weigh([Weight(*weight) for weight in state.weights], state.count))
     clock = Clock(state.count, tuple(weight.value for weight in weights), learning_rate)
     rules = rules_of(rule, clock, decays, None if spec.groups is None else spec.groups.of(reference))
-    is_random = any(codec.random for _, codec in spec.codecs)
+    count = jnp.asarray(optax.safe_increment(state.count))
+    times = Times(_times(spec, count), time)
 
     lows = [None] * len(trained) if low is None else leaves.match(low, "the state's remainder", "the parameters")
     updates: list[jax.Array | None] = []
-    stored: list[dict[str, Stored] | None] = []
+    stored: list[Stored | None] = []
     for i, (path, g, p) in enumerate(zip(leaves.paths, gradients, leaves.leaves, strict=True)):
         if not trained[i]:
             updates.append(p if write.parameters else _no_update(g, p))
@@ -149,37 +179,31 @@ def _update(
         old = {name: slot[i] for name, slot in slots.items()}
         _check_leaf(path, g, p, old, own[i])
         own_rule, now = rules[i]
-        now = dataclasses.replace(now, index=jnp.int32(i)) if is_random else now
         with named(path):
             how = write if params is None else write.of(jnp.result_type(p))
             inputs = Inputs(g, None if params is None else p, lows[i] if isinstance(lows[i], jax.Array) else None)
-            done = run_leaf(own_rule, own[i], inputs, old, now, write=how, kernel=spec.kernel)
+            done = run_leaf(own_rule, own[i], inputs, old, now, times, write=how)
         updates.append(done.result)
         stored.append(done.stored)
         lows[i] = lows[i] if done.low is None else done.low
-    new_slots = {
-        name: gather(leaves, codec, [None if x is None else x[name] for x in stored]) for name, codec in spec.codecs
-    }
-    new_weights = jnp.stack([jnp.stack(weight) for weight in weights]) if weights else state.weights
+    new_slots = _trees(spec, leaves, stored)
     new_low = None if low is None else leaves.treedef.unflatten(lows)
-    new_state = State(jnp.asarray(optax.safe_increment(state.count)), new_weights, new_slots)
+    new_state = State(count, weights, new_slots)
     return leaves.treedef.unflatten(updates), new_low, new_state
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _decoded(spec: Spec, slot: str, state: State, params: PyTree) -> PyTree:
+@jax.jit
+def _decoded(spec: Spec, slots: Mapping[str, PyTree], params: PyTree) -> dict[str, PyTree]:
     leaves = Leaves(params)
-    stored = scatter(leaves, dict(spec.codecs)[slot], state.slots[slot], f"the state's {slot}")
-    found: list[jax.Array | optax.MaskedNode | None] = []
-    for p, x, train, codecs in zip(
-        leaves.leaves, stored, spec.trained(leaves, params), spec.codecs_of(leaves, params), strict=True
-    ):
-        if train:
-            shape = jax.eval_shape(as_real, p).shape
-            found.append(load(codecs[slot], x, compute_dtype(jnp.result_type(p)), shape))
-        else:
-            found.append(None if p is None else optax.MaskedNode())
-    return leaves.treedef.unflatten(found)
+    trained, own = spec.trained(leaves, params), spec.codecs_of(leaves, params)
+    stored = {name: leaves.match(tree, f"the state's {name}", "the parameters") for name, tree in slots.items()}
+    found = [
+        decode(own[i], {name: x[i] for name, x in stored.items()}, compute_dtype(jnp.result_type(p)))
+        if trained[i]
+        else None
+        for i, p in enumerate(leaves.leaves)
+    ]
+    return {name: gather(leaves, [None if x is None else x[name] for x in found]) for name in spec.rule.slots}
 
 
 def rate_of_step(learning_rate: ArrayLike | None) -> jax.Array | None:
@@ -238,28 +262,33 @@ class Update:
         new, _, after = _update(self.spec, grads, self._checked(state), params, rate, write=PARAMETERS)
         return new, after
 
-    def with_low(
+    def written(
         self,
         grads: PyTree,
         state: optax.OptState,
         params: PyTree,
-        low: PyTree,
         write: Write,
+        *,
+        low: PyTree | None = None,
+        time: jax.Array | None = None,
         learning_rate: ArrayLike | None = None,
-    ) -> tuple[PyTree, PyTree, State]:
-        """What `write` makes of the updates and of `low`, a tree of what is stored beside the parameters."""
+    ) -> tuple[PyTree, PyTree | None, State]:
+        """What `write` makes of the updates and of `low`, a tree of what is stored beside the parameters.
+
+        `time`: that of `noise.times` at this step, for a `write` that dithers.
+        """
         state = self._checked(state)
         note(Call(self.spec, grads, state, params))
-        return _update(self.spec, grads, state, params, rate_of_step(learning_rate), low, write=write)
+        return _update(self.spec, grads, state, params, rate_of_step(learning_rate), low, time, write=write)
 
     def rates(self, params: PyTree) -> list[float]:
         """What multiplies the rate of each leaf, None included."""
         groups = self.spec.groups
         return [1.0] * len(Leaves(params).leaves) if groups is None else [group.rate for group in groups.of(params)]
 
-    def decoded(self, slot: str, state: State, params: PyTree) -> PyTree:
-        """A slot of the state as arrays in the dtype of the arithmetic, in the structure of `params` (or gradients)."""
-        return _decoded(self.spec, slot, state, params)
+    def decoded(self, state: State, params: PyTree) -> dict[str, PyTree]:
+        """The slots as arrays in the dtype of the arithmetic, in the structure of `params` (or gradients)."""
+        return _decoded(self.spec, state.slots, params)
 
     def _checked(self, state: optax.OptState) -> State:
         if not isinstance(state, State) or set(state.slots) != set(dict(self.spec.codecs)):
@@ -267,7 +296,8 @@ class Update:
             expected = sorted(dict(self.spec.codecs))
             raise TypeError(
                 f"expected an adam_fn.State with the slots {expected}, got a {found}, which this transformation did "
-                "not make; adam_fn.interop converts states of optax, torch and Keras"
+                "not make; adam_fn.interop.change_storage converts one that was made with another storage, and "
+                "adam_fn.interop has functions for states of optax, torch and Keras"
             )
         return state
 
@@ -289,49 +319,36 @@ class Transformation(optax.GradientTransformationExtraArgs):
 def transform(
     rule: Rule,
     *,
-    storage: Codec | Mapping[str, Codec] | None = None,
+    storage: StorageLike | None = None,
     mask: Mask | None = None,
     frozen: Mask | None = None,
     storage_mask: Mask | None = None,
     groups: Groups | Mapping[str, Group] | None = None,
-    kernel: bool = False,
 ) -> Transformation:
     """A rule as an optax transformation.
 
     Args:
       rule: what to compute; ``transform(a >> b)`` equals ``optax.chain(transform(a), transform(b))``.
-      storage: a `Codec` for every slot, or a mapping from slot names to codecs; slots that it does not name are stored
-        in float32 (float64 for float64 parameters).
+      storage: one of the names in `adam_fn.options.Options`, a `Codec` for every slot, or a mapping from the names of
+        slots to codecs; slots that it does not name are stored in float32 (float64 for float64 parameters).
       mask: the leaves to which a `WeightDecay` applies: a tree of booleans with the structure of the parameters or a
         prefix of it, or a function of the parameters that returns one (see `adam_fn.masks`); all by default.
       frozen: the leaves that are not trained: they have no moments and get a zero update; by default all are trained.
       storage_mask: the leaves to which `storage` applies, all by default; the others are stored in float32 (float64 for
         float64 parameters).
       groups: multipliers of `learning_rate` and `weight_decay`, and frozen leaves, by path (see `Groups`).
-      kernel: whether a TPU or a GPU runs the step of each leaf as one kernel (see `adam_fn.options.Options`).
     """
     if not isinstance(rule, Rule):
         raise TypeError(f"transform takes a rule, such as Adam() >> Rate(1e-3), got {rule!r}")
-    if isinstance(storage, Codec):
-        storage = dict.fromkeys(rule.slots, storage)
-    if storage is not None and not isinstance(storage, Mapping):
-        raise TypeError(
-            f"storage must be a codec, such as Block(8), or a mapping from slot names to codecs, got {storage!r}"
-        )
-    for name, codec in (storage or {}).items():
-        if not isinstance(codec, Codec):
-            raise TypeError(f"storage[{name!r}] must be a codec, such as Block(8) or Cast('bfloat16'), got {codec!r}")
-    unknown = set(storage or {}) - set(rule.slots)
-    if unknown:
-        raise ValueError(f"storage names {sorted(unknown)}, but the slots of {rule} are {sorted(rule.slots)}")
-    codecs = tuple(
-        (name, (storage or {}).get(name, Cast()).of(signed=slot.signed)) for name, slot in rule.slots.items()
-    )
+    codecs = codecs_of(storage, rule.slots)
     if storage_mask is not None and not storage:
         raise ValueError("storage_mask has no effect without storage: pass storage as well")
-    if not isinstance(kernel, bool):
-        raise TypeError(f"kernel must be a bool, got {kernel!r}")
+    if storage_mask is not None and WORD in dict(codecs):
+        raise ValueError(
+            "storage_mask cannot leave out parameters of a 16-bit storage, whose one word has no place for two float32 "
+            'moments: use storage="24bit", or another transformation for these parameters (optax.partition)'
+        )
     masks = {"mask": mask, "frozen": frozen, "storage_mask": storage_mask}
     fixed = {name: fixed_mask(name, value) for name, value in masks.items()}
-    spec = Spec(rule, codecs, **fixed, groups=None if groups is None else Groups.made_of(groups), kernel=kernel)
+    spec = Spec(rule, codecs, **fixed, groups=None if groups is None else Groups.made_of(groups))
     return Transformation(Init(spec), Update(spec))

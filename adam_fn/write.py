@@ -18,11 +18,11 @@ from jax.typing import ArrayLike
 
 from adam_fn.execute.body import PARAMETERS, UPDATES, Inputs, Write
 from adam_fn.leaves import Leaves, PyTree
-from adam_fn.noise import random_bits
+from adam_fn.spec import zeros_like
 from adam_fn.transform import Update
 from adam_fn.wrapper import Wrapper, check_state
 
-_LARGEST = 0x7F7F  # The bits of the largest finite bfloat16; one more is inf.
+LARGEST = 0x7F7F  # The bits of the largest finite bfloat16; one more is inf.
 
 
 class MasterState(NamedTuple):
@@ -38,13 +38,7 @@ class MasterState(NamedTuple):
     inner: optax.OptState
 
 
-class RoundingState(NamedTuple):
-    """The state of `stochastic_rounding`: `count`, the number of updates made so far, an int32 scalar."""
-
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
-
-
-class _Params:
+class Params:
     """The leaves of the parameters, and which of them are bfloat16."""
 
     def __init__(self, name: str, params: PyTree) -> None:
@@ -78,63 +72,59 @@ class _Params:
         )
 
 
-def _bits(x: jax.Array) -> jax.Array:
-    """The bits of an array of floats."""
-    return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{jnp.finfo(x.dtype).bits}"))
+# A bfloat16 is a float32 whose lower 16 bits are 0, and that is how it is computed here. It becomes a bfloat16 by a
+# conversion of floats, as a remainder becomes an integer: an operation at the end that a TPU makes part of the pass
+# that reads the parameters, which it does not with operations on bits.
 
 
-def _magnitude(p: jax.Array) -> jax.Array:
-    """The bits of a bfloat16 array without the sign, int32."""
-    return (_bits(p) & 0x7FFF).astype(jnp.int32)
+def bits_of(x: jax.Array) -> jax.Array:
+    """The bits of an array of float32."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint32)
 
 
-def _with_sign(magnitude: jax.Array, x: jax.Array) -> jax.Array:
-    """The bfloat16 of these 15 bits with the sign of a finite `x` of float32; inf and nan as they are."""
-    sign = (_bits(x) >> 16) & 0x8000
-    q = jax.lax.bitcast_convert_type((sign | magnitude).astype(jnp.uint16), jnp.bfloat16)
-    return jnp.where(jnp.isfinite(x), q, x.astype(jnp.bfloat16))
+def as_float(magnitude: jax.Array, like: jax.Array) -> jax.Array:
+    """The float32 of 31 bits and the sign of `like`; where that is inf or nan, that."""
+    x = jax.lax.bitcast_convert_type((bits_of(like) & np.uint32(1 << 31)) | magnitude.astype(jnp.uint32), jnp.float32)
+    return jnp.where(jnp.isfinite(like), x, like)
 
 
 def _shortened(x: jax.Array, bits: int) -> jax.Array:
     """The magnitude of float32 in units of the last bit of a master, int32: 15 + `bits` bits, halves rounded up."""
     drop = 16 - bits
-    return (((_bits(x) & 0x7FFFFFFF) + ((1 << drop) >> 1)) >> drop).astype(jnp.int32)
+    return (((bits_of(x) & 0x7FFFFFFF) + ((1 << drop) >> 1)) >> drop).astype(jnp.int32)
 
 
 def visible(x: jax.Array, bits: int) -> jax.Array:
-    """The bfloat16 parameter of a float32 master: the nearest, halves away from 0, and never inf of a finite one."""
+    """The parameter of a float32 master: the nearest bfloat16, halves away from 0, and never inf of a finite one."""
     half = 1 << (bits - 1)
-    magnitude = jnp.minimum((_shortened(x, bits) + half) >> bits, _LARGEST)
-    return _with_sign(magnitude.astype(jnp.uint32), x)
+    return as_float(jnp.minimum((_shortened(x, bits) + half) >> bits, LARGEST) << 16, x)
 
 
 def remainder(x: jax.Array, q: jax.Array, bits: int) -> jax.Array:
     """What `join` adds to the parameter `q` to come back to `x`, or as near as it can."""
     half = 1 << (bits - 1)
-    difference = jnp.clip(_shortened(x, bits) - (_magnitude(q) << bits), -half, half - 1)
-    # A sign can differ where one of the two is 0.
-    same = _bits(x) >> 31 == _bits(q).astype(jnp.uint32) >> 15
-    joined = jnp.isfinite(x) & jnp.isfinite(q.astype(jnp.float32)) & same  # In steps that kernels for TPUs have.
+    whole = ((bits_of(q) & 0x7FFFFFFF) >> (16 - bits)).astype(jnp.int32)
+    difference = jnp.clip((_shortened(x, bits) - whole).astype(jnp.float32), -half, half - 1)
+    same = bits_of(x) >> 31 == bits_of(q) >> 31  # A sign can differ where one of the two is 0.
+    joined = jnp.isfinite(x) & jnp.isfinite(q) & same
     return jnp.where(joined, difference, 0).astype(f"int{bits}")
 
 
 def join(p: jax.Array, low: jax.Array, bits: int) -> jax.Array:
-    """The float32 master of a parameter and its remainder."""
-    magnitude = jnp.maximum((_magnitude(p) << bits) + low.astype(jnp.int32), 0) << (16 - bits)
-    sign = (_bits(p).astype(jnp.uint32) >> 15) << 31
-    x = jax.lax.bitcast_convert_type(sign | magnitude.astype(jnp.uint32), jnp.float32)
-    wide = p.astype(jnp.float32)  # Kernels for TPUs have `isfinite` for float32 alone.
-    return jnp.where(jnp.isfinite(wide), x, wide)
+    """The float32 master of a bfloat16 parameter and its remainder."""
+    wide = p.astype(jnp.float32)
+    whole = ((bits_of(wide) & 0x7FFFFFFF) >> (16 - bits)).astype(jnp.int32)
+    return as_float(jnp.maximum(whole + low.astype(jnp.int32), 0) << (16 - bits), wide)
 
 
-def _landing(p: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
+def landing(p: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The float32 update that leads from `p` to `q`, and the bfloat16 on which `optax.apply_updates` lands with it.
 
     That is `q`, but where |q| is below about 2⁻¹⁶|p| and float32 cannot hold q - p: there it is off by 2⁻²⁵|p| at most.
     """
     wide = p.astype(jnp.float32)
-    u = jnp.where(q == p, 0, q.astype(jnp.float32) - wide)  # Where both are inf the difference is nan.
-    return u, (wide + u).astype(jnp.bfloat16)
+    u = jnp.where(q == wide, 0, q - wide)  # Where both are inf the difference is nan.
+    return u, (wide + u).astype(jnp.bfloat16).astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,11 +140,11 @@ class Masters(Write):
     def enter(self, inputs: Inputs) -> Inputs:
         return Inputs(inputs.g.astype(jnp.float32), self._master(inputs))
 
-    def leave(self, inputs: Inputs, u: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    def leave(self, inputs: Inputs, u: jax.Array, dither: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
         assert inputs.p is not None
         new = self._master(inputs) + u
         q = visible(new, self.bits)
-        result, landed = (q, q) if self.parameters else _landing(inputs.p, q)
+        result, landed = (q.astype(jnp.bfloat16), q) if self.parameters else landing(inputs.p, q)
         return result, remainder(new, landed, self.bits)
 
     def _master(self, inputs: Inputs) -> jax.Array:
@@ -204,21 +194,22 @@ class MasterWeights(Wrapper):
         """A step of the masters, each where its parameter is stepped."""
         del extra_args  # Meant for other links of a chain.
         update = cast(Update, self.tx.update)
-        tree = _Params("master_weights", params)
+        tree = Params("master_weights", params)
         tree.match(grads, "gradient")
         _check_remainders(tree, tree.match(state.remainder, "state's remainder"), self.bits)
-        new, low, inner = update.with_low(grads, state.inner, params, state.remainder, write, learning_rate)
+        new, low, inner = update.written(
+            grads, state.inner, params, write, low=state.remainder, learning_rate=learning_rate
+        )
         return new, MasterState(low, inner)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _first(params: PyTree, bits: int) -> tuple[PyTree, PyTree]:
     """The remainders, all 0, and the masters."""
-    tree = _Params("master_weights", params)
+    tree = Params("master_weights", params)
 
     def zeros(p: jax.Array) -> jax.Array:
-        # Computed from the parameter, so that they live where it lives; the barrier keeps them from being folded.
-        return (_bits(p) ^ jax.lax.optimization_barrier(_bits(p))).astype(f"int{bits}")
+        return zeros_like(p).astype(f"int{bits}")
 
     blank = [
         zeros(p) if short else None if p is None else optax.MaskedNode()
@@ -230,14 +221,14 @@ def _first(params: PyTree, bits: int) -> tuple[PyTree, PyTree]:
 @functools.partial(jax.jit, static_argnums=3)
 def _joined(grads: PyTree, low: PyTree, params: PyTree, bits: int) -> tuple[PyTree, PyTree]:
     """The gradients and the masters, in float32."""
-    tree = _Params("master_weights", params)
+    tree = Params("master_weights", params)
     gradients, lows = tree.match(grads, "gradient"), tree.match(low, "state's remainder")
     _check_remainders(tree, lows, bits)
     masters = [join(p, r, bits) if short else p for p, r, short in zip(tree.leaves, lows, tree.short, strict=True)]
     return tree.widened(gradients), tree.treedef.unflatten(masters)
 
 
-def _check_remainders(tree: _Params, lows: Sequence[Any], bits: int) -> None:
+def _check_remainders(tree: Params, lows: Sequence[Any], bits: int) -> None:
     """Raises if what is stored beside a parameter is not of its kind."""
     for path, short, p, r in zip(tree.paths, tree.short, tree.leaves, lows, strict=True):
         found = str(getattr(r, "dtype", "none"))
@@ -257,12 +248,12 @@ def _check_remainders(tree: _Params, lows: Sequence[Any], bits: int) -> None:
 @functools.partial(jax.jit, static_argnums=4)
 def _written(updates: PyTree, masters: PyTree, low: PyTree, params: PyTree, bits: int) -> tuple[PyTree, PyTree]:
     """The updates of the parameters, and the new remainders."""
-    tree = _Params("master_weights", params)
+    tree = Params("master_weights", params)
     wide, lows = tree.match(updates, "update"), tree.match(low, "state's remainder")
     for i, (u, x) in enumerate(zip(wide, tree.match(masters, "master"), strict=True)):
         if tree.short[i] and u is not None:
             new = x + u.astype(jnp.float32)
-            wide[i], landed = _landing(tree.leaves[i], visible(new, bits))
+            wide[i], landed = landing(tree.leaves[i], visible(new, bits))
             lows[i] = remainder(new, landed, bits)
     return tree.treedef.unflatten(wide), tree.treedef.unflatten(lows)
 
@@ -300,71 +291,3 @@ def master_weights(tx: optax.GradientTransformation, bits: int = 16) -> optax.Gr
     if bits not in (8, 16):
         raise ValueError(f"bits must be 8 or 16, got {bits}")
     return MasterWeights(tx, bits).transformation()
-
-
-@dataclasses.dataclass(frozen=True)
-class StochasticRounding(Wrapper):
-    """See `stochastic_rounding`."""
-
-    seed: int
-
-    def init(self, params: PyTree) -> RoundingState:
-        _Params("stochastic_rounding", params)
-        return RoundingState(jnp.zeros((), jnp.int32))
-
-    def update(
-        self, updates: PyTree, state: RoundingState, params: PyTree = None, **extra_args: PyTree
-    ) -> tuple[PyTree, RoundingState]:
-        del extra_args  # Meant for other links of a chain.
-        check_state(state, RoundingState, "stochastic_rounding")
-        new = _rounded(np.uint32(self.seed), state.count, updates, params)
-        return new, RoundingState(jnp.asarray(optax.safe_increment(state.count)))
-
-
-def round_stochastically(x: jax.Array, random: jax.Array) -> jax.Array:
-    """float32 to one of the two bfloat16 around it, the mean of which is `x`; `random` has 16 uniform bits on top.
-
-    Finite numbers stay finite.
-    """
-    magnitude = ((_bits(x) & 0x7FFFFFFF) + (random >> 16)) >> 16
-    return _with_sign(jnp.minimum(magnitude, jnp.uint32(_LARGEST)), x)
-
-
-@jax.jit
-def _rounded(seed: jax.Array, count: jax.Array, updates: PyTree, params: PyTree) -> PyTree:
-    tree = _Params("stochastic_rounding", params)
-    new = tree.match(updates, "update")
-    for i, (short, u, p) in enumerate(zip(tree.short, new, tree.leaves, strict=True)):
-        if short and u is not None:
-            x = p.astype(jnp.float32) + u.astype(jnp.float32)
-            # ~i and not i: seed, step and leaf alone are the stream of a `Block` code in the slot of that number.
-            new[i], _ = _landing(p, round_stochastically(x, random_bits(seed, count, ~i, p.shape)))
-    return tree.treedef.unflatten(new)
-
-
-def stochastic_rounding(seed: int = 0) -> optax.GradientTransformationExtraArgs:
-    """Rounds what is written to bfloat16 parameters at random, so that small updates arrive on average; the last link.
-
-    ::
-
-        x = p + u in float32;   q = one of the two bfloat16 around x, with the probabilities that make E[q] = x
-        u' = q - p
-
-    ``tx = optax.chain(adam_fn.adam(1e-3), adam_fn.stochastic_rounding(0))``. The updates u' are float32, and
-    `optax.apply_updates` lands on q exactly (`equinox.apply_updates` would leave float32 parameters, which nothing
-    rounds from then on). The random bits depend on the seed, the step, the leaf's place in the tree
-    and the element's index, never on the sharding (see `adam_fn.noise`). Nothing but the step is stored. A member of a
-    `vmap` or a shard of a `shard_map` is rounded as it would be alone, so members share their bits; to give each its
-    own, start them at distant steps: ``state._replace(count=jnp.arange(members) << 20)``.
-
-    It can only round the updates that it receives. Updates of this package have the gradients' dtype, so pass float32
-    gradients; bfloat16 gradients give each update a relative error of up to 2⁻⁹. An update below 2⁻²⁵ of its parameter
-    vanishes in x; so do subnormal numbers where XLA treats them as 0 (on CPUs). Parameters in float16 and float8 are
-    errors. The updates of other leaves pass through.
-
-    Args:
-      seed: an integer in [0, 2³²). Transformations with equal seeds use equal bits.
-    """
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be in [0, 2**32), got {seed}")
-    return StochasticRounding(int(seed)).transformation()

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from adam_fn.layout import SMALL, layout
 from adam_fn.leaves import Leaves, PyTree, difference, named, shown
-from adam_fn.sharding import Division, Shape, Slots, check_mesh, devices, divided, division, real_shape, searching
+from adam_fn.sharding import Division, Shape, Slots, check_mesh, devices, divided, division, searching
 from adam_fn.wrapper import Wrapper, varying_axes
+
+#: Leaves of fewer elements are not worth a warning.
+SMALL = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +94,6 @@ class Zero1(Wrapper):
         if not Leaves(params).leaves:  # A placeholder for the parameters, as of `optax.tree_map_params`.
             return self.tx.init(params)
         state = self._within(self.tx.init, self.state.tree(), self._each(params, "parameters", self._part))
-        if self._inside() and jax.tree.structure(state) != self.state.treedef:
-            raise ValueError(
-                "zero1: inside shard_map each device's part of a leaf is treated as a leaf, and here one part is too "
-                "small to be stored in codes although the whole leaf is; call the transformation outside shard_map"
-            )
         return self._kept(state)
 
     def update(
@@ -223,16 +220,15 @@ def zero1(
         tx = adam_fn.zero1(adam_fn.adamw(3e-4), params, mesh, "data")
         state = jax.jit(tx.init)(params)  # The rest as before, with `tx.update` or `make_step`.
 
-    Each of the n devices holds 1/n of the moments, codes, scales and masters, and steps 1/n of the parameters
+    Each of the n devices holds 1/n of the moments and masters, and steps 1/n of the parameters
     (Rajbhandari et al., arXiv 1910.02054, section 5.1). If the same program computes the gradients, from a batch that
     is divided over the axis, their all-reduce becomes a reduce-scatter, and the updates are gathered; in `make_step`
     the new parameters are gathered instead, which take fewer bytes in bfloat16. Results are the same as with `tx`
-    alone, random streams included.
+    alone.
 
     A leaf is divided along the first of its axes that the n devices divide evenly, in addition to any division that it
-    already has (tensor parallelism); the axis along which codes form blocks is divided only between blocks. A leaf that
-    is divided over the axis already (FSDP) stays as it is. Leaves that cannot be divided stay whole: `undivided` lists
-    them, and a warning names those of 4096 elements or more.
+    already has (tensor parallelism). A leaf that is divided over the axis already (FSDP) stays as it is. Leaves that
+    cannot be divided stay whole: `undivided` lists them, and a warning names those of 4096 elements or more.
 
     It must be outermost: ``zero1(optax.chain(optax.clip_by_global_norm(1.0), adamw(3e-4)), …)``. Axes may be automatic
     or explicit. Inside a `shard_map` over the axis it takes whole parameters; gradients that vary over it are summed,
@@ -254,8 +250,8 @@ def zero1(
         if name not in mesh.shape:
             raise ValueError(f"zero1: the mesh has the axes {tuple(mesh.axis_names)}, not {name!r}")
     slots = Slots(tx, params)
-    stored: list[list[Shape]] = [[] for _ in slots.shapes]
-    slots.map(lambda i, x: stored[i].append(x.shape), lambda _: None)
+    stored = [False] * len(slots.shapes)
+    slots.map(lambda i, _: stored.__setitem__(i, True), lambda _: None)
     places: list[_Place | None] = []
     whole: dict[str, Shape] = {}
     for path, x, p, kept in zip(slots.leaves.names, slots.leaves.leaves, slots.shapes, stored, strict=True):
@@ -268,7 +264,7 @@ def zero1(
         own = division(sharding, len(p.shape))
         free = not any(set(names) & set(other) for other in own)
         place = divided(mesh, own)
-        found = _axis(mesh, names, own, p, kept) if kept and free else None
+        found = _axis(mesh, names, own, p.shape) if kept and free else None
         if found is None:
             places.append(_Place(shown(path), p.shape, place, place))
             if kept and free:
@@ -280,7 +276,7 @@ def zero1(
     if large:
         warnings.warn(
             f"zero1: the state of {', '.join(large)} stays whole on each of the {devices(mesh, names)} devices of "
-            f"{axis!r}: no axis can be divided evenly among them (codes are divided only between blocks)",
+            f"{axis!r}: no axis can be divided evenly among them",
             stacklevel=2,
         )
     over = [() if place is None else division(place.spread, len(place.shape)) for place in places]
@@ -290,23 +286,10 @@ def zero1(
     return Zero1(tx, mesh, names, tree, _Tree(tuple(leaves), treedef), sizes).transformation()
 
 
-def _axis(
-    mesh: Mesh, names: Sequence[str], own: Division, p: jax.ShapeDtypeStruct, stored: Sequence[Shape]
-) -> int | None:
-    """The first axis along which a leaf can be divided with all arrays of its state, whose shapes are `stored`."""
-    whole = real_shape(p)
-    blocks, before = layout(whole), len(whole) - len(p.shape)
-
-    def divides(axis: int, parts: int, shape: Shape) -> bool:
-        if len(shape) != len(whole) or shape[axis] == whole[axis]:
-            return True  # One of another rank stays whole.
-        return blocks is not None and axis == blocks.axis and blocks.even and blocks.blocks % parts == 0
-
-    for axis, length in enumerate(p.shape):
-        parts = devices(mesh, (*own[axis], *names))
-        if length and length % parts == 0 and all(divides(before + axis, parts, shape) for shape in stored):
-            return axis
-    return None
+def _axis(mesh: Mesh, names: Sequence[str], own: Division, shape: Shape) -> int | None:
+    """The first axis along which a leaf can be divided further."""
+    parts = (devices(mesh, (*own[axis], *names)) for axis in range(len(shape)))
+    return next((axis for axis, n in enumerate(parts) if shape[axis] and shape[axis] % n == 0), None)
 
 
 def undivided(tx: optax.GradientTransformation) -> dict[str, int]:

@@ -1,397 +1,373 @@
-"""Codes for Adam's two moments, compared: how far the updates are from exact Adam's.
+"""Storages of Adam's two moments, of this package and of other libraries: how far the updates are from exact Adam's.
 
-    python benchmarks/codes.py [--quick] [--data NAME] [--only TEXT] [--gradients DIR] [--out DIR]
+    python benchmarks/codes.py [--quick] [--only TEXT ...] [--gradients DIR] [--check] [--out DIR]
 
-Every candidate is emulated in float64: decode the moments, update them, take the update m̂/√v̂ of the new moments, encode
-them. Of the last 200 updates: the relative L2 error against exact Adam's, and their RMS and largest magnitude in units
-of exact Adam's. β₁ = 0.9, β₂ = 0.999, ε = 0. The data:
+Ours run as they are, `adam_fn.adam` in float32 with ε = 0; those of other libraries are emulated in float64
+(`emulation/peers.py`), but for optax's own; exact is Adam in float64 with ε = 0, and 0/0 counts as 0. The rate is 1,
+β₁ = 0.9 and β₂ = 0.999 unless a scenario says otherwise, the others' ε 1e-8 of the gradients' scale σ. The scenarios:
 
-- synthetic: normal gradients, each element with a scale of lognormal(0.7) times σ; σ from 1 to 1e-15;
-- recorded: the gradients of some blocks of a character transformer's weights while it trains (`char_model.py`);
-- directions: those of squares of 32 rows and columns, in blocks along the rows and in blocks along the columns: of the
-  transformer's matrices, and of the embedding and the head of a small model of words, whose rows are tokens of very
-  different frequency.
+- random: normal gradients, each element with a scale of lognormal(0.7) times σ; of lognormal(2.5); with other βs;
+- sparse: an element has a gradient at 1% of the steps;
+- recorded: gradients of a character transformer's weights while it trains (`char_model.py`), with `--gradients DIR`,
+  which keeps them; recording takes minutes;
+- steady: each element's gradient is its scale times 1 + noise;
+- quiet: every fourth element's gradient becomes 0 after the step 10;
+- falling: the gradient falls tenfold every quarter of the steps, the right update far below the rate;
+- periodic: a sine of a whole period; golden: one whose frequency is the golden ratio;
+- slow: the slow moment of `adam_fn.ademamix`, of steady gradients.
 
-0/0 counts as 0 in both; √v̂ = 0 where m̂ is not 0 counts as 1e-30, so that an element that runs away shows. Recording
-takes minutes; with `--gradients DIR` it is done once.
+Of the last 200 updates: the relative L2 error, their RMS and largest magnitude in units of exact Adam's, and the RMS of
+the error in units of the rate; of falling gradients that and the mean error of the second half of the updates. With
+--check the exit status is 1 when a storage of ours misses a bar.
 """
 
 import argparse
 import dataclasses
 import functools
-import itertools
 import json
 import pathlib
-from collections.abc import Callable, Iterator
-from typing import Literal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from emulation.block_codes import Bend, Code, Kind, Log, MuLaw, Places, Root, Rounding, Scale, Table, dynamic
+import optax
+from emulation import peers
 from measure import machine
 from training import char_model
 
-B1, B2 = 0.9, 0.999
-SIGMAS = (1.0, 1e-3, 1e-6, 1e-9, 1e-15)
-LAST = 200
-GOLDEN = (5**0.5 - 1) / 2  # Its multiples, modulo 1, fill an interval most evenly.
+import adam_fn
 
-Moment = Literal["m", "v"]
-Array = npt.NDArray[np.float32]
+B1, B2 = 0.9, 0.999
+SLOW = 0.9999  # AdEMAMix's β₃
+SIGMAS = (1.0, 1e-3, 1e-6, 1e-9, 1e-15)
+BETAS = (0.9, 0.95, 0.99)
+GOLDEN = (5**0.5 - 1) / 2
+PERIODS = (2, 3, 4, 5, 8)
+LAST = 200
+
+Name: TypeAlias = Literal["float32", "bfloat16", "24bit", "16bit"]
+OURS: tuple[Name, ...] = get_args(Name)
+
+Random: TypeAlias = np.random.Generator
+Float32: TypeAlias = npt.NDArray[np.float32]
+Updates: TypeAlias = npt.NDArray[np.floating]
+Row: TypeAlias = dict[str, Any]  # Of the results: ABOUT, and what was measured.
+
+ABOUT = ("storage", "bytes", "ours", "scenario", "case")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Data:
-    """Gradients [steps, elements]; each row of the results belongs to one sigma, which multiplies them.
-
-    `blocks`: how the elements of a weight are blocks, and `rare`, bool[elements]: which are of the rarer tokens.
-    """
+class Storage:
+    """A way of storing the moments; `optimizer` is Adam of β₁, β₂ and ε at the rate 1."""
 
     name: str
-    gradients: Array
-    sigmas: tuple[float, ...] | tuple[None] = (None,)
-    blocks: str | None = None
-    rare: npt.NDArray[np.bool_] | None = None
+    bytes: float
+    ours: bool
+    optimizer: Callable[[float, float, float], optax.GradientTransformation]
 
 
-def synthetic(steps: int, elements: int) -> Data:
-    """Normal gradients, each element with a scale of lognormal(0.7)."""
-    random = np.random.default_rng(0)
-    scales = np.exp(0.7 * random.standard_normal(elements))
-    return Data("synthetic", (random.standard_normal((steps, elements)) * scales).astype(np.float32), SIGMAS)
+class Sizes(NamedTuple):
+    """How much is computed; some scenarios have fewer steps."""
+
+    steps: int = 2000
+    steady: int = 1000
+    slow: int = 1500
+    elements: int = 2048
 
 
-def kept(folder: pathlib.Path | None, name: str, shape: tuple[int, ...], record: Callable[[], Array]) -> Array:
-    """What was recorded, from its file in the folder if it is there."""
-    file = folder and folder / f"{name}.npy"
-    if file and file.exists():
-        gradients = np.load(file)
-    else:
-        gradients = record()
-        if file:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            np.save(file, gradients)
-    if gradients.shape != shape:
-        raise ValueError(f"{file} holds gradients of other sizes, {gradients.shape}")
-    return gradients
-
-
-def recorded(steps: int, elements: int, folder: pathlib.Path | None = None) -> Data:
-    """Gradients of groups of 256 neighbours from eight weight matrices of the character transformer, as it trains."""
-    rows = elements // 256
-    shape = (steps, rows, 256)
-    gradients = kept(folder, "recorded", shape, lambda: char_model.recorded(steps, rows=rows))
-    return Data("recorded", gradients.reshape(steps, -1))
-
-
-def directions(steps: int, squares: int, folder: pathlib.Path | None = None) -> Iterator[Data]:
-    """Gradients of so many squares of each weight, its elements in the order that makes each row or column a block."""
-    found = kept(folder, "matrices", (steps, squares, 32, 32), lambda: char_model.matrices(steps, squares))
-    # Of a Flax kernel [inputs, outputs] a column is 32 inputs; of torch's weights it is 32 outputs.
-    yield Data("matrices", found.reshape(steps, -1), blocks="32 outputs of an input")
-    yield Data("matrices", found.swapaxes(2, 3).reshape(steps, -1), blocks="32 inputs of an output")
-    found = kept(folder, "words", (steps, 2, squares, 32, 32), lambda: char_model.tables(steps, squares))
-    tokens = np.arange(squares * 32)
-    shuffled = np.random.default_rng(0).permutation(tokens)
-    for name, own in (("embedding", found[:, 0]), ("head", found[:, 1])):
-        for blocks, order in (("32 columns of a token", tokens), ("32 tokens of like frequency", tokens),
-                              ("32 tokens in random order", shuffled)):  # fmt: skip
-            ordered = own.reshape(steps, -1, 32)[:, order].reshape(own.shape)
-            rare = np.broadcast_to((order >= len(order) // 2).reshape(squares, 32, 1), own.shape[1:])
-            if "tokens" in blocks:
-                ordered, rare = ordered.swapaxes(2, 3), rare.swapaxes(1, 2)
-            yield Data(name, ordered.reshape(steps, -1), blocks=blocks, rare=rare.reshape(-1))
+QUICK = Sizes(800, 300, 300, 512)
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
-    """A way of storing the moments; None stands for the exact moment.
+class Scenario:
+    """Gradients, float32[steps, elements], and what is measured of the updates that they lead to and the right ones."""
 
-    `relative`: not m is stored but m/√v, with the new v before it is coded; decoded, it is multiplied by √v as decoded.
-    """
-
-    label: str
-    m: Code | None
-    v: Code | None
-    peer: str | None = None
-    relative: bool = False
-
-    @property
-    def bytes(self) -> float:
-        return sum(4.0 if code is None else code.bytes for code in (self.m, self.v))
-
-    @property
-    def ours(self) -> bool:
-        """Whether it is what the library does, to both moments or to one."""
-        codes = (self.m, self.v)
-        return not self.relative and any(
-            all(a in (None, b) for a, b in zip(codes, pair, strict=True)) for pair in LIBRARY.values()
-        )
-
-    @property
-    def part(self) -> str:
-        return "m" if self.v is None else "v" if self.m is None else "both"
+    name: str
+    case: str
+    gradients: Callable[[Random, int, int], npt.NDArray[np.floating]]
+    measure: Callable[[Updates, Updates], dict[str, float]]
+    b1: float = B1
+    b2: float = B2
+    sigma: float = 1.0
+    steady: bool = False
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def trajectory(
-    gradients: jax.Array, sigmas: jax.Array, m_code: Code | None, v_code: Code | None, relative: bool
-) -> tuple[jax.Array, jax.Array]:
-    """m̂ and √v̂ of the last updates, float32[updates, sigmas, elements], before the moments are coded again."""
-    steps, elements = gradients.shape
-    key = jax.random.key(0)
-    count = jnp.arange(steps)
-    phase = jax.random.uniform(jax.random.fold_in(key, steps), (2, elements))
+def library(name: Name) -> Storage:
+    """A storage of this package."""
 
-    def step(state: tuple[jax.Array, jax.Array], given: tuple[jax.Array, jax.Array]):  # noqa: ANN202
-        t, row = given
-        g = row.astype(jnp.float64)[None] * sigmas[:, None]
-        m, v = state
-        if relative:
-            m = m * jnp.sqrt(v)
-        m, v = B1 * m + (1 - B1) * g, B2 * v + (1 - B2) * g * g
-        white = jax.random.uniform(jax.random.fold_in(key, t), (2, elements))
-        even = (phase + t * GOLDEN) % 1.0
-        noise = [even[i] if code and code.even else white[i] for i, code in enumerate((m_code, v_code))]
-        kept = m * jax.lax.rsqrt(jnp.maximum(v, 1e-120)) if relative else m
-        kept = m_code.stored(kept, noise[0]) if m_code else kept
-        return (kept, v_code.stored(v, noise[1]) if v_code else v), (m, v)
+    def optimizer(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+        del eps
+        return adam_fn.adam(1.0, b1, b2, eps=0.0, storage=name)
 
-    def last(state: tuple[jax.Array, jax.Array], given: tuple[jax.Array, jax.Array]):  # noqa: ANN202
-        state, (m, v) = step(state, given)
-        m_hat, v_hat = m / (1 - B1 ** (given[0] + 1.0)), v / (1 - B2 ** (given[0] + 1.0))
-        return state, (m_hat.astype(jnp.float32), jnp.sqrt(v_hat).astype(jnp.float32))
-
-    zeros = jnp.zeros((len(sigmas), elements))
-    state, _ = jax.lax.scan(lambda s, x: (step(s, x)[0], None), (zeros, zeros), (count[:-LAST], gradients[:-LAST]))
-    return jax.lax.scan(last, state, (count[-LAST:], gradients[-LAST:]))[1]
+    params = jnp.zeros(2**20)
+    return Storage(name, round(adam_fn.state_bytes(optimizer(B1, B2, 0), params) / params.size, 3), True, optimizer)
 
 
-class Comparison:
-    """The candidates on one set of gradients. Moments that are stored apart from each other are computed once."""
-
-    def __init__(self, data: Data) -> None:
-        self.data = data
-        self.gradients = jnp.asarray(data.gradients)
-        self.sigmas = jnp.asarray([1.0 if sigma is None else sigma for sigma in data.sigmas])
-        self._moment = functools.lru_cache(maxsize=48)(self._compute)
-        self.exact = self._updates(Entry("exact", None, None))
-
-    def _compute(self, m: Code | None, v: Code | None, moment: Moment) -> jax.Array:
-        return trajectory(self.gradients, self.sigmas, m, v, False)[moment == "v"]
-
-    def _updates(self, entry: Entry) -> jax.Array:
-        if entry.relative:
-            m, v = trajectory(self.gradients, self.sigmas, entry.m, entry.v, True)
-        else:
-            m, v = self._moment(entry.m, None, "m"), self._moment(None, entry.v, "v")
-        return jnp.where(m == 0, 0.0, m.astype(jnp.float64) / jnp.maximum(v.astype(jnp.float64), 1e-30))
-
-    def rows(self, entry: Entry) -> Iterator[dict[str, object]]:
-        """One row of results for each sigma, or for all elements and for those of the rarer tokens."""
-        updates, rare = self._updates(entry), self.data.rare
-        yield from self._rows(entry, updates, self.exact, "all")
-        if rare is not None:
-            yield from self._rows(entry, updates[..., rare], self.exact[..., rare], "rarer half")
-
-    def _rows(self, entry: Entry, updates: jax.Array, exact: jax.Array, elements: str) -> Iterator[dict[str, object]]:
-        def norm(x: jax.Array) -> npt.NDArray[np.float64]:
-            return np.asarray(jnp.sqrt((x * x).sum((0, 2))))
-
-        errors, sizes = norm(updates - exact) / norm(exact), norm(updates) / norm(exact)
-        largest = np.asarray(jnp.abs(updates).max((0, 2)) / jnp.abs(exact).max((0, 2)))
-        blocks = {} if self.data.blocks is None else {"blocks": self.data.blocks, "elements": elements}
-        for i, sigma in enumerate(self.data.sigmas):
-            yield {
-                "data": self.data.name,
-                **blocks,
-                "sigma": sigma,
-                "label": entry.label,
-                "m": "exact" if entry.m is None else ("m/√v: " if entry.relative else "") + str(entry.m),
-                "v": "exact" if entry.v is None else str(entry.v),
-                "bytes": entry.bytes,
-                "error": float(errors[i]),
-                "rms": float(sizes[i]),
-                "largest": float(largest[i]),
-                "ours": entry.ours,
-                "peer": entry.peer,
-                "part": "direction" if blocks else entry.part,
-            }
-
-
-def mu_law(bits: int, *, sign: bool = True, scale: Kind = "14 bits") -> Code:
-    """Ours for the first moment."""
-    return Code((MuLaw.full if sign else MuLaw.symmetric)(bits), "nearest", Scale(scale, sign=sign))
-
-
-def places(
-    bits: int, octave: float, group: int = 32, *, skew: float = 0.0, even: bool = True, shared: bool = True
-) -> Code:
-    """Ours for the second moment."""
-    grid = Places(2**bits - 1, octave)
-    return Code(grid, "dithered", Scale("place", group), even=even, shared=shared, skew=skew)
-
-
-def m_code(bits: int, k: float, rounding: Rounding = "closest", *, sign: bool = True) -> Code:
-    """Companded."""
-    return Code((Bend.full if sign else Bend.symmetric)(bits, k), rounding, Scale(sign=sign))
-
-
-def v_octave(bits: int, octave: float, rounding: Rounding = "dithered", group: int = 32, *, even: bool = True) -> Code:
-    """Logarithms below a power of two: with n codes an octave the values are the same whatever the scale is, and a
-    scale that changes moves no other element of its block.
-    """
-    return Code(Log(2**bits - 1, octave), rounding, Scale("power of 2", group), even=even)
-
-
-#: What `adam_fn.Block` does; a test compares them.
-LIBRARY: dict[int, tuple[Code, Code]] = {
-    8: (mu_law(8), places(8, 20, skew=2**-6)),
-    4: (mu_law(4), places(4, 2, skew=2**-3)),
-}
-
-# Of each width: codes an octave that are tried, those of the library, and its skew.
-OCTAVES = {8: ((16, 20, 22, 24), 20, 2**-6), 4: ((2, 2.25, 2.5, 3), 2, 2**-3)}
-
-
-def first_moments() -> Iterator[Entry]:
-    """Codes of m, v exact: what else can be chosen, then companded ones."""
-    for bits in LIBRARY:
-        ours, label = mu_law(bits), f"m{bits}"
-        yield Entry(label, ours, None)
-        yield Entry(label, mu_law(bits, sign=False), None)
-        yield Entry(label, mu_law(bits, scale="bfloat16"), None)
-        yield Entry(label, mu_law(bits, scale="nearest bfloat16"), None)
-        yield Entry(label, dataclasses.replace(ours, rounding="unbiased"), None)
-        for k in (0, 1, 2, 3):
-            yield Entry(label, m_code(bits, k), None)
-
-
-def second_moments() -> Iterator[Entry]:
-    """Codes of v, m exact: what else can be chosen, then logarithms and roots."""
-    for bits, (octaves, octave, skew) in OCTAVES.items():
-        ours, label = places(bits, octave, skew=skew), f"v{bits}"
-        yield Entry(label, None, ours)
-        for n in octaves:
-            yield Entry(label, None, places(bits, n))
-        yield Entry(label, None, dataclasses.replace(ours, shared=False))
-        yield Entry(label, None, dataclasses.replace(ours, even=False))
-        for group in (16, 64):
-            yield Entry(label, None, dataclasses.replace(ours, scale=Scale("place", group)))
-        for rounding in ("dithered", "unbiased"):
-            yield Entry(label, None, v_octave(bits, octave, rounding))
-        yield Entry(label, None, v_octave(bits, octave, "nearest", even=False))
-        for p in (2, 4):
-            yield Entry(label, None, Code(Root(2**bits - 1, p), "unbiased"))
-
-
-def peers() -> Iterator[Entry]:
-    """What other libraries store, from their published formulas, all rounded to the nearest."""
-    # bitsandbytes, optim.Adam8bit: blocks of 256. (It also keeps the sign of m where the nearest value is 0.)
-    scale = Scale("float32", 256)
-    signed, unsigned = dynamic(8, 7, signed=True), dynamic(8, 7, signed=False)
-    yield Entry("bitsandbytes 8", Code(signed, scale=scale), Code(unsigned, scale=scale), peer="bitsandbytes")
-    # torchao, optim.Adam8bit: the same with scales of at least 1e-12.
-    scale = dataclasses.replace(scale, floor=1e-12)
-    yield Entry("torchao 8", Code(signed, scale=scale), Code(unsigned, scale=scale), peer="torchao")
-    # torchao, optim.Adam4bit (arXiv 2309.01507): v in sixteenths without 0.
-    scale = dataclasses.replace(scale, group=128)
-    linear = Table("linear, no 0", tuple(i / 16 for i in range(1, 17)))
-    yield Entry("torchao 4", Code(dynamic(4, 3, signed=True), scale=scale), Code(linear, scale=scale), peer="torchao")
-    # FlashOptim (arXiv 2602.23349): the scale of v is that of √v; both are at least 1e-12 before float16 rounds them.
-    m_scale, v_scale = (Scale("float16", root=root, floor=1e-12) for root in (1, 2))
-    yield Entry(
-        "FlashOptim 8", Code(Bend.symmetric(8, 1), scale=m_scale), Code(Root(255, 2), scale=v_scale), peer="FlashOptim"
+def emulated(peer: peers.Peer) -> Storage:
+    """Another library's."""
+    return Storage(
+        peer.name,
+        peer.mu.bytes + peer.nu.bytes,
+        False,
+        lambda b1, b2, eps: peers.adam(peer.mu, peer.nu, b1, b2, eps),
     )
 
 
-def pairs() -> Iterator[Entry]:
-    """Both moments: the library's and others, companded m and logarithms, m in units of √v, and roots."""
-    for bits, (m, v) in LIBRARY.items():
-        label, (octaves, octave, _) = f"{bits}|{bits}", OCTAVES[bits]
-        yield Entry(label, m, v)
-        yield Entry(label, mu_law(bits, sign=False), v)
-        for n in octaves:
-            yield Entry(label, m, places(bits, n))
-        yield Entry(label, m, dataclasses.replace(v, shared=False))
-        yield Entry(label, m_code(bits, 2), v_octave(bits, octave))
-        yield Entry(f"{label} relative", m, v, relative=True)
-    nearest = m_code(8, 1, "nearest", sign=False)
-    roots: tuple[tuple[int, Rounding], ...] = ((2, "nearest"), (2, "unbiased"), (4, "unbiased"))
-    for p, rounding in roots:
-        yield Entry("8|8", nearest, Code(Root(255, p), rounding))
+EXACT = Storage("exact", 16, False, lambda b1, b2, _: peers.adam(peers.EXACT, peers.EXACT, b1, b2, 0.0))
 
 
-def ranges() -> Iterator[Entry]:
-    """Both moments, in two ways that divide the same codes of v: more octaves, or finer ones."""
-    for bits, finer in ((8, 24), (4, 2.25)):
-        yield Entry(f"{bits}|{bits}", *LIBRARY[bits])
-        yield Entry(f"{bits}|{bits}", mu_law(bits), places(bits, finer))
+def storages() -> Iterator[Storage]:
+    """Ours, optax's own (which rounds β₁m to bfloat16 as well), then the emulations."""
+    yield from map(library, OURS)
+    yield Storage(
+        "optax, mu_dtype=bfloat16", 6, False, lambda b1, b2, eps: optax.adam(1.0, b1, b2, eps, mu_dtype="bfloat16")
+    )
+    yield from map(emulated, peers.peers())
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """How much is computed: steps, elements, squares of a direction's weight."""
+def scales(random: Random, elements: int, spread: float = 0.7) -> npt.NDArray[np.float64]:
+    """A scale for each element."""
+    return np.exp(spread * random.standard_normal(elements))
 
-    steps: int = 3000
-    synthetic: int = 4096
-    recorded: int = 8192
-    direction_steps: int = 2000
-    squares: int = 32
+
+def normal(random: Random, steps: int, elements: int, *, spread: float = 0.7) -> npt.NDArray[np.floating]:
+    return random.standard_normal((steps, elements)) * scales(random, elements, spread)
+
+
+def sparse(random: Random, steps: int, elements: int) -> npt.NDArray[np.floating]:
+    return random.standard_normal((steps, elements)) * (random.random((steps, elements)) < 0.01)
+
+
+def steady(random: Random, steps: int, elements: int, *, noise: float) -> npt.NDArray[np.floating]:
+    return (1 + noise * random.standard_normal((steps, elements))) * scales(random, elements)
+
+
+def quiet(random: Random, steps: int, elements: int) -> npt.NDArray[np.floating]:
+    found = normal(random, steps, elements)
+    found[10:, ::4] = 0
+    return found
+
+
+def falling(random: Random, steps: int, elements: int) -> npt.NDArray[np.floating]:
+    return 10 ** (-4 * np.arange(steps)[:, None] / steps) * scales(random, elements)
+
+
+def periodic(random: Random, steps: int, elements: int, *, frequency: float) -> npt.NDArray[np.floating]:
+    """Each element with a phase of its own."""
+    turns = frequency * np.arange(steps)[:, None] + random.random(elements)
+    return np.sin(2 * np.pi * turns) * scales(random, elements)
+
+
+def recorded(folder: pathlib.Path, steps: int, elements: int) -> Float32:
+    """Gradients of groups of 256 neighbours from eight weight matrices of the character transformer, as it trains.
+
+    They are kept in the folder, and taken from there if they are there.
+    """
+    rows, file = elements // 256, folder / "recorded.npy"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(file, char_model.recorded(steps, rows=rows))
+    gradients = np.load(file)
+    if gradients.shape != (steps, rows, 256):
+        raise ValueError(f"{file} holds gradients of other sizes, {gradients.shape}")
+    return gradients.reshape(steps, elements)
+
+
+def errors(updates: Updates, exact: Updates) -> dict[str, float]:
+    """Of the last updates."""
+    updates, exact = updates[-LAST:], exact[-LAST:]
+    error = updates - exact
+    return {
+        "error": rms(error) / rms(exact),
+        "rms": rms(updates) / rms(exact),
+        "largest": float(np.abs(updates).max() / np.abs(exact).max()),
+        "absolute": rms(error),
+    }
+
+
+def late_errors(updates: Updates, exact: Updates) -> dict[str, float]:
+    """Of the second half of the updates, in units of the rate."""
+    error = (updates - exact)[len(exact) // 2 :]
+    return {"absolute": rms(error), "mean": float(error.mean())}
+
+
+def mean_step(updates: Updates, exact: Updates) -> dict[str, float]:
+    """Of all updates, in units of the right one."""
+    return {"step": float(updates.mean() / exact.mean())}
+
+
+def quiet_rows(updates: Updates, exact: Updates) -> dict[str, float]:
+    """Of the elements without gradients: how far they went, in units of how far they should, and their last update."""
+    return {
+        "moved": rms(updates[:, ::4].sum(0)) / rms(exact[:, ::4].sum(0)),
+        "last": rms(updates[-1, ::4]),
+    }
+
+
+def rms(x: Updates) -> float:
+    return float(np.sqrt(np.square(x, dtype=np.float64).mean()))
+
+
+def scenarios(sizes: Sizes, folder: pathlib.Path | None = None) -> Iterator[Scenario]:
+    """All but those of the slow moment."""
+    for sigma in SIGMAS:
+        yield Scenario("random", f"σ = {sigma:g}", normal, errors, sigma=sigma)
+    yield Scenario("wide", "", functools.partial(normal, spread=2.5), errors)
+    yield Scenario("sparse", "", sparse, errors)
+    yield Scenario("β₁ = β₂ = 0.95", "", normal, errors, b1=0.95, b2=0.95)
+    yield Scenario("β₁ = 0.99", "", normal, errors, b1=0.99)
+    if folder is not None:
+        gradients = recorded(folder, sizes.steps, 4 * sizes.elements)
+        yield Scenario("recorded", "", lambda *_: gradients, errors)
+    for noise in (0, 1 / 3, 1, 3):
+        for b1 in BETAS:
+            made = functools.partial(steady, noise=noise)
+            yield Scenario(
+                "noisy" if noise else "steady", f"β₁ = {b1}, noise {noise:.2g}", made, mean_step, b1=b1, steady=True
+            )
+    yield Scenario("quiet", "", quiet, quiet_rows)
+    yield Scenario("falling", "", falling, late_errors)
+    for period in PERIODS:
+        yield Scenario("periodic", f"period {period}", functools.partial(periodic, frequency=1 / period), errors)
+    yield Scenario("golden", "", functools.partial(periodic, frequency=GOLDEN), errors)
+
+
+@functools.partial(jax.jit, static_argnames=("storage", "b1", "b2"))
+def trajectory(storage: Storage, b1: float, b2: float, eps: float, gradients: jax.Array) -> jax.Array:
+    """The updates, [steps, elements], with the sign of the gradients."""
+    tx, params = storage.optimizer(b1, b2, eps), jnp.zeros_like(gradients[0])
+
+    def step(state: optax.OptState, g: jax.Array) -> tuple[optax.OptState, jax.Array]:
+        updates, state = tx.update(g, state, params)
+        return state, -jnp.asarray(updates)
+
+    return jax.lax.scan(step, tx.init(params), gradients)[1]
+
+
+def made_by(storage: Storage, scenario: Scenario, gradients: Float32) -> Updates:
+    """Ours in float32, all others in float64."""
+    with jax.enable_x64(not storage.ours):
+        given = jnp.asarray(gradients, jnp.float32 if storage.ours else jnp.float64)
+        return np.asarray(trajectory(storage, scenario.b1, scenario.b2, 1e-8 * scenario.sigma, given))
+
+
+def compared(candidates: Iterable[Storage], scenario: Scenario, sizes: Sizes) -> Iterator[Row]:
+    """A row for each of them."""
+    random, steps = np.random.default_rng(0), sizes.steady if scenario.steady else sizes.steps
+    gradients = (scenario.sigma * scenario.gradients(random, steps, sizes.elements)).astype(np.float32)
+    exact = made_by(EXACT, scenario, gradients)
+    for storage in candidates:
+        found = scenario.measure(made_by(storage, scenario, gradients), exact)
+        yield {**about(storage), "scenario": scenario.name, "case": scenario.case, **found}
+
+
+def about(storage: Storage) -> Row:
+    return {"storage": storage.name, "bytes": storage.bytes, "ours": storage.ours}
+
+
+@functools.partial(jax.jit, static_argnames="name")
+def slow_moment(name: Name, gradients: jax.Array) -> jax.Array:
+    """AdEMAMix's after the last step, one of the storages of ours."""
+    tx, params = adam_fn.ademamix(1.0, b3=SLOW, storage=name), jnp.zeros_like(gradients[0])
+    state, _ = jax.lax.scan(lambda state, g: (tx.update(g, state, params)[1], None), tx.init(params), gradients)
+    return adam_fn.diagnostics.moments(tx, state, params)["slow"]
+
+
+def slow(candidates: Iterable[Storage], sizes: Sizes) -> Iterator[Row]:
+    """The slow moment's mean, in units of the exact one's, of the storages that are ours."""
+    weights = (1 - SLOW) * SLOW ** np.arange(sizes.slow)[::-1]
+    for noise in (0, 0.3, 1, 10):
+        gradients = steady(np.random.default_rng(0), sizes.slow, sizes.elements, noise=noise).astype(np.float32)
+        for storage in (storage for storage in candidates if storage.ours):
+            mean = float(slow_moment(cast(Name, storage.name), jnp.asarray(gradients)).mean())
+            ratio = mean / float((weights @ gradients.astype(np.float64)).mean())
+            yield {**about(storage), "scenario": "slow", "case": f"noise {noise:g}", "step": ratio}
+
+
+def measured(candidates: list[Storage], sizes: Sizes, folder: pathlib.Path | None = None) -> Iterator[Row]:
+    """All rows."""
+    for scenario in scenarios(sizes, folder):
+        yield from compared(candidates, scenario, sizes)
+    yield from slow(candidates, sizes)
+
+
+class Bar(NamedTuple):
+    """How far a number may be from the right one, of the storages that are `BARRED`."""
+
+    scenario: str
+    metric: str
+    most: tuple[float, float, float]
+    right: float = 0.0
+
+
+BARRED = ("bfloat16", "24bit", "16bit")
+ALIKE = ("random", "wide", "recorded")
+BARS = (
+    *(Bar(name, "error", (0.016, 0.040, 0.15)) for name in ALIKE),
+    *(Bar(name, "rms", (0.01, 0.01, 0.03), right=1) for name in ALIKE),
+    *(Bar(name, "largest", (1.1, 1.1, 1.25)) for name in ALIKE),
+    Bar("sparse", "error", (0.016, 0.035, 0.10)),
+    Bar("β₁ = β₂ = 0.95", "error", (0.016, 0.055, 0.165)),
+    Bar("β₁ = 0.99", "error", (0.02, 0.11, 0.26)),
+    Bar("steady", "step", (0.002, 0.01, 0.02), right=1),
+    Bar("noisy", "step", (0.002, 0.01, 0.025), right=1),
+    Bar("quiet", "moved", (0.02, 0.02, 0.02), right=1),
+    Bar("quiet", "last", (1e-30, 1e-30, 1e-30)),  # Where subnormal numbers are not 0, m may stop at one.
+    Bar("falling", "absolute", (0.004, 0.004, 0.02)),
+    Bar("falling", "mean", (0.0004, 0.0004, 0.002)),
+    Bar("slow", "step", (0.02, 0.02, 0.02), right=1),
+)
+PERIODIC = 2  # The most that the error of periodic gradients may be, in units of that of random ones.
+
+
+def misses(rows: Iterable[Row]) -> list[str]:
+    """Which bars our storages miss, and by how much."""
+    rows, found = list(rows), []
+    for place, storage in enumerate(BARRED):
+        own = [row for row in rows if row["storage"] == storage]
+        random = [row["error"] for row in own if (row["scenario"], row["case"]) == ("random", "σ = 1")]
+        periodic = [Bar(name, "error", (PERIODIC * error,) * 3) for name in ("periodic", "golden") for error in random]
+        for bar in (*BARS, *periodic):
+            for row in (row for row in own if row["scenario"] == bar.scenario):
+                value, most = row[bar.metric], bar.most[place]
+                if not abs(value - bar.right) <= most:
+                    name = f"{storage}, {bar.scenario} {row['case']}".rstrip()
+                    within = f"{bar.right:g} ± {most:.3g}" if bar.right else f"at most {most:.3g}"
+                    found.append(f"{name}: {bar.metric} {value:.4g}, not {within}")
+    return found
+
+
+def shown(row: Row) -> str:
+    """A row on one line."""
+    numbers = (f"{key} {value:.4g}" for key, value in row.items() if key not in ABOUT)
+    return f"{row['storage']:<26}{row['scenario']:<16}{row['case']:<22}" + ", ".join(numbers)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few steps and elements, to try the script")
-    parser.add_argument("--only", default="", help="candidates whose label contains this text")
-    parser.add_argument("--data", choices=("synthetic", "recorded", "directions"), help="only these gradients")
+    parser.add_argument("--only", nargs="+", default=[""], help="storages whose name contains one of these texts")
     parser.add_argument("--gradients", type=pathlib.Path, help="folder that keeps recorded gradients")
+    parser.add_argument("--check", action="store_true", help="exit 1 when a storage of ours misses a bar")
     parser.add_argument("--out", type=pathlib.Path, help="folder for codes.json")
     options = parser.parse_args()
-    jax.config.update("jax_enable_x64", True)
 
-    sizes = Sizes(250, 512, 2048, 250, 8) if options.quick else Sizes()
-    rows: list[dict[str, object]] = []
-    for entries, data in plan(options.data, sizes, options.gradients):
-        rows += table(data, [entry for entry in entries if options.only in entry.label])
+    sizes, rows = QUICK if options.quick else Sizes(), []
+    chosen = [storage for storage in storages() if any(text in storage.name for text in options.only)]
+    for row in measured(chosen, sizes, options.gradients):
+        print(shown(row), flush=True)
+        rows.append(row)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        about = {"device": machine.device(), "versions": machine.versions(), "date": machine.now()}
-        settings = {**dataclasses.asdict(sizes), "last": LAST, "b1": B1, "b2": B2}
-        (options.out / "codes.json").write_text(json.dumps({**about, **settings, "rows": rows}, indent=1) + "\n")
-
-
-def plan(only: str | None, sizes: Sizes, folder: pathlib.Path | None) -> Iterator[tuple[Iterator[Entry], Data]]:
-    """Whole states on all sigmas; one moment alone on one sigma, as only the rounding of the scales differs there."""
-    makers: dict[str, Callable[[], Data]] = {
-        "synthetic": lambda: synthetic(sizes.steps, sizes.synthetic),
-        "recorded": lambda: recorded(sizes.steps, sizes.recorded, folder),
-    }
-    for data in (make() for name, make in makers.items() if only in (None, name)):
-        yield itertools.chain(pairs(), peers()), data
-        alone = dataclasses.replace(data, sigmas=data.sigmas[1:2] or (None,))
-        yield itertools.chain(first_moments(), second_moments()), alone
-    if only in (None, "directions"):
-        for data in directions(sizes.direction_steps, sizes.squares, folder):
-            yield ranges(), data
-
-
-def table(data: Data, entries: list[Entry]) -> list[dict[str, object]]:
-    """The rows of the candidates on one set of gradients, printed."""
-    blocks = f", blocks of {data.blocks}" if data.blocks else ""
-    title = f"{data.name} gradients{blocks}, the last {LAST} updates of {len(data.gradients):,}"
-    print(f"\n{title}\n{'':<14}{'bytes':>7}{'sigma':>11}{'error':>9}{'rms':>9}{'largest':>9}  codes")
-    comparison, rows = Comparison(data), []
-    for entry in entries:
-        for row in comparison.rows(entry):
-            sigma = str(row.get("elements", "")) if row["sigma"] is None else f"{row['sigma']:g}"
-            numbers = "".join(f"{row[key]:>9.3g}" for key in ("error", "rms", "largest"))
-            codes = f"m: {row['m']}; v: {row['v']}" if entry.part == "both" else row[entry.part]
-            print(f"{entry.label:<14}{entry.bytes:>7.4g}{sigma:>11}{numbers}  {codes}", flush=True)
-            rows.append(row)
-    return rows
+        made = {"device": machine.device(), "versions": machine.versions(), "date": machine.now()}
+        found = {**made, **sizes._asdict(), "last": LAST, "b1": B1, "b2": B2, "rows": rows}
+        (options.out / "codes.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    if options.check and (missed := misses(rows)):
+        sys.exit("\n".join(["bars missed:", *missed]))
 
 
 if __name__ == "__main__":

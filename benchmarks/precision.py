@@ -30,6 +30,7 @@ from training import char_model
 from training.tasks import POINTS, Data, Params, Workload, characters, images
 
 import adam_fn
+from adam_fn.codes import StorageLike
 
 Carry: typing.TypeAlias = tuple[Params, optax.OptState]
 
@@ -37,37 +38,33 @@ Carry: typing.TypeAlias = tuple[Params, optax.OptState]
 class Adam(typing.Protocol):
     """``adam_fn.adamw`` with a workload's hyperparameters, open to `storage`."""
 
-    def __call__(self, *, storage: adam_fn.Codec | adam_fn.Storage | None = None) -> optax.GradientTransformation: ...
+    def __call__(self, *, storage: StorageLike | None = None) -> optax.GradientTransformation: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Configuration:
-    """The dtype of the parameters and what is made of Adam.
-
-    Attributes:
-      wide: the gradients are cast to float32 before the update, as `adam_fn.stochastic_rounding` asks its users to;
-        they still come as bfloat16 from the network.
-    """
+    """The dtype of the parameters, and of the gradients that come from the network, and what is made of Adam."""
 
     dtype: str
     make: Callable[[Adam], optax.GradientTransformation]
-    wide: bool = False
 
 
 BASE = "float32"
 CONFIGURATIONS = {
     BASE: Configuration("float32", lambda adam: adam()),
     "bfloat16": Configuration("bfloat16", lambda adam: adam()),
-    "bfloat16, stochastic rounding": Configuration(
-        "bfloat16", lambda adam: optax.chain(adam(), adam_fn.stochastic_rounding(0)), wide=True
+    "bfloat16, stochastic rounding": Configuration("bfloat16", lambda adam: adam_fn.stochastic_rounding(adam())),
+    "bfloat16, stochastic rounding, 16-bit state": Configuration(
+        "bfloat16", lambda adam: adam_fn.stochastic_rounding(adam(storage="16bit"))
     ),
     "bfloat16, 32-bit masters": Configuration("bfloat16", lambda adam: adam_fn.master_weights(adam(), bits=16)),
     "bfloat16, 24-bit masters": Configuration("bfloat16", lambda adam: adam_fn.master_weights(adam(), bits=8)),
-    "8-bit moments": Configuration("float32", lambda adam: adam(storage=adam_fn.Block(8))),
-    "4-bit moments": Configuration("float32", lambda adam: adam(storage=adam_fn.Block(4))),
-    "bfloat16, 24-bit masters, 8-bit moments": Configuration(
-        "bfloat16", lambda adam: adam_fn.master_weights(adam(storage=adam_fn.Block(8)), bits=8)
+    "bfloat16, 24-bit masters, 16-bit state": Configuration(
+        "bfloat16", lambda adam: adam_fn.master_weights(adam(storage="16bit"), bits=8)
     ),
+    "bfloat16 moments": Configuration("float32", lambda adam: adam(storage="bfloat16")),
+    "24-bit state": Configuration("float32", lambda adam: adam(storage="24bit")),
+    "16-bit state": Configuration("float32", lambda adam: adam(storage="16bit")),
 }
 
 
@@ -135,8 +132,6 @@ class Program:
             loss, grads = jax.value_and_grad(workload.loss)(params, workload.batch(data, seed, number))
             # Without the barrier the compiler is free to leave out the rounding of the gradients to bfloat16.
             grads = jax.lax.optimization_barrier(grads)
-            if configuration.wide:
-                grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
             updates, state = self.tx.update(grads, state, params)
             return (typing.cast(Params, optax.apply_updates(params, updates)), state), loss
 
@@ -186,8 +181,9 @@ class Results:
         self.settings: dict[str, dict[str, float]] = found.get("settings", {})
 
     def begin(self, workload: Workload) -> None:
-        """Forget the workload's runs that were made with other settings."""
+        """Forget the workload's runs that were made with other settings, and those of no configuration."""
         settings = dataclasses.asdict(workload.settings)
+        self.runs = [run for run in self.runs if run["label"] in CONFIGURATIONS]
         if self.settings.get(workload.name) != settings:
             self.runs = [run for run in self.runs if run["workload"] != workload.name]
         self.settings[workload.name] = settings
@@ -243,7 +239,7 @@ def show(workload: Workload, results: Results) -> None:
             print(f"{label:<43}{spreads}{sum(found[0]['bytes'].values()):>8.3f}{milliseconds:>9.1f}")
 
 
-COLOURS = ("#000000", "#d55e00", "#e69f00", "#0072b2", "#56b4e9", "#009e73", "#cc79a7", "#7f3c8d")
+COLOURS = ("#000000", "#d55e00", "#e69f00", "#f0c808", "#0072b2", "#56b4e9", "#11a579", "#009e73", "#cc79a7", "#7f3c8d")
 
 
 def plot(results: Results, path: pathlib.Path) -> None:

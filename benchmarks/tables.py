@@ -18,7 +18,7 @@ import sys
 import typing
 from collections.abc import Callable, Sequence
 
-from compiled import summary
+from compiled import COMPILERS, family, summary
 from measure.devices import NONE, Device, latest, named, table
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -129,50 +129,69 @@ def comparison() -> str:
     )
 
 
-def span(values: Sequence[float]) -> str:
+def span(values: Sequence[float], digits: str) -> str:
     """The least and the largest, or the one."""
-    ends = [f"{end:.3g}" for end in (min(values), max(values))]
+    ends = [f"{end:{digits}}" for end in (min(values), max(values))]
     return " to ".join(dict.fromkeys(ends))
 
 
 def codes() -> str:
-    """Whole states of ours and of other libraries, then each choice of ours beside its alternatives."""
-    found = read(RESULTS / "codes.json", "python benchmarks/codes.py --out benchmarks/results")
-    rows: dict[tuple[str, ...], dict[str, list[dict[str, float]]]] = {}
+    """Of every storage, the errors of random updates, then what signals become."""
+    found = read(RESULTS / "codes.json", "python benchmarks/codes.py --gradients DIR --out benchmarks/results")
+    rows: dict[str, list[dict[str, typing.Any]]] = {}
     for row in found["rows"]:
-        rows.setdefault((row["part"], row["label"], row["m"], row["v"]), {}).setdefault(row["data"], []).append(row)
+        rows.setdefault(row["storage"], []).append(row)
 
-    def cells(key: tuple[str, ...]) -> list[str]:
-        return [
-            span([row[column] for row in rows[key][data]])
-            for data in ("synthetic", "recorded")
-            for column in ("error", "rms", "largest")
-        ]
+    def cell(storage: str, scenario: str, metric: str, case: str | None = None) -> str:
+        own = (row for row in rows[storage] if row["scenario"] == scenario and case in (None, row["case"]))
+        values = [row[metric] for row in own]
+        return span(values, ".3f" if metric in ("rms", "step", "moved") else ".3g") if values else NONE
 
-    def first(key: tuple[str, ...]) -> dict[str, typing.Any]:
-        return next(iter(rows[key].values()))[0]
-
-    numbers = ["error", "RMS", "largest"]
-    columns = [*(f"{name}, synthetic" for name in numbers), *(f"{name}, recorded" for name in numbers)]
-    texts = []
-    for part, head in (("both", ["both moments"]), ("m", ["first moment only"]), ("v", ["second moment only"])):
+    def made(columns: dict[str, tuple[str, ...]]) -> str:
         body = []
-        for key in (key for key in rows if key[0] == part):
-            row = first(key)
-            name = f"m: {row['m']}; v: {row['v']}" if part == "both" else row[part]
-            if row["peer"]:
-                name = f"{row['label']}: {name}"
-            label = name.replace(", 14 bits with its sign for 32", "").replace(", place for 32", "")
-            body.append([f"**{label}**" if row["ours"] else label, f"{row['bytes']:.4g}", *cells(key)])
-        texts.append(table([*head, "bytes", *columns], body))
+        for storage, own in rows.items():
+            name = f"**{storage}**" if own[0]["ours"] else storage
+            body.append([name, f"{own[0]['bytes']:.4g}", *(cell(storage, *column) for column in columns.values())])
+        return table(["storage", "bytes", *columns], body)
+
+    errors = {
+        "random: error": ("random", "error", "σ = 1"),
+        "RMS": ("random", "rms", "σ = 1"),
+        "largest": ("random", "largest", "σ = 1"),
+        "error, σ from 1 to 1e-15": ("random", "error"),
+        "wide": ("wide", "error"),
+        "sparse": ("sparse", "error"),
+        "β₁ = β₂ = 0.95": ("β₁ = β₂ = 0.95", "error"),
+        "β₁ = 0.99": ("β₁ = 0.99", "error"),
+        "recorded": ("recorded", "error"),
+    }
+    signals = {
+        **{f"steady, β₁ = {b1}": ("steady", "step", f"β₁ = {b1}, noise 0") for b1 in (0.9, 0.95, 0.99)},
+        "noisy": ("noisy", "step"),
+        "slow moment": ("slow", "step"),
+        "quiet": ("quiet", "moved"),
+        "last update": ("quiet", "last"),
+        "falling": ("falling", "absolute"),
+        "its mean": ("falling", "mean"),
+        "periods 2 to 8": ("periodic", "error"),
+        "golden": ("golden", "error"),
+    }
     about = (
-        f"The last {found['last']} of {found['steps']:,} updates, computed in float64: their relative L2 error against "
-        "exact Adam's, and their RMS and largest element relative to exact Adam's. Synthetic: smallest and largest "
-        "over σ from 1 to 1e-15. Bold: "
-        f"`Block(8)` and `Block(4)`. {named(found['versions'])} ({found['date'][:10]}), by `benchmarks/codes.py`."
+        f"The last {found['last']} of {found['steps']:,} updates: their relative L2 error against exact Adam's. Each "
+        "element has a scale of lognormal(0.7) and normal gradients (*random*; there also the updates' RMS and largest "
+        "element relative to exact Adam's), a scale of lognormal(2.5) (*wide*), a gradient at 1% of the steps "
+        "(*sparse*) or those of a transformer that trains (*recorded*). Bold: storages of this package, as they run; "
+        f"the others are emulated, but for optax's own. {named(found['versions'])} ({found['date'][:10]}), by "
+        "`benchmarks/codes.py`."
     )
-    details = "<details><summary>Only one of the moments in codes: ours and the alternatives</summary>"
-    return "\n\n".join([about, texts[0], details, *texts[1:], "</details>"])
+    signal = (
+        f"The mean of {found['steady']:,} steps of *steady* gradients, and of those with noise of 1/3 to 3 times the "
+        "signal (*noisy*), where 1 is right; likewise AdEMAMix's *slow moment*. *Quiet*: how far elements went whose "
+        "gradient became 0, where 1 is right, and their last update, which should be 0. *Falling*: RMS and mean of the "
+        f"error, in units of the rate, when the gradient falls tenfold every {found['steps'] // 4} steps. Then the "
+        "errors of *periodic* gradients, of whole periods and of the frequency of the *golden* ratio."
+    )
+    return "\n\n".join([about, made(errors), signal, made(signals)])
 
 
 def precision() -> str:
@@ -219,9 +238,15 @@ def temporaries() -> str:
 
 
 def compiled() -> str:
-    """What the compilers for TPU and GPU make of a step: a table each."""
+    """What the compilers for TPU and GPU make of steps: of each a table for every part."""
     found = read(RESULTS / "compiled.json", "python benchmarks/compiled.py --out benchmarks/results")
-    return "\n\n".join(f"{table(head, body)}\n\n{about}" for head, body, about in summary(found))
+    texts = []
+    for name, versions in found["versions"].items():
+        rows = [row for row in found["rows"] if row["target"] in COMPILERS[name].targets]
+        about = f"Compiled for {', '.join(dict.fromkeys(row['target'] for row in rows))}, but **not run**, with "
+        about += f"{named(versions)} ({found['date'][:10]}), by `benchmarks/compiled.py`. {family(rows)}"
+        texts += [about.strip(), *(f"{title}:\n\n{table(head, body)}" for title, head, body in summary(rows))]
+    return "\n\n".join(texts)
 
 
 def spread(values: Sequence[float], digits: int) -> str:

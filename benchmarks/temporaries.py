@@ -20,14 +20,9 @@ import rich.table
 from measure import machine
 
 import adam_fn
+from adam_fn.codes import StorageName
 
 SHAPES = ((1 << 24,), (4096, 4096), (50304, 768), (50257, 768))
-STORAGES: dict[str, adam_fn.Codec | None] = {
-    "float32": None,
-    "bfloat16": adam_fn.Cast("bfloat16"),
-    "8 bits": adam_fn.Block(8),
-    "4 bits": adam_fn.Block(4),
-}
 COLUMNS = ("make_step", "update")
 
 
@@ -37,7 +32,7 @@ def size(function: Callable[..., object], *shapes: object) -> int:
     return memory.temp_size_in_bytes
 
 
-def measure(shape: tuple[int, ...], storage: adam_fn.Codec | None) -> dict[str, float]:
+def measure(shape: tuple[int, ...], storage: StorageName) -> dict[str, float]:
     """The temporaries by column, in leaves."""
     tx = adam_fn.adamw(1e-3, storage=storage)
     leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -52,11 +47,11 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, help="folder for temporaries-<device>.json")
     options = parser.parse_args()
     rows = [
-        {"shape": shape, "storage": name, **measure(shape, storage)}
+        {"shape": shape, "storage": storage, **measure(shape, storage)}
         for shape in SHAPES
-        for name, storage in STORAGES.items()
+        for storage in typing.get_args(StorageName)
     ]
-    table = rich.table.Table("leaf", "moments", *COLUMNS, title="temporaries / the leaf's float32 size")
+    table = rich.table.Table("leaf", "storage", *COLUMNS, title="temporaries / the leaf's float32 size")
     for row in rows:
         numbers = (f"{typing.cast(float, row[column]):.3f}" for column in COLUMNS)
         table.add_row(" x ".join(map(str, typing.cast(tuple[int, ...], row["shape"]))), str(row["storage"]), *numbers)

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import optax
 import pytest
@@ -14,7 +13,7 @@ from helpers.runs import Array, compilations, full_jit, random_gradients, relati
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import adam_fn
-from adam_fn import Block, Storage, diagnostics
+from adam_fn import Storage, diagnostics
 
 STEPS, SIZE, RATE = 5, 24, 1e-2
 GRADS = random_gradients(STEPS, SIZE, spread=1.0)
@@ -164,7 +163,8 @@ WRAPPERS: dict[str, optax.GradientTransformation] = {
     "injected_rate": optax.inject_hyperparams(adam_fn.adamw)(RATE, weight_decay=decay),
     "masters": adam_fn.master_weights(adam_fn.adamw(rate, weight_decay=decay)),
     "masters_of_chain": adam_fn.master_weights(optax.chain(adam_fn.adamw(rate, weight_decay=decay))),
-    "rounding": optax.chain(adam_fn.adamw(rate, weight_decay=decay), adam_fn.stochastic_rounding()),
+    "rounding": adam_fn.stochastic_rounding(adam_fn.adamw(rate, weight_decay=decay)),
+    "rounding_of_chain": adam_fn.stochastic_rounding(optax.chain(adam_fn.adamw(rate, weight_decay=decay))),
     "cautious": adam_fn.cautious(adam_fn.adamw(rate, weight_decay=decay)),
     "lamb": adam_fn.lamb(rate, weight_decay=decay),
     "swats": adam_fn.swats(rate),
@@ -204,9 +204,13 @@ def test_it_is_found_in_every_wrapper(name: str) -> None:
         assert float(found["update_to_weight"]) == float(found["update_to_weight/w"])
 
 
-def test_bfloat16_parameters() -> None:
+NARROW: Any = pytest.mark.parametrize("storage", ["bfloat16", "24bit", "16bit"])
+
+
+@NARROW
+def test_bfloat16_parameters(storage: Any) -> None:
     """With masters they have the ratios of float32 ones."""
-    tx = adam_fn.adam(RATE, storage=Block(8))
+    tx = adam_fn.adam(RATE, storage=storage)
     w, g = (jnp.asarray(x, jnp.bfloat16) for x in MATRIX[:2])
     masters = adam_fn.master_weights(tx)
     _, state, _ = stepped(masters, [g], w)
@@ -302,16 +306,17 @@ def test_moments_of_float32_are_the_state() -> None:
     jax.tree.map(np.testing.assert_array_equal, found, state.slots)
 
 
-def test_moments_of_codes_are_what_the_next_step_computes_with() -> None:
+@NARROW
+def test_moments_of_codes_are_what_the_next_step_computes_with(storage: Any) -> None:
     """A transformation that stores float32 goes on from them with the same update."""
-    coded, plain = adam_fn.adam(RATE, storage=Block(8)), adam_fn.adam(RATE)
+    coded, plain = adam_fn.adam(RATE, storage=storage), adam_fn.adam(RATE)
     params = {"w": jnp.zeros((64, 128)), "b": jnp.zeros(3)}
     grads = [{"w": jnp.asarray(g), "b": jnp.asarray(g[0, :3])} for g in MATRIX]
     _, state, _ = stepped(coded, grads[:1], params)
     found = full_jit(lambda state: diagnostics.moments(coded, state, params))(state)
     for slot, exact in (("mu", 0.1 * wide(MATRIX[0])), ("nu", 0.001 * wide(MATRIX[0]) ** 2)):
         assert found[slot]["w"].dtype == jnp.float32
-        assert 1e-4 < relative_error(np.asarray(found[slot]["w"]), exact) < 0.02
+        assert 1e-4 < relative_error(np.asarray(found[slot]["w"]), exact) < (0.15 if storage == "16bit" else 0.03)
     expected, _ = full_jit(coded.update)(grads[1], state, params)
     updates, _ = full_jit(plain.update)(grads[1], adam_fn.State(state.count, state.weights, found), params)
     for key in params:
@@ -349,25 +354,23 @@ def test_leaves_that_are_not_trained() -> None:
 MATRIX = np.random.default_rng(1).standard_normal((4, 64, 128)).astype(np.float32)
 
 
-def test_storage_is_decoded() -> None:
+@pytest.mark.parametrize("storage", ["16bit", Storage(mu=adam_fn.MuLaw(), nu=adam_fn.Cast("bfloat16"))], ids=str)
+def test_storage_is_decoded(storage: Any) -> None:
     """And the error of storing is that of one step, from the same stored state."""
-    tx, params = (
-        adam_fn.adam(RATE, storage=Storage(mu=Block(4), nu=Block(8))),
-        {"w": jnp.zeros((64, 128)), "b": jnp.zeros(3)},
-    )
+    tx, params = adam_fn.adam(RATE, storage=storage), {"w": jnp.zeros((64, 128)), "b": jnp.zeros(3)}
     grads = [{"w": jnp.asarray(g), "b": jnp.asarray(g[0, :3])} for g in MATRIX]
     _, state, _ = stepped(tx, grads, params)
-    m, v = (wide(tx.update.decoded(slot, state, params)["w"]) for slot in ("mu", "nu"))
+    before = jax.tree.map(wide, tx.update.decoded(state, params))
+    m, v = (before[slot]["w"] for slot in ("mu", "nu"))
     expected = m / (1 - 0.9**4) / np.sqrt(v / (1 - 0.999**4))
     assert relative_error(np.asarray(diagnostics.signal_to_noise(tx, state, params)["w"]), expected) < 1e-5
 
     # One more step: the slots in float64, and what is read back of them.
-    before = {slot: jax.tree.map(wide, tx.update.decoded(slot, state, params)) for slot in ("mu", "nu")}
     _, after = tx.update(grads[0], state, params)
     found = diagnostics.quantisation_error(tx, state, grads[0], params)
     logged = diagnostics.summary(tx, state, params, grads=grads[0])
     for slot, beta, power in (("mu", 0.9, 1), ("nu", 0.999, 2)):
-        stored = tx.update.decoded(slot, after, params)
+        stored = tx.update.decoded(after, params)[slot]
         lost, all_of_it = [], []
         for leaf in ("w", "b"):
             exact = beta * before[slot][leaf] + (1 - beta) * wide(grads[0][leaf]) ** power
@@ -378,27 +381,33 @@ def test_storage_is_decoded() -> None:
         expected = np.linalg.norm(lost) / np.linalg.norm(all_of_it)
         assert float(logged[f"quantisation_error/{slot}"]) == pytest.approx(expected, rel=1e-3)
         assert expected > 1e-4
-    assert float(found["mu"]["b"]) < 1e-6  # Too small for blocks.
 
 
 def test_quantisation_error_of_a_cast_is_its_rounding() -> None:
-    """After the first step m is 0.1 g: NumPy knows its bfloat16. Gradients are those that the optimizer gets."""
+    """After the first step m is 0.1 g, which NumPy puts between two bfloat16, at an even dither as far from either.
+
+    Gradients are those that the optimizer gets.
+    """
     tx = optax.chain(optax.scale(0.3), adam_fn.adam(RATE, mu_dtype="bfloat16"))
     params = jnp.zeros((64, 128))
     found = diagnostics.quantisation_error(tx, tx.init(params), jnp.asarray(MATRIX[0]), params)
     m = np.float32(0.3) * MATRIX[0] * np.float32(0.1)
-    expected = np.linalg.norm(wide(m.astype(ml_dtypes.bfloat16)) - m) / np.linalg.norm(wide(m))
+    bits = m.view(np.uint32)
+    lower, upper = (wide((bits + up & 0xFFFF0000).view(np.float32)) for up in (0, 0x10000))
+    squares = np.abs((upper - m) * (m - lower))  # (upper - m) of a share (m - lower) of all dithers, and the other way.
+    expected = np.sqrt(squares.sum()) / np.linalg.norm(wide(m))
     assert set(found) == {"mu"}  # The second moment is float32.
-    assert float(found["mu"]) == pytest.approx(expected, rel=1e-3)
+    assert float(found["mu"]) == pytest.approx(expected, rel=0.04)
     assert diagnostics.quantisation_error(adam_fn.adam(RATE), adam_fn.adam(RATE).init(params), params, params) == {}
 
 
-def test_quantisation_error_of_tiny_gradients() -> None:
-    """Second moments of about 1e-30: their squares are 0 in float32."""
-    tx, params = adam_fn.adam(RATE, storage=Block(8)), jnp.zeros((64, 128))
+@NARROW
+def test_quantisation_error_of_tiny_gradients(storage: Any) -> None:
+    """Second moments of about 1e-27: their squares are 0 in float32."""
+    tx, params = adam_fn.adam(RATE, storage=storage), jnp.zeros((64, 128))
     errors = [
         diagnostics.quantisation_error(tx, tx.init(params), jnp.asarray(scale * MATRIX[0]), params)
-        for scale in (np.float32(1), np.float32(2.0**-50))
+        for scale in (np.float32(1), np.float32(2.0**-40))
     ]
     for slot in ("mu", "nu"):
         assert float(errors[1][slot]) == pytest.approx(float(errors[0][slot]), rel=0.02)
@@ -407,7 +416,7 @@ def test_quantisation_error_of_tiny_gradients() -> None:
 
 def test_summary_in_a_compiled_step() -> None:
     """Stable keys, float32 scalars, the same inside of `jit` as outside, and one compilation."""
-    tx = adam_fn.adamw(rate, storage=Block(8))
+    tx = adam_fn.adamw(rate, storage="24bit")
     params = {"layers": [{"kernel": jnp.asarray(MATRIX[0]), "bias": jnp.ones(3, jnp.bfloat16)}]}
 
     @jax.jit
@@ -447,7 +456,7 @@ def test_reading_the_rate_runs_no_step() -> None:
     assert tx.update(params, tx.init(params), params)[1] is not None  # And nothing is left behind.
 
 
-SHARDED = adam_fn.adamw(RATE, storage=Block(8))
+SHARDED = adam_fn.adamw(RATE, storage="16bit")
 
 
 @functools.cache
@@ -465,18 +474,16 @@ def test_sharded(explicit: bool) -> None:
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(kind, kind))
     where = NamedSharding(mesh, PartitionSpec("x", "y"))
     tx = SHARDED
-    expected = {key: x for key, x in alone().items() if not (explicit and key.startswith("quantisation"))}
     with jax.set_mesh(mesh):
         p, g = jax.device_put((MATRIX[0], MATRIX[1]), where)
         state = jax.jit(tx.init)(p)
         updates, state = jax.jit(tx.update)(g, state, p)
         assert diagnostics.signal_to_noise(tx, state, p).sharding.is_equivalent_to(where, 2)
-        read = jax.jit(lambda s, p, u, g: diagnostics.summary(tx, s, p, u, None if explicit else g))
+        read = jax.jit(lambda s, p, u, g: diagnostics.summary(tx, s, p, u, g))
         program = read.lower(state, p, updates, g).compile()
         found = program(state, p, updates, g)
     assert "all-gather" not in (program.as_text() or "all-gather")
-    for key, x in expected.items():
-        assert float(found[key]) == pytest.approx(float(x), rel=1e-4), key
+    assert jax.tree.map(float, found) == pytest.approx(jax.tree.map(float, alone()), rel=1e-5)
 
 
 def test_what_is_not_there_is_an_error() -> None:
@@ -508,7 +515,7 @@ def test_what_is_not_there_is_an_error() -> None:
     steps = optax.MultiSteps(optax.inject_hyperparams(adam_fn.adam)(RATE), 2).gradient_transformation()
     with pytest.raises(ValueError, match=r"learning_rate cannot see an optimizer that runs inside lax\.cond"):
         read(diagnostics.learning_rate, steps)
-    steps = optax.MultiSteps(adam_fn.adam(RATE, storage=Block(8)), 2).gradient_transformation()
+    steps = optax.MultiSteps(adam_fn.adam(RATE, storage="16bit"), 2).gradient_transformation()
     with pytest.raises(ValueError, match=r"quantisation_error cannot see an optimizer that runs inside lax\.cond"):
         read(diagnostics.quantisation_error, steps, params)
     assert set(read(diagnostics.summary, adam_fn.lion(RATE))) == {"learning_rate", "next_learning_rate", "weight_decay"}

@@ -178,7 +178,7 @@ def test_bad_options_name_the_argument() -> None:
         adam_fn.adam(1e-3, momentum_decay=4e-3)
     with pytest.raises(ValueError, match="floating dtype, got int8"):
         adam_fn.adam(1e-3, nu_dtype="int8")
-    with pytest.raises(ValueError, match=r"storage names \['mo'\]"):
+    with pytest.raises(ValueError, match="storage names 'mo', but the slots are mu, nu"):
         adam_fn.transform(adam_fn.Adam(), storage={"mo": adam_fn.Cast()})
     with pytest.raises(TypeError, match="hashable"):
         adam_fn.adam(_Unhashable())

@@ -19,6 +19,13 @@ from adam_fn import checkpoint, diagnostics, interop, masks
 from adam_fn.leaves import by_path
 
 
+class Flat(adam_fn.Rule):
+    """Of another shape where there are two axes."""
+
+    def leaf(self, g: jax.Array, p: Any, slots: Any, clock: Any) -> Any:
+        return g[0] if g.ndim == 2 else g, slots
+
+
 class Layer(NamedTuple):
     kernel: Any
 
@@ -52,13 +59,6 @@ def step(tx: Any, grads: Any, params: Any = PARAMS, of: Any = None) -> None:
     tx.update(grads, (tx if of is None else of).init(params), params)
 
 
-def explicit() -> None:
-    """Blocks that lie on two devices."""
-    kind = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
-    w = jax.device_put(jnp.ones((80, 64)), NamedSharding(kind, PartitionSpec("data")))
-    adam_fn.adam(1e-3, storage=adam_fn.Block(8)).init(tree(w))
-
-
 def zero1() -> Any:
     params = whole()
     return adam_fn.zero1(ADAM, params, mesh())
@@ -75,14 +75,14 @@ WRONG: dict[str, Callable[[], Any]] = {
     "leaves-extra": lambda: step(ADAM, PARAMS, {"layers": [], "z": jnp.ones(2)}),
     "leaves-mask": lambda: adam_fn.adamw(1e-3, mask=MASK).init({"layers": 1.0, "z": 1.0}),
     "leaves-bool": lambda: adam_fn.adamw(1e-3, mask=tree(1.0)),
-    "execute": explicit,
+    "execute": lambda: step(adam_fn.transform(Flat()), PARAMS),
     "masks": lambda: masks.path("other")(PARAMS),
     "groups": lambda: adam_fn.adam(1e-3, groups=adam_fn.Groups({"z": adam_fn.Group()}, complete=True)).init(PARAMS),
     "write-dtype": lambda: MASTERS.init(tree(jnp.ones(3, jnp.float16))),
     "write-shape": lambda: step(MASTERS, tree(jnp.ones(3)), SHORT),
     "write-missing": lambda: step(MASTERS, {"layers": [], "z": jnp.ones(2)}, SHORT),
     "write-state": lambda: step(MASTERS, SHORT, SHORT, of=adam_fn.master_weights(ADAM, bits=8)),
-    "write-rounding": lambda: adam_fn.stochastic_rounding().init(tree(jnp.ones(3, jnp.float16))),
+    "write-rounding": lambda: adam_fn.stochastic_rounding(ADAM).init(tree(jnp.ones(3, jnp.float16))),
     "sharding-none": lambda: adam_fn.state_shardings(ADAM, tree(np.ones(3))),
     "zero1-mesh": lambda: adam_fn.zero1(ADAM, other_place(), mesh()),
     "zero1-shape": lambda: step(zero1(), tree(jnp.ones(3)), whole()),

@@ -23,11 +23,14 @@ def _same_sharding(tree: Any, params: dict[str, jax.Array]) -> None:
         assert tree[key].sharding.is_equivalent_to(p.sharding, 2), (key, tree[key].sharding)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+
+
+@KINDS
 def test_state_follows_the_parameters(kind: AxisType) -> None:
-    """Under jit and eager, with automatic and explicit axes, in any dtype; nothing is communicated."""
-    params = _params(kind)
-    txs = {case.name: case.make(mu_dtype="bfloat16", weight_decay=0.1) for case in MEMBERS}
+    """Under jit and eager, with automatic and explicit axes: the same codes, and nothing is communicated."""
+    params = {key: jnp.sin(p * 2 + jnp.arange(8)[None]) for key, p in _params(kind).items()}
+    txs = {case.name: case.make(storage="16bit", weight_decay=0.1) for case in MEMBERS}  # All codecs are among them.
 
     def init(params: Any) -> Any:
         return {name: tx.init(params) for name, tx in txs.items()}
@@ -51,9 +54,12 @@ def test_state_follows_the_parameters(kind: AxisType) -> None:
     alone = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), params)
     expected = update(alone, jax.jit(init)(alone), alone)
     expected["eager"] = expected["adam"]
-    for name, (updates, _) in found.items():
+    different = []
+    for name, (updates, after) in found.items():
         for key in params:
             np.testing.assert_allclose(updates[key], expected[name][0][key], rtol=1e-6, err_msg=name)
+            different += [np.sum(x[key] != expected[name][1].slots[slot][key]) for slot, x in after.slots.items()]
+    assert sum(different) <= 2, different  # Of thousands: XLA may round what it cuts in another way.
     text = update.lower(params, {name: states[name] for name in txs}, params).compile().as_text() or ""
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"):
         assert collective not in text
@@ -67,7 +73,7 @@ WRAPPERS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@KINDS
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_sums_over_leaves_are_over_all_shards(wrapper: str, kind: AxisType) -> None:
     params = _params(kind)
@@ -104,33 +110,31 @@ def test_complex_parameters_on_a_mesh() -> None:
     assert state.slots["mu"].sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(None, "a")), 3)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
-def test_inside_shard_map(kind: AxisType) -> None:
+@KINDS
+@pytest.mark.parametrize("storage", [None, "24bit", "16bit"])
+def test_inside_shard_map(kind: AxisType, storage: Any) -> None:
+    """Each shard is stepped as it would be alone, bit for bit; the state may be made inside or outside."""
     mesh = jax.make_mesh((8,), ("a",), axis_types=(kind,))
     spec = PartitionSpec("a")
-    tx = adam_fn.adamw(1e-2)
+    tx = adam_fn.adamw(1e-2, storage=storage)
 
-    def train(p: jax.Array) -> jax.Array:
+    def train(p: jax.Array, state: Any) -> Any:
         def step(carry: Any, _: None) -> Any:
             p, state = carry
             updates, state = tx.update(2 * p, state, p)
             return (p + updates, state), None
 
-        return jax.lax.scan(step, (p, tx.init(p)), None, length=3)[0][0]
+        return jax.lax.scan(step, (p, state), None, length=3)[0]
 
-    p = jax.device_put(jnp.arange(1.0, 17.0), NamedSharding(mesh, spec))
-    found = jax.jit(jax.shard_map(train, mesh=mesh, in_specs=spec, out_specs=spec))(p)
-    np.testing.assert_allclose(found, train(jnp.arange(1.0, 17.0)), rtol=1e-6)
-
-
-def test_packed_codes_of_blocks_that_devices_share() -> None:
-    """Communication is needed then; the codes are the same."""
-    mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
-    tx = adam_fn.adam(1e-2, storage=adam_fn.Block(4))
-    p = jax.random.normal(jax.random.key(0), (64, 256))
-    found, expected = (
-        jax.jit(tx.update)(x, jax.jit(tx.init)(x))
-        for x in (jax.device_put(p, NamedSharding(mesh, PartitionSpec("a"))), p)
-    )
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=1e-6)
+    p = jax.device_put(jnp.sin(jnp.arange(16 * 600.0)).reshape(16, 600), NamedSharding(mesh, spec))
+    state = jax.jit(tx.init)(p)
+    specs = jax.tree.map(lambda x: spec if x.shape == p.shape else PartitionSpec(), state)
+    run = jax.jit(jax.shard_map(train, mesh=mesh, in_specs=(spec, specs), out_specs=(spec, specs)))
+    found, after = run(p, state)
+    begun = jax.jit(jax.shard_map(lambda p: train(p, tx.init(p)), mesh=mesh, in_specs=spec, out_specs=(spec, specs)))(p)
+    jax.tree.map(np.testing.assert_array_equal, (found, after), begun)
+    for i, shard in enumerate(np.split(np.asarray(p), 8)):
+        own, moments = jax.jit(train)(jnp.asarray(shard), tx.init(jnp.asarray(shard)))
+        np.testing.assert_array_equal(np.split(np.asarray(found), 8)[i], own)
+        for name, slot in moments.slots.items():
+            np.testing.assert_array_equal(np.split(np.asarray(after.slots[name]), 8)[i], slot)

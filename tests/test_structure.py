@@ -12,18 +12,13 @@ ROOT = Path(adam_fn.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 # From the bottom up; a module imports only from layers above it in this list. Whatever is not listed is the last layer.
 LAYERS = (
-    ("arithmetic", "schedules"),
-    ("rule",),
-    ("noise", "layout"),
+    ("arithmetic", "noise", "schedules"),
     ("codec",),
-    ("block", "leaves"),
+    ("codes", "leaves", "rule"),
     ("groups",),
     ("execute",),
-    ("execute.body",),
-    ("execute.sources", "execute.store"),
-    ("execute.step",),
-    ("execute.cpu", "execute.kernel", "execute.tiles"),
-    ("execute.mesh",),
+    ("execute.body", "execute.sources"),
+    ("execute.cpu",),
     ("execute.run", "observe"),
     ("spec",),
     ("transform",),

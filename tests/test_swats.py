@@ -10,10 +10,9 @@ from helpers import compiling
 from helpers.runs import random_gradients
 
 import adam_fn
-from adam_fn import Block
 from adam_fn.execute.body import as_real
 
-STORED: dict[str, Any] = {"float32": {}, "Block(8)": {"storage": Block(8)}, "bfloat16": {"nu_dtype": "bfloat16"}}
+STORED: dict[str, Any] = {"float32": {}, "16bit": {"storage": "16bit"}, "bfloat16": {"nu_dtype": "bfloat16"}}
 
 
 def _params(dtype: Any = jnp.float32) -> dict[str, Any]:
@@ -36,7 +35,7 @@ def _switched(tx: Any, params: Any) -> Any:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64", "complex64"])
 @pytest.mark.parametrize("stored", STORED)
 def test_after_the_switch_all_of_adam_but_the_momentum_stays(stored: str, dtype: str) -> None:
-    """Bit for bit, v, its scales and both bias weights; m goes on, of everything that is trained."""
+    """Bit for bit, v and both bias weights; m goes on, of everything that is trained."""
     with jax.enable_x64(dtype == "float64"):
         params = _params(jnp.dtype(dtype))
         tx: Any = adam_fn.swats(1e-2, tolerance=1e3, frozen=adam_fn.masks.path("frozen"), **STORED[stored])
@@ -47,10 +46,11 @@ def test_after_the_switch_all_of_adam_but_the_momentum_stays(stored: str, dtype:
         for one, other in zip(*map(jax.tree.leaves, (after.adam.slots["nu"], before.adam.slots["nu"])), strict=True):
             np.testing.assert_array_equal(one, other, strict=True)
         decoded = tx.init.wrapper.adam.update.decoded
-        old, new = (decoded("mu", each.adam, params)["w"] for each in (before, after))
+        old, new = (decoded(each.adam, params)["mu"]["w"] for each in (before, after))
         g, u = (as_real(x).astype(old.dtype) for x in (3 * params["w"], updates["w"]))
         expected = 0.9 * old + 0.1 * g
-        np.testing.assert_allclose(new, expected, rtol=1e-5, atol=5e-3 if stored == "Block(8)" else 1e-7)
+        # The momentum has no bound: any narrow storage keeps it in bfloat16.
+        np.testing.assert_allclose(new, expected, rtol=2**-7 if stored == "16bit" else 1e-5, atol=1e-7)
         rounding = 1e-2 if dtype == "bfloat16" else 2e-6
         np.testing.assert_allclose(u, -before.sgd_rate * expected, rtol=rounding, atol=1e-9)
         assert updates["w"].dtype == dtype
@@ -87,7 +87,7 @@ def test_the_step_needs_no_more_memory_for_the_choice(stored: str) -> None:
     state = jax.eval_shape(tx.init, p)
     compiled = adam_fn.make_step(tx).lower(p, state, p).compile(compiling.FULL)
     sizes: Any = compiled.memory_analysis()
-    assert sizes.temp_size_in_bytes < 2.4 * 4 * p.size, sizes
+    assert sizes.temp_size_in_bytes < 2.6 * 4 * p.size, sizes  # A narrow m is copied, but not on a single device.
     assert sizes.alias_size_in_bytes > sizes.output_size_in_bytes - 1000
 
 

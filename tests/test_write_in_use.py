@@ -33,10 +33,7 @@ def test_small_steps_move_one_to_zero() -> None:
     assert np.abs(end(WRITES["masters of 16 bits"](sgd))).max() < 1000 * 2.0**-25
     assert np.abs(end(WRITES["masters of 8 bits"](sgd))).max() < 1000 * 2.0**-17
     moved = end(WRITES["stochastic"](sgd))
-    # Each step's variance is at most a quarter of the square of the unit at the larger of the neighbours.
-    sigma = np.sqrt(sum((2.0**-8 * max(1 - i / 1000, 2.0**-8)) * 1e-3 for i in range(1000)))
-    assert 0.01 < moved.std() < 1.2 * sigma
-    assert abs(moved.mean()) < 5 * sigma / np.sqrt(1000)
+    assert 0 < np.abs(moved).max() < 0.01  # Random bits would leave a standard deviation of 0.044.
 
 
 @pytest.mark.parametrize("dtype", [BF16, jnp.float32], ids=str)
@@ -55,11 +52,13 @@ def test_adam_learns(dtype: Any) -> None:
         assert error(make(adam_fn.adam(2e-3))) < 0.01
 
 
+@pytest.mark.parametrize("ours", [True, False])
 @pytest.mark.parametrize("kind", WRITES)
-def test_landing_in_every_loop(kind: str) -> None:
+def test_landing_in_every_loop(kind: str, ours: bool) -> None:
     """Under jit XLA does not undo q - p: `apply_updates`, Flax linen's and NNX's loops land on the same bits."""
     # Powers of two, so that it does not matter where XLA contracts multiplications and additions.
-    tx: Any = WRITES[kind](optax.chain(optax.add_decayed_weights(2.0**-4), optax.sgd(2.0**-6)))
+    rule, peer = adam_fn.Decay(2.0**-4) >> adam_fn.Rate(2.0**-6), optax.add_decayed_weights(2.0**-4)
+    tx: Any = WRITES[kind](adam_fn.transform(rule) if ours else optax.chain(peer, optax.sgd(2.0**-6)))
     shapes = {"a": (), "b": (0,), "c": (1,), "d": (3, 5, 7), "e": (999,)}
     start = {key: jnp.asarray(RNG.standard_normal(shape), BF16) for key, shape in shapes.items()}
     noise = jax.tree.map(lambda p: jnp.asarray(RNG.standard_normal((20, *p.shape)), jnp.float32), start)
@@ -118,7 +117,7 @@ def test_landing_in_every_loop(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["masters of 16 bits", "stochastic"])
 def test_members_and_shards_are_what_they_are_alone(kind: str) -> None:
-    """Under `vmap` and in `shard_map` on 8 devices: also the random bits, unless the counts differ."""
+    """Under `vmap` and in `shard_map` on 8 devices: also the dither, unless the counts differ."""
     tx: Any = WRITES[kind](optax.sgd(2.0**-6))
     start = jnp.asarray(RNG.standard_normal((8, 33)), BF16)
     grads = jnp.asarray(RNG.standard_normal((8, 33)), jnp.float32)
@@ -136,9 +135,9 @@ def test_members_and_shards_are_what_they_are_alone(kind: str) -> None:
     jax.tree.map(np.testing.assert_array_equal, states, state)
     if kind == "stochastic":
         same, flat = jnp.ones((8, 4096), BF16), jnp.full((8, 4096), -0.125)
-        counts = tx.init(same[0])[1]._replace(count=jnp.arange(8) << 20)
-        apart = jax.vmap(lambda p, g, c: tx.update(g, (tx.init(p)[0], c), p)[0])(same, flat, counts)
-        assert np.abs(np.corrcoef(np.asarray(apart) > 0) - np.eye(8)).max() < 5 / 64
+        one = tx.init(same[0])
+        apart = jax.vmap(lambda p, g, n: tx.update(g, one._replace(count=n), p)[0])(same, flat, jnp.arange(8) << 20)
+        assert len({row.tobytes() for row in np.asarray(apart)}) == 8
 
 
 @pytest.mark.parametrize("kind", ["masters of 16 bits", "stochastic"])
@@ -158,7 +157,7 @@ def test_the_same_bits_with_x64(kind: str) -> None:
         np.testing.assert_array_equal(wide.remainder["a"], state.remainder["a"])
         assert wide.remainder["a"].dtype == state.remainder["a"].dtype
     else:
-        assert wide[1].count.dtype == jnp.int32
+        assert wide.count.dtype == jnp.int32
 
 
 @pytest.mark.parametrize("kind", ["masters of 16 bits", "stochastic"])
@@ -176,6 +175,8 @@ def test_a_skipped_step_leaves_all_as_it_is(kind: str, inside: bool) -> None:
         np.testing.assert_array_equal(state.remainder, before[1].remainder)
     elif not inside:
         jax.tree.map(np.testing.assert_array_equal, state.inner_state, before[1].inner_state)
+    else:
+        assert int(state.count) == 2  # The step is one, its update is 0.
 
 
 @pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit], ids=str)
@@ -245,12 +246,10 @@ def test_composes(kind: str) -> None:
         assert np.asarray(after["a"][-1] < 0.95).all()
         jax.tree.map(np.testing.assert_array_equal, pickle.loads(pickle.dumps(state)), state)
     tx: Any = make(adam_fn.adam(0.1))
-    if kind != "stochastic":
-        assert tx == make(adam_fn.adam(0.1)) != make(adam_fn.adam(0.2)) and hash(tx) == hash(make(adam_fn.adam(0.1)))
-        assert pickle.loads(pickle.dumps(tx)) == tx
-        doubled = optax.tree_map_params(tx, lambda x: x * 2, tx.init(p))
-        assert jax.tree.structure(doubled) == jax.tree.structure(tx.init(p))
-    assert write.stochastic_rounding(1) == write.stochastic_rounding(1) != write.stochastic_rounding(2)
+    assert tx == make(adam_fn.adam(0.1)) != make(adam_fn.adam(0.2)) and hash(tx) == hash(make(adam_fn.adam(0.1)))
+    assert pickle.loads(pickle.dumps(tx)) == tx
+    doubled = optax.tree_map_params(tx, lambda x: x * 2, tx.init(p))
+    assert jax.tree.structure(doubled) == jax.tree.structure(tx.init(p))
 
 
 @pytest.mark.parametrize("kind", WRITES)
@@ -273,8 +272,13 @@ def test_errors_of_arguments_and_states() -> None:
         eight.update(p, sixteen.init(p), p)
     with pytest.raises(TypeError, match="MasterState"):
         sixteen.update(p, optax.EmptyState(), p)
+    rounding = adam_fn.stochastic_rounding(optax.sgd(1.0))
     with pytest.raises(TypeError, match="RoundingState"):
-        write.stochastic_rounding(0).update(p, optax.EmptyState(), p)
+        rounding.update(p, optax.EmptyState(), p)
+    with pytest.raises(TypeError, match=r"stochastic_rounding takes a transformation, .*got 3"):
+        adam_fn.stochastic_rounding(3)  # pyright: ignore[reportArgumentType]
+    one, again, other = (adam_fn.stochastic_rounding(adam_fn.adam(0.1), seed) for seed in (1, 1, 2))
+    assert one == again != other
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), p)
     with pytest.raises(ValueError, match=r"a was bfloat16 when .* and is float32 now: .* optax.apply_updates"):
         sixteen.update(wide, sixteen.init(p), wide)
@@ -283,4 +287,4 @@ def test_errors_of_arguments_and_states() -> None:
             write.master_weights(optax.sgd(1.0), bits)
     for seed in (-1, 2**32):
         with pytest.raises(ValueError, match="seed must be in"):
-            write.stochastic_rounding(seed)
+            adam_fn.stochastic_rounding(optax.sgd(1.0), seed)

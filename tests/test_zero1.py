@@ -13,7 +13,6 @@ from helpers import compiling
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import adam_fn
-from adam_fn import Block
 
 P = PartitionSpec
 KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
@@ -26,7 +25,7 @@ def _mesh(kind: AxisType = AxisType.Auto, shape: tuple[int, ...] = (8,)) -> Mesh
 
 
 def _values(dtype: Any = jnp.float32, seed: int = 0) -> dict[str, jax.Array]:
-    """A kernel whose blocks are 8, a bias, a stack whose second axis alone is divided, and a leaf that is not."""
+    """A kernel, a bias, a stack whose second axis alone is divided, and a leaf that is not."""
     rng = np.random.default_rng(seed)
     shapes = {"kernel": (256, 32), "bias": (32,), "stack": (3, 16, 5), "odd": (5, 3)}
     return {name: jnp.asarray(rng.standard_normal(shape), dtype) for name, shape in shapes.items()}
@@ -58,11 +57,12 @@ def _bytes(state: Any, device: int | None = None) -> int:
 
 TXS: dict[str, tuple[optax.GradientTransformation, Any]] = {
     "adamw": (adam_fn.adamw(1e-2), jnp.float32),
-    "Block(8)": (adam_fn.adam(1e-2, storage=Block(8)), jnp.float32),
-    "Block(4)": (adam_fn.adam(1e-2, storage=Block(4)), jnp.float32),
-    "masters": (adam_fn.master_weights(adam_fn.adam(1e-2, storage=Block(8))), BF16),
-    "rounded, averaged": (
-        optax.chain(adam_fn.lion(1e-2), adam_fn.average_params(0.9), adam_fn.stochastic_rounding(0)),
+    "24bit": (adam_fn.amsgrad(1e-2, storage="24bit"), jnp.float32),
+    "16bit": (adam_fn.adam(1e-2, storage="16bit"), jnp.float32),
+    "masters": (adam_fn.master_weights(adam_fn.adam(1e-2, storage="16bit")), BF16),
+    "rounded": (adam_fn.stochastic_rounding(adam_fn.adam(1e-2, storage="24bit")), BF16),
+    "averaged, rounded": (
+        adam_fn.stochastic_rounding(optax.chain(adam_fn.lion(1e-2, storage="bfloat16"), adam_fn.average_params(0.9))),
         BF16,
     ),
 }
@@ -76,14 +76,14 @@ def _assert_same(path: tuple[Any, ...], found: jax.Array, expected: jax.Array) -
     """Bit for bit, but for what newer versions of XLA round: there to the last places, and nearly all codes."""
     if not ROUNDS_PARTS or "stack" not in jax.tree_util.keystr(path, simple=True, separator="/"):
         np.testing.assert_array_equal(found, expected)
-    elif found.dtype == jnp.uint8:  # A code that lies between two may become either.
+    elif found.dtype in (jnp.int8, jnp.uint16):  # A code that lies between two may become either.
         assert np.mean(np.asarray(found != expected)) < 1e-2
     else:
         few = 64 if found.dtype == jnp.int16 else 3e-8  # Remainders of masters; float32 numbers.
         np.testing.assert_allclose(np.float32(found), np.float32(expected), rtol=1e-6, atol=few)
 
 
-@pytest.mark.parametrize(("name", "kind"), [*((name, AxisType.Auto) for name in TXS), ("Block(4)", AxisType.Explicit)])
+@pytest.mark.parametrize(("name", "kind"), [*((name, AxisType.Auto) for name in TXS), ("16bit", AxisType.Explicit)])
 def test_the_same_steps_with_an_eighth_of_the_state(name: str, kind: AxisType) -> None:
     """Of the same gradients the same numbers; the parameters stay whole."""
     tx, dtype = TXS[name]
@@ -112,7 +112,7 @@ def test_the_same_steps_with_an_eighth_of_the_state(name: str, kind: AxisType) -
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("adamw", AxisType.Auto), ("adamw", AxisType.Explicit), ("Block(4)", AxisType.Auto), ("masters", AxisType.Auto)],
+    [("adamw", AxisType.Auto), ("adamw", AxisType.Explicit), ("16bit", AxisType.Auto), ("masters", AxisType.Auto)],
 )
 def test_gradients_are_reduced_once_and_parameters_gathered(name: str, kind: AxisType) -> None:
     """A whole step of training. (XLA for CPUs has all-reduce and slice in the place of reduce-scatter.)"""
@@ -143,10 +143,11 @@ def test_gradients_are_reduced_once_and_parameters_gathered(name: str, kind: Axi
     assert memory.argument_size_in_bytes <= given + 400
 
 
-def test_inside_shard_map() -> None:
-    """Local gradients are summed by a reduce-scatter, and all else is as outside."""
+@pytest.mark.parametrize("exact", [True, False])
+def test_inside_shard_map(exact: bool) -> None:
+    """Local gradients are summed by a reduce-scatter, and all else is as outside, but that a shard is dithered alone."""
     mesh = _mesh()
-    tx = adam_fn.adamw(1e-2)
+    tx = adam_fn.adamw(1e-2, storage="float32" if exact else "16bit")
     params = _put(mesh, _values())
     spread = adam_fn.zero1(tx, params, mesh)
     places = jax.tree.map(lambda x: x.spec, adam_fn.state_shardings(spread, params))
@@ -173,9 +174,9 @@ def test_inside_shard_map() -> None:
         params, state = run(params, state, batch)
         updates, expected = jax.jit(tx.update)(jax.grad(loss)(alone, batch), expected, alone)
         alone = optax.apply_updates(alone, updates)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), (params, state), (alone, expected)
-    )
+    found, wanted = ((params, state), (alone, expected)) if exact else (params, alone)
+    atol = 1e-6 if exact else 5e-3  # Of three steps of up to 1e-2.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=atol), found, wanted)
 
 
 @KINDS
@@ -199,17 +200,14 @@ def test_on_top_of_other_divisions(kind: AxisType) -> None:
         assert x.sharding.is_equivalent_to(params[name].sharding, x.ndim)
 
 
-def test_blocks_are_not_cut_and_what_stays_whole_is_named() -> None:
-    """Along the blocks 4 of them cannot be divided by 8, and 10 columns cannot either."""
-    params = {"w": jax.ShapeDtypeStruct((128, 490), "float32"), "v": jax.ShapeDtypeStruct((128, 64), "float32")}
-    with pytest.warns(UserWarning, match=r"w of shape \(128, 490\).* stays whole on each of the 8 devices of 'data'"):
-        tx = adam_fn.zero1(adam_fn.adam(1e-3, storage=Block(8)), params, _mesh())
-    assert adam_fn.undivided(tx) == {"w": 128 * 490}
-    assert adam_fn.undivided(adam_fn.offload(tx)) == {"w": 128 * 490}
-    places = adam_fn.state_shardings(tx, params).slots["mu"]
-    assert places["codes"]["v"].spec == places["scales"]["v"].spec == P(None, "data")
-    plain = adam_fn.zero1(adam_fn.adam(1e-3), params, _mesh())  # Without blocks rows are rows.
-    assert adam_fn.undivided(plain) == {}
+def test_what_stays_whole_is_named() -> None:
+    """Neither 90 rows nor 490 columns can be divided by 8; 8 rows can, in any storage."""
+    params = {"w": jax.ShapeDtypeStruct((90, 490), "float32"), "v": jax.ShapeDtypeStruct((8, 3), "float32")}
+    with pytest.warns(UserWarning, match=r"w of shape \(90, 490\).* stays whole on each of the 8 devices of 'data'"):
+        tx = adam_fn.zero1(adam_fn.adam(1e-3, storage="16bit"), params, _mesh())
+    assert adam_fn.undivided(tx) == adam_fn.undivided(adam_fn.offload(tx)) == {"w": 90 * 490}
+    places = adam_fn.state_shardings(tx, params).slots["mu_nu"]
+    assert (places["v"].spec, places["w"].spec) == (P("data", None), P(None, None))
 
 
 def test_the_state_is_fetched_after_the_gradients() -> None:
@@ -249,9 +247,6 @@ def test_errors_name_what_is_wrong() -> None:
         adam_fn.state_shardings(optax.chain(optax.clip(1.0), tx), _put(mesh, params))
     with pytest.raises(TypeError, match="that zero1 made"):
         adam_fn.undivided(adam_fn.adam(1e-3))
-    coded = adam_fn.zero1(adam_fn.adam(1e-3, storage=Block(8)), params, mesh)
-    with pytest.raises(ValueError, match="too small to be stored in codes"):
-        jax.eval_shape(jax.shard_map(coded.init, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False), params)
 
 
 # --- shardings of the state ---
@@ -264,9 +259,9 @@ def test_shardings_of_any_state(kind: AxisType) -> None:
     params = _put(mesh, _values(), {"kernel": P("data", "model"), "bias": P("model"), "stack": P(None, "data")})
     txs = {case.name: case.make(1e-3, weight_decay=0.1) for case in MEMBERS}
     txs |= {
-        "Block(8)": adam_fn.adam(
-            1e-3, storage=Block(8), frozen={"kernel": False, "bias": True, "stack": True, "odd": True}
-        ),
+        "24bit": adam_fn.adam(1e-3, storage="24bit", frozen=adam_fn.masks.path("bias", "stack")),
+        "16bit": adam_fn.adamw(1e-3, storage="16bit"),
+        "rounding": adam_fn.stochastic_rounding(adam_fn.adam(1e-3)),
         "lamb": adam_fn.lamb(1e-3),
         "swats": adam_fn.swats(1e-3),
         "masters": adam_fn.master_weights(adam_fn.cautious(adam_fn.adam(1e-3))),
@@ -279,17 +274,16 @@ def test_shardings_of_any_state(kind: AxisType) -> None:
 
 
 def test_shardings_where_jit_finds_none() -> None:
-    """What optax remembers, fewer scales than devices, complex and integer leaves, shapes alone."""
+    """What optax remembers, complex and integer leaves, shapes alone."""
     mesh = _mesh()
     place = NamedSharding(mesh, P("data"))
     shapes = {"w": ((64, 128), "float32"), "c": ((8, 3), "complex64"), "i": ((8,), "int32")}
     params = {name: jax.ShapeDtypeStruct(*x, sharding=place) for name, x in shapes.items()} | {"none": None}
-    tx = optax.chain(optax.trace(0.9), adam_fn.adam(1e-3, storage=Block(4)))
+    tx = optax.chain(optax.trace(0.9), adam_fn.adam(1e-3, storage="16bit"))
     found = adam_fn.state_shardings(tx, params)
     assert found[0].trace["w"].spec == P("data", None)
-    assert found[1].slots["mu"]["codes"]["w"].spec == P("data", None)
-    assert found[1].slots["mu"]["scales"]["w"].spec == P(None, None)  # 2 of a column.
-    assert found[1].slots["mu"]["codes"]["c"].spec == P(None, "data", None)
+    assert found[1].slots["mu_nu"]["w"].spec == P("data", None)
+    assert found[1].slots["mu_nu"]["c"].spec == P(None, "data", None)
     assert found[1].count.spec == P()
     assert jax.tree.structure(found) == jax.tree.structure(jax.eval_shape(tx.init, params))
     real = {"w": jax.device_put(jnp.ones((64, 128)), place)}

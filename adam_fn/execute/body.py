@@ -8,12 +8,22 @@ from typing import NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
-from adam_fn.codec import Codec
-from adam_fn.rule import Clock, Rule, Slots
+from adam_fn import noise
+from adam_fn.arithmetic import safe_sqrt
+from adam_fn.codec import Codec, Slots, Stored, Unit, ratio
+from adam_fn.rule import Clock, Rule
 
-#: Codecs by slot.
+#: Codecs by the names of the stored arrays.
 Codecs: TypeAlias = Mapping[str, Codec]
+
+
+class Times(NamedTuple):
+    """The `noise.times` of a step: of each slot, and of a `Write` that dithers."""
+
+    slots: Mapping[str, jax.Array]
+    write: jax.Array | None = None
 
 
 class Inputs(NamedTuple):
@@ -31,9 +41,12 @@ class Inputs(NamedTuple):
 
 
 class Write(abc.ABC):
-    """What a step of a leaf makes of its update, element by element. Static: compared by value."""
+    """What a step of a leaf makes of its update, element by element. Static: compared by value.
 
-    #: Whether the results are new parameters.
+    Attributes:
+      parameters: whether the results are new parameters.
+    """
+
     parameters: bool = False
 
     def of(self, dtype: np.dtype) -> "Write":
@@ -45,7 +58,7 @@ class Write(abc.ABC):
         return inputs
 
     @abc.abstractmethod
-    def leave(self, inputs: Inputs, u: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    def leave(self, inputs: Inputs, u: jax.Array, dither: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
         """The result, and what `low` becomes."""
 
 
@@ -53,7 +66,7 @@ class Write(abc.ABC):
 class Updates(Write):
     """The update is the result."""
 
-    def leave(self, inputs: Inputs, u: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    def leave(self, inputs: Inputs, u: jax.Array, dither: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
         return u, inputs.low
 
 
@@ -63,26 +76,22 @@ class Parameters(Write):
 
     parameters = True
 
-    def leave(self, inputs: Inputs, u: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    def leave(self, inputs: Inputs, u: jax.Array, dither: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
         assert inputs.p is not None
-        return (inputs.p + u).astype(inputs.p.dtype), inputs.low
-
-
-class Coded(NamedTuple):
-    """What is stored of a slot, in a shape in which all of it broadcasts to the inputs.
-
-    Attributes:
-      codes: one for each element.
-      scale: of the blocks as they were stored; None where there are none.
-      chance: of the blocks, for this step; None where nothing is random.
-    """
-
-    codes: jax.Array
-    scale: jax.Array | None = None
-    chance: jax.Array | None = None
+        # The sum is rounded once either way; a TPU makes a conversion at the end part of the pass over the state.
+        wide = jnp.promote_types(inputs.p.dtype, jnp.float32)
+        return (inputs.p.astype(wide) + u.astype(wide)).astype(inputs.p.dtype), inputs.low
 
 
 UPDATES, PARAMETERS = Updates(), Parameters()
+
+
+class Done(NamedTuple):
+    """What a step of a leaf gives: the update or the new parameter, what `low` becomes, and what is stored."""
+
+    result: jax.Array
+    low: jax.Array | None
+    stored: dict[str, jax.Array]
 
 
 def compute_dtype(dtype: np.dtype) -> np.dtype:
@@ -100,35 +109,52 @@ def as_dtype(x: jax.Array, dtype: np.dtype) -> jax.Array:
     return (jax.lax.complex(x[0], x[1]) if jnp.issubdtype(dtype, jnp.complexfloating) else x).astype(dtype)
 
 
-def body(
-    rule: Rule, codecs: Codecs, inputs: Inputs, stored: Mapping[str, Coded], clock: Clock
-) -> tuple[jax.Array, Slots]:
-    """One step of real elements: decode, then the rule. The update in the gradient's dtype, and what the slots become.
+def _unit(unit: Unit, slots: Slots) -> jax.Array:
+    """What a slot is measured in."""
+    return safe_sqrt(slots[unit.slot]) if unit.root else slots[unit.slot]
 
-    The new slots are encoded apart from it (`scales`, `encode`), since a block's scale depends on all of its elements.
-    """
-    g, p, _ = inputs
+
+def decode(codecs: Codecs, stored: Stored, dtype: DTypeLike) -> dict[str, jax.Array]:
+    """The slots of a leaf, of floating `dtype`."""
+    plain: dict[str, jax.Array] = {}
+    measured: dict[str, tuple[jax.Array, Unit]] = {}
+    for name, codec in codecs.items():
+        for slot, unit, x in zip(codec.slots, codec.units, codec.decode(stored[name], dtype), strict=True):
+            if unit is None:
+                plain[slot] = x
+            else:
+                measured[slot] = x, unit
+    return plain | {slot: x * _unit(unit, plain) for slot, (x, unit) in measured.items()}
+
+
+def encode(codecs: Codecs, slots: Slots, lattice: jax.Array, times: Slots) -> dict[str, jax.Array]:
+    """What is stored of the slots of a leaf; `lattice` and `times`: those of `adam_fn.noise`."""
+
+    def measured(slot: str, unit: Unit | None) -> jax.Array:
+        if unit is None:
+            return slots[slot]
+        return ratio(slots[slot], _unit(unit, slots))
+
+    found = {}
+    for name, codec in codecs.items():
+        x = tuple(measured(slot, unit) for slot, unit in zip(codec.slots, codec.units, strict=True))
+        found[name] = codec.encode(x, tuple(noise.dither(lattice, times[slot]) for slot in codec.slots))
+    return found
+
+
+def body(rule: Rule, codecs: Codecs, write: Write, inputs: Inputs, stored: Stored, clock: Clock, times: Times) -> Done:
+    """One step of real elements: decode, then the rule, then write and encode."""
+    g, p, _ = write.enter(inputs)
     dtype = compute_dtype((g if p is None else p).dtype)
     rule = rule.cast(dtype)
     clock = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, clock)
     gradient, param = g.astype(dtype), None if p is None else p.astype(dtype)
-    slots = {name: codecs[name].decode(x.codes, x.scale, dtype) for name, x in stored.items()}
+    slots = decode(codecs, stored, dtype)
     u, new = rule.leaf(rule.bounded(gradient), param, slots, clock)
     found = {"update": u.shape} | {name: x.shape for name, x in new.items()}
     expected = {"update": gradient.shape} | {name: x.shape for name, x in slots.items()}
     if found != expected:
         raise ValueError(f"{type(rule).__name__}.leaf returned shapes {found}, expected {expected}")
-    return u.astype(g.dtype), new
-
-
-def scales(codecs: Codecs, new: Slots, stored: Mapping[str, Coded]) -> dict[str, jax.Array]:
-    """The least scale that holds each element, of the slots that have scales."""
-    return {name: codecs[name].scale(x, stored[name].chance) for name, x in new.items() if codecs[name].scaled}
-
-
-def encode(codecs: Codecs, new: Slots, stored: Mapping[str, Coded], held: Mapping[str, jax.Array]) -> dict[str, Coded]:
-    """The new codes of all slots; `held` are the new scales, by slot."""
-    return {
-        name: Coded(codecs[name].encode(x, held.get(name), stored[name].chance), held.get(name))
-        for name, x in new.items()
-    }
+    lattice = noise.lattice(gradient)
+    dither = None if times.write is None else noise.dither(lattice, times.write)
+    return Done(*write.leave(inputs, u.astype(g.dtype), dither), encode(codecs, new, lattice, times.slots))

@@ -1,38 +1,34 @@
-"""What the new slots of a rule are computed from, found by tracing it."""
+"""What the new state of a leaf is computed from, found by tracing a step."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import jax
 import jax.extend.core
-import numpy as np
 
-from adam_fn.codec import Cast
-from adam_fn.execute.body import Coded, Inputs, body, compute_dtype
-from adam_fn.rule import Clock, Rule, Slots
-
-#: Stands for the parameter among the names of slots.
+#: Stands for the parameter among the names of stored arrays.
 PARAMETER = ""
 
 
-def sources(rule: Rule, inputs: Inputs, slots: Iterable[str], clock: Clock) -> dict[str, set[str]]:
-    """For each slot those whose old values its new value depends on, and `PARAMETER` where it depends on that."""
-    dtype = np.dtype(compute_dtype((inputs.g if inputs.p is None else inputs.p).dtype))
-    names = sorted(slots)
-    plain = dict.fromkeys(names, Cast())
-    number = jax.ShapeDtypeStruct((), dtype)
+def sources(
+    step: Callable[[jax.Array | None, Mapping[str, jax.Array]], Mapping[str, jax.Array]],
+    p: jax.Array | None,
+    stored: Mapping[str, jax.Array],
+) -> dict[str, set[str]]:
+    """For each stored array those whose old values its new value depends on, and `PARAMETER` where it depends on that.
 
-    def leaf(g: jax.Array, p: jax.Array, slots: Slots) -> Slots:
-        coded = {name: Coded(x) for name, x in slots.items()}
-        return body(rule, plain, Inputs(g, None if inputs.p is None else p), coded, clock)[1]
-
-    jaxpr = jax.make_jaxpr(leaf)(number, number, dict.fromkeys(names, number)).jaxpr
-    given = [(PARAMETER, jaxpr.invars[1]), *zip(names, jaxpr.invars[2:], strict=True)]
+    `step` makes the new ones of the parameter and the old ones; it is traced with numbers in the place of arrays.
+    """
+    number, old = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype), (p, dict(stored)))
+    names = sorted(old)
+    jaxpr = jax.make_jaxpr(step)(number, old).jaxpr
+    labels: list[str] = [*([] if p is None else [PARAMETER]), *names]
+    inputs = list(zip(labels, jaxpr.invars, strict=True))
     found: dict[str, set[str]] = {}
     for name, out in zip(names, jaxpr.outvars, strict=True):
         needed = {cast(object, out)}
         for equation in reversed(jaxpr.eqns):
             if needed.intersection(equation.outvars):
                 needed.update(x for x in equation.invars if not isinstance(x, jax.extend.core.Literal))
-        found[name] = {source for source, x in given if x in needed}
+        found[name] = {source for source, x in inputs if x in needed}
     return found

@@ -5,7 +5,6 @@ are run from the count by the transformation's own rule: they are what it would 
 """
 
 import fnmatch
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, TypeAlias, cast
 
@@ -16,13 +15,11 @@ import optax
 from numpy.typing import NDArray
 
 from adam_fn.arithmetic import Weight
-from adam_fn.codec import Stored
 from adam_fn.execute.body import as_dtype, as_real
-from adam_fn.execute.store import store
 from adam_fn.leaves import Leaves, PyTree, named, shown
 from adam_fn.rule import Rule
-from adam_fn.spec import Spec, gather, zeros_like
-from adam_fn.transform import State, Update
+from adam_fn.spec import Spec, zeros_like
+from adam_fn.transform import State, Update, coded
 from adam_fn.write import MasterState, MasterWeights
 
 #: An array of any framework.
@@ -109,22 +106,25 @@ class Target:
 
     def weights(self, count: int) -> NDArray[np.float64]:
         """The bias weights after `count` steps, ``1 - βᵗ`` where β is constant; shape ``[n]``."""
-        return np.sum(np.asarray(_weights(self.update.spec.rule, count), np.float64), axis=1)
+        return np.sum(np.asarray(_weights(self.update.spec.rule, count), np.float64).reshape(-1, 2), axis=1)
 
     def state(self, moments: Moments, source: str) -> State | MasterState:
         """The state of the transformation, or an error that lists everything in `source` that does not fit."""
         fail(self._problems(moments), f"{source} does not fit the parameters")
         outer = self.tx.init(self._outer)
         blank = cast(State, outer.inner if isinstance(outer, MasterState) else outer)
-        slots = {}
-        for name in blank.slots:
-            values = [moments.slots[name][path] if path in self.trained else None for path in self._paths]
-            slots[name] = _stored(self.update.spec, name, values, self.params)
+        values = [
+            {name: moments.slots[name][path] for name in self.update.spec.rule.slots} if path in self.trained else None
+            for path in self._paths
+        ]
+        slots = _stored(self.update.spec, values, self.params, np.int32(moments.count))
         # Added to the zeros that are there, so that they live where these live.
         count = blank.count + np.int32(moments.count)
-        weights = blank.weights
-        if not isinstance(weights, tuple):
-            weights = weights + np.asarray(_weights(self.update.spec.rule, moments.count), weights.dtype)
+        weights = jax.tree.map(
+            lambda zero, w: zero + np.asarray(w, zero.dtype),
+            blank.weights,
+            _weights(self.update.spec.rule, moments.count),
+        )
         state = State(count, weights, slots)
         return outer._replace(inner=state) if isinstance(outer, MasterState) else state
 
@@ -133,8 +133,7 @@ class Target:
         inner = cast(State, state.inner if isinstance(state, MasterState) else state)
         self.update._checked(inner)
         slots = {}
-        for name in inner.slots:
-            tree = self.update.decoded(name, inner, self.params)
+        for name, tree in self.update.decoded(inner, self.params).items():
             found = dict(zip(self._paths, self._treedef.flatten_up_to(tree), strict=True))
             slots[name] = {path: self._joined(path, found[path]) for path in self.trained}
         return Moments(int(inner.count), slots)
@@ -170,31 +169,32 @@ class Target:
             yield f"{shown(path)}: {name} is {jnp.result_type(x)}, the parameter {jnp.result_type(self._leaves[path])}"
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _stored(spec: Spec, slot: str, values: Sequence[Array | None], params: PyTree) -> PyTree:
-    """A slot of a state, from an array for each leaf that is trained; they get the parameters' shardings."""
+@jax.jit
+def _stored(
+    spec: Spec, values: Sequence[Mapping[str, Array] | None], params: PyTree, count: jax.Array
+) -> dict[str, PyTree]:
+    """The slots of a state, from arrays for each leaf that is trained; they get the parameters' shardings."""
     leaves = Leaves(params)
-    found: list[Stored | None] = [None] * len(values)
-    for i, codecs in enumerate(spec.codecs_of(leaves, params)):
-        if values[i] is not None:
-            with named(leaves.paths[i]):
-                zeros = zeros_like(jnp.asarray(leaves.leaves[i]))
-                found[i] = store(codecs[slot], zeros + as_real(jnp.asarray(values[i])).astype(zeros.dtype))
-    return gather(leaves, dict(spec.codecs)[slot], found)
+    found: list[dict[str, jax.Array] | None] = []
+    for path, p, own in zip(leaves.paths, leaves.leaves, values, strict=True):
+        if own is None:
+            found.append(None)
+            continue
+        with named(path):
+            zeros = zeros_like(jnp.asarray(p))
+            found.append({name: zeros + as_real(jnp.asarray(x)).astype(zeros.dtype) for name, x in own.items()})
+    return coded(spec, leaves, params, found, count)
 
 
 @jax.jit
-def _run(rule: Rule, count: jax.Array, weights: jax.Array) -> jax.Array:
-    def step(i: jax.Array, weights: jax.Array) -> jax.Array:
-        return jnp.stack([jnp.stack(new) for new in rule.at(i).weigh([Weight(*row) for row in weights], i)])
-
-    return jax.lax.fori_loop(0, count, step, weights)
+def _run(rule: Rule, count: jax.Array, weights: tuple[Weight, ...]) -> tuple[Weight, ...]:
+    return jax.lax.fori_loop(0, count, lambda i, weights: tuple(rule.at(i).weigh(weights, i)), weights)
 
 
-def _weights(rule: Rule, count: int) -> jax.Array:
-    """The bias weights as a state has them, ``[n, 2]``, after `count` steps."""
-    blank = jnp.zeros((rule.weights, 2), float)
-    return _run(rule, np.int32(count), blank) if rule.weights else blank
+def _weights(rule: Rule, count: int) -> tuple[Weight, ...]:
+    """The bias weights as a state has them after `count` steps, in JAX's default dtype."""
+    blank = tuple(Weight(jnp.zeros((), float), jnp.zeros((), float)) for _ in range(rule.weights))
+    return _run(rule, np.int32(count), blank)
 
 
 def in_order(paths: Paths, names: Sequence[str] | None, number: int, framework: str) -> list[str | None]:

@@ -63,7 +63,7 @@ def from_optax(tx: optax.GradientTransformation, params: PyTree, optax_state: op
 
     ::
 
-        tx = adam_fn.adamw(1e-3, storage=adam_fn.Block(8))
+        tx = adam_fn.adamw(1e-3, storage="24bit")
         state = adam_fn.interop.from_optax(tx, params, optax_state)
 
     optax's moments are found wherever they are: in a chain, masked, partitioned, under `inject_hyperparams`,

@@ -15,7 +15,7 @@ def change_storage(
 
     ::
 
-        old, tx = adam_fn.adamw(1e-3), adam_fn.adamw(1e-3, storage=adam_fn.Block(8))
+        old, tx = adam_fn.adamw(1e-3), adam_fn.adamw(1e-3, storage="24bit")
         state = adam_fn.interop.change_storage(old, tx, params, state)
 
     The moments are decoded and stored as `tx` stores its moments, and live where the parameters live. The step count,

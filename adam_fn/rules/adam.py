@@ -8,10 +8,23 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from adam_fn.arithmetic import Scalar, Weight, ema, one_minus, plain, quotient, safe_sqrt, shifted, square, weigh
+from adam_fn.arithmetic import (
+    Scalar,
+    Weight,
+    ema,
+    largest_ratio,
+    one_minus,
+    plain,
+    quotient,
+    safe_sqrt,
+    shifted,
+    square,
+    weigh,
+)
+from adam_fn.codec import Slot, Slots, Unit
 from adam_fn.leaves import Mask
 from adam_fn.options import CommonOptions, DecayOptions, alias, optimizer
-from adam_fn.rule import Beta, Clock, Hyper, NonNegative, Rule, Slot, Slots
+from adam_fn.rule import Beta, Clock, Hyper, NonNegative, Rule
 from adam_fn.schedules import nadam_momentum
 from adam_fn.transform import Transformation
 
@@ -30,8 +43,12 @@ class Moments(Rule):
 
     @property
     def slots(self) -> Mapping[str, Slot]:
-        first = {} if isinstance(self.b1, float) and self.b1 == 0 else {"mu": Slot()}
+        first = {} if isinstance(self.b1, float) and self.b1 == 0 else {"mu": self.measured(self.b1)}
         return {**first, "nu": Slot(signed=False)}
+
+    def measured(self, b1: Beta) -> Slot:
+        """A moving average of the gradients with the decay rate `b1`, in units of √v."""
+        return Slot(bound=largest_ratio(b1, self.b2), unit=Unit("nu"))
 
     @property
     def weights(self) -> int:

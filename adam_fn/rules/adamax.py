@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from adam_fn.arithmetic import Weight, ema, quotient, shifted, weigh
+from adam_fn.codec import Slot, Slots, Unit
 from adam_fn.leaves import Mask
 from adam_fn.options import MuOptions, Options, alias, optimizer
-from adam_fn.rule import Beta, Clock, Hyper, NonNegative, Rule, Slot, Slots
+from adam_fn.rule import Beta, Clock, Hyper, NonNegative, Rule
 from adam_fn.transform import Transformation
 
 
@@ -35,7 +36,10 @@ class AdaMax(Rule):
 
     @property
     def slots(self) -> Mapping[str, Slot]:
-        return {"mu": Slot(), "nu": Slot(signed=False)}
+        b1, b2 = (self.b1, self.b2) if isinstance(self.b1, float) and isinstance(self.b2, float) else (0.9, 0.999)
+        # Of gradients that shrink as v does.
+        bound = (1 - b1) / (1 - b1 / b2) if b1 < b2 else None
+        return {"mu": Slot(bound=bound, unit=Unit("nu", root=False)), "nu": Slot(signed=False)}
 
     @property
     def weights(self) -> int:

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from adam_fn.codec import Slot, Slots
 from adam_fn.options import DecayOptions, alias, optimizer
-from adam_fn.rule import Clock, Hyper, Slot, Slots
+from adam_fn.rule import Clock, Hyper
 from adam_fn.rules.adam import Adam
 from adam_fn.transform import Transformation
 

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from adam_fn.arithmetic import Weight, ema, plain, safe_sqrt, square, weigh
+from adam_fn.arithmetic import Weight, ema, largest_ratios_of_adan, plain, safe_sqrt, square, weigh
+from adam_fn.codec import Slot, Slots, Unit
 from adam_fn.leaves import Mask
 from adam_fn.options import CommonOptions, DecayOptions, MuOptions, Options, alias, optimizer
-from adam_fn.rule import Beta, Clock, Hyper, NonNegative, Rule, Slot, Slots
+from adam_fn.rule import Beta, Clock, Hyper, NonNegative, Rule
 from adam_fn.rules.adam import Adam, Moments
 from adam_fn.transform import Transformation
 
@@ -28,6 +29,10 @@ class LaProp(Adam):
     """
 
     eps: NonNegative = 1e-15
+
+    def measured(self, b1: Beta) -> Slot:
+        b2 = self.b2 if isinstance(self.b2, float) else 0.999
+        return Slot(bound=1 / math.sqrt(1 - b2))  # Of normalised gradients, and so of their average.
 
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
         nu = self.second_moment(slots["nu"], g, g)
@@ -77,7 +82,7 @@ class AdEMAMix(Adam):
 
     @property
     def slots(self) -> Mapping[str, Slot]:
-        return {**super().slots, "slow": Slot()}
+        return {**super().slots, "slow": self.measured(self.b3)}
 
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
         mu, stored = self.first_moment(slots, g)
@@ -114,8 +119,7 @@ def ademamix(
       alpha: how much of the slow momentum is added; 5 in optax and Apple's optax code, 2 in Apple's torch code.
       eps: in units of the gradient.
       eps_root: in units of its square.
-      mu_dtype: the dtype in which the fast momentum is stored; float32 by default. The slow one is always
-        float32: in bfloat16, rounding would lose the ten-thousandth that each gradient adds.
+      mu_dtype: the dtype in which the fast momentum is stored; float32 by default.
       weight_decay: λ.
       mask: the leaves that decay; all by default.
       **options: see `adam_fn.options.Options`.
@@ -150,7 +154,13 @@ class Adan(Adam):
 
     @property
     def slots(self) -> Mapping[str, Slot]:
-        return {**super().slots, "delta": Slot(), "grad": Slot()}
+        betas = (self.b1, self.b2, self.b3)
+        betas = betas if all(isinstance(beta, float) for beta in betas) else (0.98, 0.92, 0.99)
+        bounds = dict(zip(("mu", "delta", "grad"), largest_ratios_of_adan(*betas), strict=True))
+        names = [*super().slots, "delta", "grad"]
+        return {
+            name: Slot(bound=bounds[name], unit=Unit("nu")) if name in bounds else Slot(signed=False) for name in names
+        }
 
     @property
     def weights(self) -> int:
@@ -224,7 +234,9 @@ class ADOPT(Rule):
 
     @property
     def slots(self) -> Mapping[str, Slot]:
-        return {"mu": Slot(), "nu": Slot(signed=False)}
+        # Of a bound that grows, what it is after a million steps.
+        bound = self.clip_value_fn if isinstance(self.clip_value_fn, float) else 32.0
+        return {"mu": Slot(bound=bound if self.use_clipping else None), "nu": Slot(signed=False)}
 
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
         first = clock.count == 0

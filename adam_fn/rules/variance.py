@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from adam_fn.arithmetic import Weight, ema, one_minus, square, weigh
+from adam_fn.codec import Slot, Slots
 from adam_fn.options import Options, alias, optimizer
-from adam_fn.rule import Clock, Hyper, NonNegative, Slot, Slots
+from adam_fn.rule import Beta, Clock, Hyper, NonNegative
 from adam_fn.rules.adam import Adam
 from adam_fn.transform import Transformation
 
@@ -104,6 +105,9 @@ class AdaBelief(Adam):
 
     squares: ClassVar[float] = 2.0  # g - m
 
+    def measured(self, b1: Beta) -> Slot:
+        return Slot()  # Of a steady gradient s is 0, and m is not.
+
     def second_moment(self, nu: jax.Array, g: jax.Array, mu: jax.Array) -> jax.Array:
         return ema(self.b2, nu, square(g - mu)) + self.eps_each
 
@@ -145,7 +149,7 @@ class Yogi(Adam):
 
     @property
     def slots(self) -> Mapping[str, Slot]:
-        return {"mu": Slot(initial=1e-6), "nu": Slot(initial=1e-6, signed=False)}
+        return {name: slot._replace(initial=1e-6) for name, slot in super().slots.items()}
 
     def second_moment(self, nu: jax.Array, g: jax.Array, mu: jax.Array) -> jax.Array:
         squared = square(g)

@@ -8,144 +8,111 @@ from collections.abc import Iterator, Sequence
 Row = dict[str, typing.Any]
 
 TPU, GPU = ("v5e", "v6e"), ("h200", "a100")
-LEAF, TREE, ZERO1, OFFLOAD = "leaf", "GPT-2 small", "zero1", "offload"
+BOTH = (*TPU, *GPU)
+LEAF, TREE, LLAMA, ZERO1, OFFLOAD, FAMILY = "leaf", "GPT-2 small", "Llama-7B", "zero1", "offload", "family"
 BASE = "optax float32"
-
-
-@dataclasses.dataclass(frozen=True)
-class Limit:
-    """The most that a figure may be, in its own unit or, with `times`, in that of optax's float32 step.
-
-    Attributes:
-      ways: those that it holds for; all by default.
-      least: the least that it may be.
-    """
-
-    targets: tuple[str, ...]
-    part: str
-    steps: tuple[str, ...]
-    figure: str
-    most: float
-    times: bool = False
-    ways: tuple[str, ...] = ()
-    least: float = -math.inf
-
-
-MOST = ("Block(8)", "AMSGrad, Block(8)", "Adan, Block(8)", "masters, Block(8)")
-ROUNDED = "stochastic rounding, Block(8)"
-ALONE = ("all bfloat16", "Block(8)", "Block(4)", "masters, Block(8)")
-KERNELS = tuple(f"{step}, kernel" for step in (*ALONE, "AMSGrad, Block(8)", "Adan, Block(8)"))
-DIVIDED = ("float32", "Block(8)", "Block(8), kernel")
-WHOLE = ("float32", *ALONE, *(f"{step}, kernel" for step in ALONE))
-#: What was wanted; where more is allowed, that is what was reached, and the comment says what was wanted.
-LIMITS = (
-    Limit(GPU, LEAF, (*MOST, ROUNDED), "temporaries", 0.10),
-    Limit(GPU, LEAF, (*MOST, ROUNDED), "passes", 2),
-    Limit(GPU, LEAF, ("Block(4)",), "temporaries", 0.10, ways=("make_step",)),
-    Limit(GPU, LEAF, ("Block(4)",), "passes", 2, ways=("make_step",)),
-    Limit(GPU, LEAF, ("Block(4)",), "temporaries", 0.30, ways=("update",)),  # 0.10: results of two shapes.
-    Limit(GPU, LEAF, ("float32",), "kernels", 1.7, times=True, ways=("make_step",)),  # 1: scalars of the bias weights.
-    Limit(TPU, LEAF, (*MOST, "Block(4)"), "temporaries", 0.05, ways=("make_step", "update")),
-    Limit(TPU, LEAF, (ROUNDED,), "temporaries", 1.05, ways=("make_step",)),  # 0.05: the update is stored.
-    # 1.7: a v6e has twice the memory's speed for little more arithmetic.
-    Limit(("v6e",), LEAF, ("Block(8)",), "cycles", 1.9, times=True),
-    Limit(("v6e",), LEAF, ("Block(4)",), "cycles", 3.9, times=True),
-    Limit(("v5e",), LEAF, ("Block(8)",), "cycles", 1.7, times=True),
-    Limit(("v5e",), LEAF, ("Block(4)",), "cycles", 1.9, times=True),  # 1.7: 16 rows of bytes fill half a register.
-    Limit(TPU, LEAF, ("all bfloat16",), "bytes", 14.1, ways=("make_step",)),
-    Limit((*TPU, *GPU), LEAF, KERNELS, "temporaries", 0.01, ways=("make_step", "update")),
-    Limit((*TPU, *GPU), LEAF, KERNELS, "passes", 1, ways=("make_step", "update")),
-    Limit((*TPU, *GPU), LEAF, ("Block(8), kernel",), "bytes", 17, ways=("make_step",)),
-    Limit((*TPU, *GPU), TREE, WHOLE, "beside arguments", 0.5),
-    Limit(TPU, TREE, WHOLE, "seconds", 4, times=True),
-    # The gradients are summed once, into parts, and the parameters put together once. What is left of all-reduces: a
-    # loss, a leaf that four devices cannot divide and, on TPU, a bias.
-    *(
-        Limit((*TPU, *GPU), ZERO1, steps, kind, size, least=0.99 * size)
-        for steps, size in ((DIVIDED, 4), (("masters, Block(8)",), 2))
-        for kind in ("reduce-scatter", "all-gather")
-    ),
-    Limit((*TPU, *GPU), ZERO1, (*DIVIDED, "masters, Block(8)"), "all-reduce", 0.004),
-    Limit((*TPU, *GPU), ZERO1, (*DIVIDED, "masters, Block(8)"), "other exchanges", 0),
-    Limit((*TPU, *GPU), ZERO1, (*DIVIDED, "masters, Block(8)"), "state", 0.251),
-    *(
-        Limit(targets, OFFLOAD, (step,), figure, 1.01 * size, ways=("make_step",), least=0.99 * size)
-        for targets, step, size in (
-            *((targets, step, size) for targets in (TPU, GPU) for step, size in (("float32", 8), ("masters", 10))),
-            (TPU, "float32, kernel", 8),
-            (GPU, "Block(8)", 2.125),
-        )
-        for figure in ("on the host", "kept there", "stored")
-    ),
-    Limit((*TPU, *GPU), OFFLOAD, ("float32",), "read", 8.01, ways=("make_step",), least=7.99),
-    # 2.125: a GPU's kernels read the host's memory where it is, and codes need two passes.
-    Limit(GPU, OFFLOAD, ("Block(8)",), "read", 4.3, least=2.1),
-    Limit(GPU, OFFLOAD, ("training",), "saved", 8.01, ways=("one program",), least=7.9),
-    # 8: the TPU's scheduler fetches the state before the backward pass is over.
-    Limit(TPU, OFFLOAD, ("training",), "saved", 8.01, ways=("one program",), least=-10.5),
-    Limit((*TPU, *GPU), OFFLOAD, ("training",), "saved", 8.01, ways=("two programs",), least=7.9),
-    Limit(GPU, OFFLOAD, ("GPT-2 small",), "peak", 10.7),
-    Limit(TPU, OFFLOAD, ("GPT-2 small",), "peak", 20.5),  # 16.2, as on the device: all is fetched at once.
-)
-#: What compilers refuse by a fault of theirs: host memory for bytes, and for what a kernel wrote over.
-REFUSED = ((TPU, OFFLOAD, "Block(8)"), (GPU, OFFLOAD, "float32, kernel"))
-
-
-def refused(row: Row) -> bool:
-    """Whether it is known that this does not compile."""
-    return any(
-        row["target"] in targets and (row["part"], row["step"]) == (part, step) for targets, part, step in REFUSED
-    )
 
 
 def label(row: Row) -> str:
     return f"{row['target']}, {row['part']}: {row['step']}, {row['way']}"
 
 
+def relative(row: Row, figure: str, rows: Sequence[Row], base: str = BASE) -> float | None:
+    """A figure in that of another step of the same tree on the same target; None where there is none."""
+    place = row["target"], row["part"], base
+    found = next((x for x in rows if (x["target"], x["part"], x["step"]) == place and figure in x), None)
+    return row[figure] / found[figure] if found and figure in row else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """The most that a figure may be.
+
+    Attributes:
+      steps: those that it holds for; by default all but optax's.
+      least: the least that it may be.
+      base: the step in whose figure it is counted; that of float32 is the same step with another storage.
+      way: the one that it holds for; all by default.
+    """
+
+    targets: tuple[str, ...]
+    part: str
+    figure: str
+    most: float
+    steps: tuple[str, ...] = ()
+    least: float = -math.inf
+    base: str = ""
+    way: str = ""
+
+    def holds_for(self, row: Row) -> bool:
+        step = row["step"]
+        known = row["target"] in self.targets and row["part"] == self.part and self.way in ("", row["way"])
+        return known and (step in self.steps if self.steps else not step.startswith("optax"))
+
+    def compared(self, row: Row) -> str:
+        """The step in whose figure that of a row is counted."""
+        return ", ".join([*row["step"].split(", ")[:-1], self.base]) if self.base == "float32" else self.base
+
+    def broken(self, row: Row, rows: Sequence[Row]) -> str:
+        """What is wrong with a row that it holds for; nothing if nothing is."""
+        base = self.compared(row)
+        value = relative(row, self.figure, rows, base) if base else row.get(self.figure)
+        if value is None:
+            return f"{self.figure} was not measured"
+        found = f"{self.figure} {value:.4g}{base and f' times that of {base}'}"
+        if value > self.most:
+            return f"{found}, at most {self.most:g}"
+        return f"{found}, at least {self.least:g}" if value < self.least else ""
+
+
+LIMITS = (
+    # One pass, no temporaries, and no more bytes than what is given and kept.
+    Limit(BOTH, LEAF, "passes", 1),
+    Limit(BOTH, LEAF, "temporaries", 0.04),
+    Limit(TPU, LEAF, "beyond", 0.1),
+    Limit(GPU, LEAF, "kernels", 1, base="float32"),
+    Limit(TPU, LEAF, "bytes", 18.1, ("24bit",)),
+    Limit(TPU, LEAF, "bytes", 16.1, ("16bit",)),
+    Limit(TPU, LEAF, "cycles", 0.68, ("24bit",), base=BASE),
+    Limit(TPU, LEAF, "cycles", 0.62, ("16bit",), base=BASE),
+    Limit(BOTH, TREE, "beside", 0.05),
+    Limit(BOTH, TREE, "seconds", 4, base=BASE),
+    Limit(BOTH, LLAMA, "collectives", 0),
+    Limit(BOTH, LLAMA, "temporaries", 0.02),
+    Limit(BOTH, LLAMA, "moved", 0),
+    *(
+        Limit(BOTH, LLAMA, "state", size, (step,), least=size)
+        for step, size in (("float32", 8), ("24bit", 3), ("16bit", 2), ("masters, 16bit", 4))
+    ),
+    # The gradients are summed once, into parts, and the parameters put together once. What is left of all-reduces: a
+    # loss, a leaf that four devices cannot divide and, on TPU, a bias.
+    *(
+        Limit(BOTH, ZERO1, kind, size, steps, least=0.99 * size)
+        for steps, size in ((("float32", "24bit", "16bit"), 4), (("masters, 16bit",), 2))
+        for kind in ("reduce-scatter", "all-gather")
+    ),
+    Limit(BOTH, ZERO1, "all-reduce", 0.004),
+    Limit(BOTH, ZERO1, "others", 0),
+    Limit(BOTH, ZERO1, "share", 0.251),
+    *(
+        Limit(BOTH, OFFLOAD, figure, 1.001 * size, (step,), least=0.999 * size)
+        for step, size in (("float32", 8), ("24bit", 3), ("16bit", 2), ("masters, 16bit", 4))
+        for figure in ("on the host", "kept there", "read", "stored")
+    ),
+    Limit(GPU, OFFLOAD, "saved", 8.01, ("training",), least=7.9, way="one program"),
+    # 8: the TPU's scheduler fetches the state before the backward pass is over.
+    Limit(TPU, OFFLOAD, "saved", 8.01, ("training",), least=-10.5, way="one program"),
+    Limit(BOTH, OFFLOAD, "saved", 8.01, ("training",), least=7.9, way="two programs"),
+    Limit(GPU, OFFLOAD, "peak", 10.7, ("GPT-2 small",)),
+    Limit(TPU, OFFLOAD, "peak", 20.5, ("GPT-2 small",)),  # 16.2, as on the device: all is fetched at once.
+)
+
+
 def exceeded(rows: Sequence[Row]) -> Iterator[str]:
-    """A line for each row that is beyond a limit, that did not compile, or in which devices talk."""
+    """A line for each row that did not compile, and for each limit that it is beyond."""
     for row in rows:
-        wrong = [row["error"]] if "error" in row else row.get("failed", [])
-        if refused(row):
-            if not wrong:
-                yield f"{label(row)}: compiles now: it need not be refused any more"
-            continue
-        yield from (f"{label(row)}: does not compile: {line}" for line in wrong)
-        if row.get("collectives"):
-            yield f"{label(row)}: devices talk: {', '.join(row['collectives'])}"
-    found = {(row["target"], row["part"], row["step"]): row for row in rows if "error" not in row}
-    for limit in LIMITS:
-        for row in found_by(limit, rows):
-            most, value, unit = limit.most, row[limit.figure], ""
-            if limit.times:
-                base = found.get((row["target"], row["part"], BASE))
-                if base is None:
-                    continue  # It did not compile, which is said above.
-                value, unit = value / base[limit.figure], f" times {BASE}'s"
-            if value > most:
-                yield f"{label(row)}: {limit.figure} {value:.4g}{unit}, at most {most:g}"
-            if value < limit.least:
-                yield f"{label(row)}: {limit.figure} {value:.4g}{unit}, at least {limit.least:g}"
-
-
-def found_by(limit: Limit, rows: Sequence[Row]) -> list[Row]:
-    """The rows that a limit is about and that have its figure."""
-    return [
-        row
-        for row in rows
-        if row["target"] in limit.targets
-        and row["part"] == limit.part
-        and row["step"] in limit.steps
-        and (not limit.ways or row["way"] in limit.ways)
-        and row.get(limit.figure) is not None
-    ]
-
-
-def unmeasured(rows: Sequence[Row], targets: Sequence[str]) -> Iterator[str]:
-    """A line for each limit, target and step that nothing was measured for: a mistake when everything was asked for."""
-    for limit in LIMITS:
-        have = {(row["target"], row["step"]) for row in found_by(limit, rows)}
-        for target in sorted({*limit.targets} & {*targets}):
-            for step in limit.steps:
-                if (target, step) not in have:
-                    yield f"{target}, {limit.part}: {step}: no {limit.figure} was measured"
+        if "error" in row:
+            wrong = [f"does not compile: {row['error']}"]
+        else:
+            wrong = [limit.broken(row, rows) for limit in LIMITS if limit.holds_for(row)]
+        yield from (f"{label(row)}: {line}" for line in (*wrong, *row.get("failed", [])) if line)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from measure import workloads
 from measure.report import Record, cell
 
-OURS = ("adam_fn", "adam_fn bfloat16 moments", "adam_fn 8-bit moments", "adam_fn 4-bit moments")
+OURS = ("adam_fn", "adam_fn bfloat16 moments", "adam_fn 24-bit state", "adam_fn 16-bit state")
 NONE = "–"
 
 

@@ -63,14 +63,14 @@ def made_step(tx: optax.GradientTransformation) -> JittedStep:
 
 @dataclasses.dataclass(frozen=True)
 class JaxPeer:
-    """An optax transformation and the step around it; `alone`: in cases of one leaf, as it takes long to compile."""
+    """An optax transformation and the step around it; `leaves`: the most in a case, where it takes long to compile."""
 
     name: str
     build: Callable[[], optax.GradientTransformation]
     step: Callable[[optax.GradientTransformation], JittedStep] = plain_step
     kinds: tuple[workloads.Kind, ...] = ("tree",)
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    alone: bool = False
+    leaves: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,20 +88,12 @@ JAX_PEERS = (
     JaxPeer("adam_fn make_step", lambda: adam_fn.adam(RATE), made_step, kinds=("tree", "eager")),
     JaxPeer(
         "adam_fn bfloat16 moments",
-        lambda: adam_fn.adam(RATE, mu_dtype=jnp.bfloat16, nu_dtype=jnp.bfloat16),
+        lambda: adam_fn.adam(RATE, storage="bfloat16"),
         made_step,
-        dtypes=("bfloat16",),
+        leaves=200,
     ),
-    *(
-        JaxPeer(
-            f"adam_fn {bits}-bit moments",
-            functools.partial(adam_fn.adam, RATE, storage=adam_fn.Block(bits)),
-            made_step,
-            dtypes=("float32",),
-            alone=True,
-        )
-        for bits in (8, 4)
-    ),
+    JaxPeer("adam_fn 24-bit state", lambda: adam_fn.adam(RATE, storage="24bit"), made_step, leaves=200),
+    JaxPeer("adam_fn 16-bit state", lambda: adam_fn.adam(RATE, storage="16bit"), made_step, leaves=200),
 )
 TORCH_PEERS = (TorchPeer("torch fused", {"fused": True}), TorchPeer("torch foreach", {"foreach": True}))
 
@@ -250,7 +242,9 @@ def jax_peers(case: workloads.Case) -> list[JaxPeer]:
     return [
         peer
         for peer in JAX_PEERS
-        if case.kind in peer.kinds and case.dtype in peer.dtypes and not (peer.alone and len(case.shapes) > 1)
+        if case.kind in peer.kinds
+        and case.dtype in peer.dtypes
+        and (peer.leaves is None or len(case.shapes) <= peer.leaves)
     ]
 
 

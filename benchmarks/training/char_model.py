@@ -9,9 +9,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-import re
 import typing
-from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +27,6 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 BATCH = 8
 RATE = 4e-3  # The best of 1e-3, 2e-3, 4e-3 and 8e-3 for float32 and the seed 0.
 GROUP = 256
-TILE = 32
 
 Params: typing.TypeAlias = dict[str, jax.Array]
 
@@ -48,22 +45,6 @@ def split(text: str) -> Text:
     codes = codes.astype(np.int32)
     end = len(codes) * 9 // 10
     return Text(codes[:end], codes[end:], len(alphabet))
-
-
-def words(text: str, vocabulary: int) -> Text:
-    """The two parts of a text in words and punctuation marks, by their rank, the most frequent first.
-
-    Words that are not among the `vocabulary` most frequent are left out.
-    """
-    found, codes, counts = np.unique(
-        re.findall(r"[a-z']+|[^\sa-z']", text.lower()), return_inverse=True, return_counts=True
-    )
-    ranks = np.empty(len(found), np.int32)
-    ranks[np.argsort(-counts, kind="stable")] = np.arange(len(found))
-    codes = ranks[codes]
-    codes = codes[codes < vocabulary]
-    end = len(codes) * 9 // 10
-    return Text(codes[:end], codes[end:], vocabulary)
 
 
 def load() -> Text:
@@ -164,7 +145,6 @@ class Model:
 
 
 TINY = Model(width=32, blocks=2, heads=2, context=32)
-WORDS = Model(vocabulary=4096, width=64, blocks=1, heads=2, context=32)
 
 
 def _norm(x: jax.Array, scale: jax.Array) -> jax.Array:
@@ -216,32 +196,15 @@ def groups(model: Model, rows: int) -> dict[str, npt.NDArray[np.intp]]:
     return found
 
 
-def tiles(model: Model, names: Iterable[str], count: int) -> dict[str, npt.NDArray[np.intp]]:
-    """By leaf, indices [count, 32 · 32] into the flat leaf of squares of 32 rows and columns, spread over it."""
-    found = {}
-    for name in names:
-        rows, columns = model.shapes()[name]
-        squares = np.arange(rows * columns).reshape(rows // TILE, TILE, columns // TILE, TILE).swapaxes(1, 2)
-        squares = squares.reshape(-1, TILE * TILE)
-        found[name] = squares[np.linspace(0, len(squares) - 1, count).astype(int)]
-    return found
-
-
 def recorded(
-    steps: int,
-    seed: int = 0,
-    rows: int = 128,
-    *,
-    model: Model | None = None,
-    text: Text | None = None,
-    chosen: Mapping[str, npt.NDArray[np.intp]] | None = None,
+    steps: int, seed: int = 0, rows: int = 128, *, model: Model | None = None, text: Text | None = None
 ) -> npt.NDArray[np.float32]:
     """float32[steps, rows, 256]: gradients of the elements of `groups` while `adam_fn.adamw` trains in float32.
 
-    The transformer on tinyshakespeare, unless another `model` and `text` are given, or other `chosen` elements.
+    The transformer on tinyshakespeare, unless another `model` and `text` are given.
     """
-    model, text, chosen = model or Model(), text or load(), chosen or groups(model or Model(), rows)
-    train = jnp.array(text.train)
+    model, text = model or Model(), text or load()
+    chosen, train = groups(model, rows), jnp.array(text.train)
     tx = adam_fn.adamw(schedule(RATE, steps), b2=0.999, weight_decay=0.1)
 
     def step(
@@ -264,21 +227,3 @@ def recorded(
             carry, found[numbers] = chunk(carry, numbers)
             bar.update(len(numbers))
     return found
-
-
-def matrices(steps: int, squares: int) -> npt.NDArray[np.float32]:
-    """float32[steps, squares, 32, 32]: gradients of squares of the first and the last block's eight matrices."""
-    model = Model()
-    names = [f"block{block}.{leaf}" for block in (0, model.blocks - 1) for leaf in ("qkv", "out", "up", "down")]
-    found = recorded(steps, chosen=tiles(model, names, squares // len(names)))
-    return found.reshape(steps, squares, TILE, TILE)
-
-
-def tables(steps: int, squares: int) -> npt.NDArray[np.float32]:
-    """float32[steps, 2, squares, 32, 32]: gradients of squares of a model of words' embedding and head.
-
-    The rows are tokens, the most frequent first.
-    """
-    text = words(read(), WORDS.vocabulary)
-    found = recorded(steps, model=WORDS, text=text, chosen=tiles(WORDS, ["embedding", "head"], squares))
-    return found.reshape(steps, 2, squares, TILE, TILE)

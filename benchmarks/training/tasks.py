@@ -17,6 +17,7 @@ from measure import workloads
 from training import char_model
 
 import adam_fn
+from adam_fn.codes import StorageLike
 
 sys.path.insert(1, str(pathlib.Path(__file__).resolve().parents[2] / "examples"))
 from loaders import mnist
@@ -40,7 +41,7 @@ class Settings:
     weight_decay: float
     validation: int  # characters or images
 
-    def adam(self, *, storage: adam_fn.Codec | adam_fn.Storage | None = None) -> optax.GradientTransformation:
+    def adam(self, *, storage: StorageLike | None = None) -> optax.GradientTransformation:
         rate = char_model.schedule(self.rate, self.steps)
         return adam_fn.adamw(rate, b2=self.b2, weight_decay=self.weight_decay, storage=storage)
 

@@ -23,6 +23,7 @@ TYPES = {
         "arithmetic": ("Scalar",),
         "leaves": ("Mask", "PyTree"),
         "codec": ("Stored",),
+        "codes": ("StorageLike", "StorageName"),
         "options": ("Meaning",),
         "interop.moments": ("Paths", "Transpose"),
         "interop.torch": ("StateDict",),

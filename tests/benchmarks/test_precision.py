@@ -130,7 +130,7 @@ def test_mlp() -> None:
 
 def test_selected() -> None:
     assert precision.selected(["bfloat16"]) == ["bfloat16"]
-    assert precision.selected(["24-bit", "4-bit m"]) == [
-        label for label in precision.CONFIGURATIONS if "24-bit" in label or "4-bit m" in label
+    assert precision.selected(["24-bit", "6-bit s"]) == [
+        label for label in precision.CONFIGURATIONS if "24-bit" in label or "6-bit s" in label
     ]
     assert precision.selected([]) == list(precision.CONFIGURATIONS) and precision.selected(["nothing"]) == []

@@ -12,7 +12,7 @@ import pytest
 from cases import CASES
 
 import adam_fn
-from adam_fn import Block, Cast, presets
+from adam_fn import presets
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -56,7 +56,7 @@ def test_family_table_is_complete_and_its_bytes_are_true(name: str) -> None:
 def test_bytes_by_storage_are_true() -> None:
     page = (ROOT / "docs" / "choosing.md").read_text()
     rows = page.split("Bytes of the state alone")[1].split("|--:|\n")[1].split("\n\n")[0].splitlines()
-    kinds = (None, Cast("bfloat16"), Block(8), Block(4))
+    kinds = ("float32", "bfloat16", "24bit", "16bit")
     params = jax.ShapeDtypeStruct((4096, 4096), jnp.float32)
     named = set()
     for row in rows:

@@ -19,9 +19,7 @@ from helpers import compiling
 import adam_fn
 from adam_fn import checkpoint
 
-TX = adam_fn.master_weights(
-    adam_fn.adamw(optax.cosine_decay_schedule(1e-2, 1000), weight_decay=0.01, storage=adam_fn.Block(8))
-)
+TX = adam_fn.master_weights(adam_fn.adamw(optax.cosine_decay_schedule(1e-2, 1000), weight_decay=0.01, storage="16bit"))
 
 
 def begin() -> Any:

@@ -10,13 +10,14 @@ import numpy as np
 import optax
 from helpers.runs import full_jit
 
+import adam_fn
 from adam_fn import write
 
 BF16 = jnp.bfloat16
 WRITES: dict[str, Callable[[Any], Any]] = {
     "masters of 16 bits": write.master_weights,
     "masters of 8 bits": functools.partial(write.master_weights, bits=8),
-    "stochastic": lambda tx: optax.chain(tx, write.stochastic_rounding(0)),
+    "stochastic": adam_fn.stochastic_rounding,
 }
 
 

@@ -14,7 +14,8 @@ from helpers.runs import full_jit, random_gradients, trajectories, trajectory
 
 import adam_fn
 from adam_fn.arithmetic import Weight
-from adam_fn.execute.body import UPDATES, Coded, Inputs, body
+from adam_fn.codes import codecs_of
+from adam_fn.execute.body import UPDATES, Inputs, body
 from adam_fn.execute.run import run_leaf
 from adam_fn.rule import Clock
 
@@ -66,23 +67,10 @@ def test_composition_is_associative_and_keeps_slots_apart() -> None:
     assert (a >> b).weights == 4
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_storage(dtype: str) -> None:
-    """4. What was stored once is stored exactly from then on; float32 is the identity."""
-    x = jnp.asarray(np.concatenate([GRADS[0], -GRADS[1], [0.0, 1e-30]]).astype(np.float32))
-    codec = adam_fn.Cast(dtype)
-    stored = codec.encode(x)
-    decoded = codec.decode(stored, None, jnp.float32)
-    assert isinstance(stored, jax.Array)
-    assert stored.dtype == dtype
-    np.testing.assert_array_equal(codec.encode(decoded), stored)
-    if dtype == "float32":
-        np.testing.assert_array_equal(decoded, x)
-
-
 def test_float32_storage_is_the_identity() -> None:
+    """4. The laws of narrow codecs are those of `test_codes.py`."""
     plain = trajectories([case.make() for case in MEMBERS], GRADS, PARAMS, jit=full_jit)
-    stored = trajectories([case.make(**case.stored(jnp.float32)) for case in MEMBERS], GRADS, PARAMS, jit=full_jit)
+    stored = trajectories([case.make(storage="float32") for case in MEMBERS], GRADS, PARAMS, jit=full_jit)
     for i, case in enumerate(MEMBERS):
         for a, b in zip(plain, stored, strict=True):
             np.testing.assert_array_equal(a[i], b[i], err_msg=case.name)
@@ -91,9 +79,10 @@ def test_float32_storage_is_the_identity() -> None:
 def test_executors_agree() -> None:
     """5. The compiled leaf and the uncompiled `body` are the same arithmetic."""
 
-    def step(run: Any, case: Case, g: jax.Array, stored: Any, clock: Clock, **options: Any) -> Any:
-        codecs = dict.fromkeys(case.rule.slots, adam_fn.Cast())
-        return run(case.rule.at(clock.count), codecs, Inputs(g, jnp.asarray(PARAMS)), stored, clock, **options)
+    def step(run: Any, case: Case, g: jax.Array, stored: Any, clock: Clock, *write: Any, **options: Any) -> Any:
+        codecs, inputs = dict(codecs_of(None, case.rule.slots)), Inputs(g, jnp.asarray(PARAMS))
+        starts = dict.fromkeys(stored, jnp.zeros((), jnp.uint32))
+        return run(case.rule.at(clock.count), codecs, *write, inputs, stored, clock, starts, **options)
 
     @full_jit
     def compiled(g: jax.Array, stored: list[Any], clocks: list[Clock]) -> list[Any]:
@@ -110,9 +99,8 @@ def test_executors_agree() -> None:
         clocks = [Clock(count, tuple(weight.value for weight in each)) for each in weights]
         found = compiled(jnp.asarray(g), stored, clocks)
         for case, one, old, clock in zip(CASES, found, stored, clocks, strict=True):
-            coded = {name: Coded(x) for name, x in old.items()}
-            other = step(body, case, jnp.asarray(g), coded, clock)
-            for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+            other = step(body, case, jnp.asarray(g), old, clock, UPDATES)
+            for a, b in zip(jax.tree.leaves(one), jax.tree.leaves((other.result, other.stored)), strict=True):
                 np.testing.assert_allclose(b, a, rtol=2e-6, atol=1e-8, err_msg=case.name)
         stored = [new for _, new in found]
 

@@ -1,0 +1,157 @@
+"""Stochastic rounding: bfloat16 parameters that learn without a byte more."""
+
+import dataclasses
+from typing import NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from adam_fn import noise
+from adam_fn.execute.body import PARAMETERS, UPDATES, Inputs, Write
+from adam_fn.leaves import PyTree
+from adam_fn.transform import Update
+from adam_fn.wrapper import Wrapper, check_state
+from adam_fn.write import LARGEST, Params, as_float, bits_of, landing
+
+
+class RoundingState(NamedTuple):
+    """The state of `stochastic_rounding`.
+
+    Attributes:
+      count: the number of updates made so far, an int32 scalar.
+      inner: the state of the wrapped transformation.
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    inner: optax.OptState
+
+
+def round_stochastically(x: jax.Array, dither: jax.Array) -> jax.Array:
+    """One of the two bfloat16 around a float32, their mean over all dithers is `x`.
+
+    Finite numbers stay finite.
+    """
+    magnitude = ((bits_of(x) & 0x7FFFFFFF).astype(jnp.int32) + noise.top(dither, 16)) >> 16
+    return as_float(jnp.minimum(magnitude, LARGEST) << 16, x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounded(Write):
+    """A step of a bfloat16 parameter in float32, rounded to one of the two bfloat16 around the result."""
+
+    parameters: bool = False
+
+    def of(self, dtype: np.dtype) -> Write:
+        return self if dtype == jnp.bfloat16 else PARAMETERS if self.parameters else UPDATES
+
+    def enter(self, inputs: Inputs) -> Inputs:
+        return inputs._replace(g=inputs.g.astype(jnp.float32))
+
+    def leave(self, inputs: Inputs, u: jax.Array, dither: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        assert inputs.p is not None
+        assert dither is not None
+        q = round_stochastically(inputs.p.astype(jnp.float32) + u.astype(jnp.float32), dither)
+        return q.astype(jnp.bfloat16) if self.parameters else landing(inputs.p, q)[0], None
+
+
+@dataclasses.dataclass(frozen=True)
+class StochasticRounding(Wrapper):
+    """See `stochastic_rounding`."""
+
+    tx: optax.GradientTransformation
+    seed: int
+
+    def init(self, params: PyTree) -> RoundingState:
+        tree = Params("stochastic_rounding", params)
+        return RoundingState(jnp.zeros((), jnp.int32), self.tx.init(tree.widened(tree.leaves)))
+
+    def update(
+        self, updates: PyTree, state: RoundingState, params: PyTree = None, **extra_args: PyTree
+    ) -> tuple[PyTree, RoundingState]:
+        check_state(state, RoundingState, "stochastic_rounding")
+        if isinstance(self.tx.update, Update):
+            return self._inside(updates, state, params, Rounded(), **extra_args)
+        tree = Params("stochastic_rounding", params)
+        wide, masters = (tree.widened(tree.match(updates, "gradient")), tree.widened(tree.leaves))
+        wide, inner = optax.with_extra_args_support(self.tx).update(wide, state.inner, masters, **extra_args)
+        return _rounded(self._time(state), wide, params), self._next(state, inner)
+
+    def write(self, grads: PyTree, state: RoundingState, params: PyTree) -> tuple[PyTree, RoundingState]:
+        if not isinstance(self.tx.update, Update):
+            return super().write(grads, state, params)
+        check_state(state, RoundingState, "stochastic_rounding")
+        return self._inside(grads, state, params, Rounded(parameters=True))
+
+    def _inside(
+        self,
+        grads: PyTree,
+        state: RoundingState,
+        params: PyTree,
+        write: Rounded,
+        *,
+        learning_rate: ArrayLike | None = None,
+        **extra_args: PyTree,
+    ) -> tuple[PyTree, RoundingState]:
+        """A step, each parameter rounded where it is stepped."""
+        del extra_args  # Meant for other links of a chain.
+        update = cast(Update, self.tx.update)
+        Params("stochastic_rounding", params).match(grads, "gradient")
+        new, _, inner = update.written(
+            grads, state.inner, params, write, time=self._time(state), learning_rate=learning_rate
+        )
+        return new, self._next(state, inner)
+
+    def _time(self, state: RoundingState) -> jax.Array:
+        return _time(state.count, np.uint32(self.seed))
+
+    def _next(self, state: RoundingState, inner: optax.OptState) -> RoundingState:
+        return RoundingState(jnp.asarray(optax.safe_increment(state.count)), inner)
+
+
+@jax.jit
+def _time(count: jax.Array, seed: jax.Array) -> jax.Array:
+    """That of a step: a sequence of its own for each seed."""
+    return noise.times(count, ["parameters"])["parameters"] ^ (seed * np.uint32(0x9E3779B9)).astype(jnp.int32)
+
+
+@jax.jit
+def _rounded(time: jax.Array, updates: PyTree, params: PyTree) -> PyTree:
+    tree = Params("stochastic_rounding", params)
+    new = tree.match(updates, "update")
+    for i, (short, u, p) in enumerate(zip(tree.short, new, tree.leaves, strict=True)):
+        if short and u is not None:
+            new[i], _ = Rounded().leave(Inputs(u, p), u, noise.dither(noise.lattice(p), time))
+    return tree.treedef.unflatten(new)
+
+
+def stochastic_rounding(tx: optax.GradientTransformation, seed: int = 0) -> optax.GradientTransformationExtraArgs:
+    """Rounds what is written to bfloat16 parameters so that small updates arrive on average, around any transformation.
+
+    ::
+
+        x = p + tx(g, p) in float32;   q = one of the two bfloat16 around x, such that the mean of q is x
+        u = q - p
+
+    ``tx = adam_fn.stochastic_rounding(adam_fn.adamw(1e-3))``. `tx` sees gradients and parameters in float32. The
+    updates u are float32, and `optax.apply_updates` lands on q exactly (`equinox.apply_updates` would leave float32
+    parameters, which nothing rounds from then on). Which of the two it is depends on the seed, the step and the
+    element's place in its leaf, never on the sharding, and is spread evenly over the steps (see `adam_fn.noise`).
+    Nothing but the step is stored. A member of a `vmap` or a shard of a `shard_map` is rounded as it would be alone, so
+    members are rounded alike; to give each its own dither, start them at distant steps:
+    ``state._replace(count=jnp.arange(members) << 20)``.
+
+    An update below 2⁻²⁵ of its parameter vanishes in x; so do subnormal numbers where XLA treats them as 0 (on CPUs).
+    Parameters in float16 and float8 are errors. Leaves of float32 and wider, integers and None go to `tx` as they are.
+
+    Args:
+      tx: any optax transformation.
+      seed: an integer in [0, 2³²). Transformations with equal seeds round alike.
+    """
+    if not callable(getattr(tx, "update", None)):
+        raise TypeError(f"stochastic_rounding takes a transformation, such as adam_fn.adamw(1e-3), got {tx!r}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be in [0, 2**32), got {seed}")
+    return StochasticRounding(tx, int(seed)).transformation()

@@ -1,0 +1,136 @@
+"""Steps on several devices: Llama-7B, divided as people divide it, and `zero1`."""
+
+import functools
+import itertools
+import math
+import typing
+import unittest.mock
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from compilers.hlo import Program
+from compilers.limits import LLAMA, ZERO1, Row
+from compilers.steps import STEPS, Shapes, Step, Tree, held, llama, placed, size, spent
+from compilers.targets import devices
+from jax.sharding import AxisType, Mesh
+
+import adam_fn
+
+STORED = ("float32", "24bit", "16bit", "masters, 16bit")
+#: As where there are several devices.
+several = functools.partial(unittest.mock.patch, "adam_fn.execute.cpu.alone", lambda: False)
+
+# --- Llama-7B ---
+
+#: Of the 32 layers, which are alike.
+LAYERS = 4
+#: Of a target: the topology, and how many devices divide each parameter and each layer.
+MESHES: dict[str, dict[str, tuple[str, tuple[int, int]]]] = {
+    "v5e": {"FSDP 16": ("4x4", (16, 1)), "FSDP 4 x TP 4": ("4x4", (4, 4)), "FSDP 256": ("16x16", (256, 1))},
+    "h200": {"FSDP 8": ("1x1x8", (8, 1))},
+}
+
+
+def division(name: str, shape: Sequence[int]) -> jax.P:
+    """How FSDP and tensor parallelism divide a leaf; what takes a layer's features has them in its rows."""
+    if len(shape) == 1:
+        return jax.P("fsdp")
+    return jax.P("tp", "fsdp") if name.endswith(("o", "down", "embedding")) else jax.P("fsdp", "tp")
+
+
+def sharded(step: Step, target: str, name: str, kind: AxisType) -> Row:
+    """A step of Llama-7B, the state where `jit(tx.init)` puts it; bytes per parameter of a device."""
+    topology, sizes = MESHES[target][name]
+    mesh = Mesh(np.array(devices(target, topology)).reshape(sizes), ("fsdp", "tp"), axis_types=(kind, kind))
+    tree = llama(LAYERS)
+    params, state, _ = step.arguments(tree)
+    params = placed(params, {name: jax.NamedSharding(mesh, division(name, shape)) for name, shape in tree.items()})
+    jax.clear_caches()
+    with several(), jax.set_mesh(mesh):
+        state = placed(state, jax.jit(step.tx.init).lower(params).compile().output_shardings)
+        began = spent()
+        compiled: typing.Any = adam_fn.make_step(step.tx).lower(params, state, params).compile()
+        seconds = spent() - began
+
+    def own(tree: Tree) -> int:
+        """The bytes that a device has of all arrays but those of a few numbers."""
+        large = (x for x in jax.tree.leaves(tree) if x.size > 16)
+        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in large)
+
+    def differ(x: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> bool:
+        return not place.is_equivalent_to(x.sharding, x.ndim)
+
+    count = own(params) / params["norm"].dtype.itemsize
+    return {
+        "collectives": len(Program(compiled.as_text() or "").exchanges()),
+        "temporaries": compiled.memory_analysis().temp_size_in_bytes / count,
+        "state": own(state) / count,
+        "moved": sum(jax.tree.leaves(jax.tree.map(differ, (params, state), compiled.output_shardings))),
+        "seconds": seconds,
+    }
+
+
+# --- ZeRO, stage 1 ---
+
+KINDS = ("reduce-scatter", "all-gather", "all-reduce")
+
+
+def net_of(target: str) -> Shapes:
+    """Two layers with their bias, and a leaf that four devices cannot divide.
+
+    What XLA makes of sums depends on their size: a v6e's all-reduces of 4 MB and less stay, and a v5e's reduce-scatters
+    of 16 MB become a pipeline with a tenth more bytes.
+    """
+    width = 1024 if target == "v6e" else 512
+    return {"in": (width, 4 * width), "bias": (4 * width,), "out": (4 * width, width), "odd": (3,)}
+
+
+def net(params: Mapping[str, jax.Array], batch: jax.Array) -> jax.Array:
+    """The loss of a `net_of`."""
+    hidden = jnp.tanh(batch @ params["in"] + params["bias"][None])
+    odd = jnp.sum(params["odd"].astype("float32") ** 2)
+    return jnp.mean((hidden @ params["out"]).astype("float32") ** 2) + odd * jnp.mean(batch.astype("float32"))
+
+
+def zero1(step: Step, way: str, target: str) -> Row:
+    """A step of training, of a batch that is divided over four devices, gradients and all; bytes per parameter."""
+    every, tree = devices(target), net_of(target)
+    mesh = Mesh(np.array(every), ("data",), axis_types=(AxisType.Auto,))
+    params = placed(step.params(tree), jax.NamedSharding(mesh, jax.P()))
+    tx = adam_fn.zero1(step.tx, params, mesh, "data")
+    state = placed(jax.eval_shape(tx.init, params), adam_fn.state_shardings(tx, params))
+    rows = jax.NamedSharding(mesh, jax.P("data"))
+    batch = jax.ShapeDtypeStruct((4096, tree["in"][0]), step.dtype, sharding=rows)
+    write = adam_fn.make_step(tx)
+
+    def run(params: Tree, state: Tree, batch: jax.Array) -> Tree:
+        return write(params, state, jax.grad(net)(params, batch))
+
+    def each(params: Tree, state: Tree, batch: jax.Array) -> Tree:
+        own = jax.tree.map(lambda p: jax.lax.pcast(p, "data", to="varying"), params)
+        return write(params, state, jax.grad(lambda p: net(p, batch) / len(every))(own))
+
+    if way == "shard_map":
+        specs = (jax.P(), jax.tree.map(lambda x: x.sharding.spec, state), jax.P("data"))
+        run = jax.shard_map(each, mesh=mesh, in_specs=specs, out_specs=specs[:2])
+    with several():
+        compiled: typing.Any = jax.jit(run, donate_argnums=(0, 1)).lower(params, state, batch).compile()
+    exchanges = Program(compiled.as_text() or "").exchanges()
+    share = compiled.memory_analysis().argument_size_in_bytes - held(params) - held(batch) // len(every)
+    return {
+        **{kind: sum(moved for other, moved in exchanges if other == kind) / size(tree) for kind in KINDS},
+        "others": sum(moved for kind, moved in exchanges if kind not in KINDS) / size(tree),
+        "share": share / held(state),
+    }
+
+
+def jobs(target: str) -> Iterator[tuple[Row, Callable[[], Row]]]:
+    """What can be compiled: what identifies it, and a function that does it."""
+    kinds = (AxisType.Auto, AxisType.Explicit)
+    for name, kind, step in itertools.product(MESHES.get(target, ()), kinds, STORED):
+        run = functools.partial(sharded, STEPS[step], target, name, kind)
+        yield {"part": LLAMA, "step": step, "way": f"{name}, {kind.name.lower()}"}, run
+    for step, way in itertools.product(STORED, ("jit", "shard_map")):
+        yield {"part": ZERO1, "step": step, "way": way}, functools.partial(zero1, STEPS[step], way, target)

@@ -1,0 +1,282 @@
+"""The codecs: what they store, that their rounding is right on average, and what a dither is."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import MEMBERS, Case, name
+from helpers.runs import full_jit
+from jax.typing import DTypeLike
+
+import adam_fn
+from adam_fn import Cast, MuLaw, Slot, Storage, Unit, Word, noise
+from adam_fn.codec import Codec, narrowed
+
+SLOTS = {"mu": Slot(bound=7.27, unit=Unit("nu")), "nu": Slot(signed=False)}
+CODECS: dict[str, Codec] = {
+    "mu-law": MuLaw().of("mu", SLOTS),
+    "word": Word().of("mu_nu", SLOTS),
+    "bfloat16": Cast("bfloat16").of("mu", SLOTS),
+    "float16": Cast("float16").of("mu", SLOTS),
+    "float8": Cast("float8_e5m2").of("mu", SLOTS),
+}
+#: Dithers that fill their interval evenly, ends included.
+DITHERS = jnp.asarray(np.linspace(-(2**31), 2**31 - 1, 4001).astype(np.int32))
+N = 512
+
+
+def numbers(codec: str, seed: int = 0) -> tuple[jax.Array, ...]:
+    """Numbers of all sizes that a codec may get: of the word moments, else one array."""
+    rng = np.random.default_rng(seed)
+    signs = rng.choice([-1.0, 1.0], N)
+    if codec == "word":
+        s, r = np.exp(rng.uniform(-30, 7, N)), signs * np.exp(rng.uniform(-6, 1.9, N))
+        return jnp.asarray(r * s, jnp.float32), jnp.asarray(s * s, jnp.float32)
+    low, high = {"mu-law": (-9, 1.9), "float16": (-16, 10), "float8": (-10, 10)}.get(codec, (-60, 60))
+    return (jnp.asarray(signs * np.exp(rng.uniform(low, high, N)), jnp.float32),)
+
+
+def spread(codec: Codec, x: tuple[jax.Array, ...]) -> tuple[np.ndarray, ...]:
+    """What is decoded of every number, with every dither: ``[dithers, numbers]`` of each slot."""
+
+    def one(dither: jax.Array) -> tuple[jax.Array, ...]:
+        u = jnp.full(x[0].shape, dither)
+        return codec.decode(codec.encode(x, (u,) * len(x)), jnp.float32)
+
+    return tuple(np.asarray(y, np.float64) for y in full_jit(lambda: jax.lax.map(one, DITHERS))())
+
+
+@pytest.mark.parametrize("kind", CODECS)
+def test_the_mean_over_all_dithers_is_the_number_and_there_are_two_neighbours(kind: str) -> None:
+    codec, x = CODECS[kind], numbers(kind)
+    found = spread(codec, x)
+    exact = [np.asarray(y, np.float64) for y in x]
+    if kind == "word":  # The root of v is what is dithered, and r = m/√v.
+        root = np.sqrt(found[1])
+        found, exact = (found[0] / root, root), [exact[0] / np.sqrt(exact[1]), np.sqrt(exact[1])]
+    for values, wanted in zip(found, exact, strict=True):
+        low, high = values.min(0), values.max(0)
+        step = high - low
+        assert (np.abs(values - low) * np.abs(values - high) <= 1e-5 * step**2 + 1e-60).all(), "more than two"
+        assert (low <= wanted * (1 + np.sign(wanted) * 1e-6) + 1e-45).all()
+        assert (high >= wanted * (1 - np.sign(wanted) * 1e-6) - 1e-45).all()
+        # 4,001 dithers place a threshold to 1/4,000 of a step; the bits of μ-laws are those of 1 + c|r|.
+        assert (np.abs(values.mean(0) - wanted) <= 1e-3 * step + 2e-6 * np.abs(wanted)).all()
+        if kind in ("mu-law", "word"):
+            assert (step <= np.abs(wanted) / 7.9 + 7.27 / 239 / 7.9).all()
+
+
+@pytest.mark.parametrize("kind", CODECS)
+def test_any_dither_leaves_what_a_code_stands_for(kind: str) -> None:
+    """``encode(decode(code)) = code`` for every code, nan among them; and code 0 stands for 0."""
+    codec = CODECS[kind]
+    bits = 8 if kind in ("mu-law", "float8") else 16
+    every = jnp.arange(2**bits, dtype=f"uint{bits}")
+    code = {"word": every}.get(kind, jax.lax.bitcast_convert_type(every, getattr(codec, "dtype", jnp.int8)))
+
+    def again(code: jax.Array, dither: jax.Array) -> jax.Array:
+        x = codec.decode(code, jnp.float32)
+        return codec.encode(x, (jnp.full(code.shape, dither),) * len(x))
+
+    values = [np.asarray(y, np.float32) for y in codec.decode(code, jnp.float32)]
+    assert all(y[0] == 0 for y in values)
+    # XLA takes subnormal numbers for 0, and of a word with s = 0 or s = nan r is not known.
+    normal = np.all([np.isnan(y) | (np.abs(y) >= 2.0**-126) for y in values], axis=0)
+    for dither in (-(2**31), 2**30, -(2**30)):  # u = 1/2, 1/4, 3/4
+        found = np.asarray(full_jit(again)(code, jnp.int32(dither)), np.float32)
+        same = (found == np.asarray(code, np.float32)) | np.isnan(found)
+        if kind == "word":  # Of a nan it keeps no r.
+            same |= np.isnan(values[1]) & (found % 512 == 511)
+        assert same[normal].all(), (np.asarray(code)[normal][~same[normal]], dither)
+    # At the ends of the interval a float32's rounding of y can show.
+    for dither in (0, -1):
+        again_ = codec.decode(full_jit(again)(code, jnp.int32(dither)), jnp.float32)
+        for x, y in zip(values, again_, strict=True):
+            with np.errstate(invalid="ignore"):
+                near = np.abs(np.asarray(y) - x) <= 0.14 * np.abs(x) + 0.01
+            assert (near | np.isnan(x) | (x == np.asarray(y)))[normal].all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_stays_so_in_its_element_alone(bad: float) -> None:
+    for kind, codec in CODECS.items():
+        for slot in range(len(codec.slots)):
+            x = [jnp.full(5, 0.5), jnp.full(5, 0.25)][: len(codec.slots)]
+            x[slot] = x[slot].at[2].set(bad)
+            for dither in (0, -1, 2**30):
+                found = codec.decode(codec.encode(tuple(x), (jnp.full(5, dither, jnp.int32),) * len(x)), jnp.float32)
+                finite = np.all([np.isfinite(y) for y in found], axis=0)
+                np.testing.assert_array_equal(
+                    finite, [True, True, False, True, True], err_msg=f"{kind} {slot} {dither}"
+                )
+    every_bit = jax.lax.bitcast_convert_type(jnp.int32(-1), jnp.float32)  # A nan that an addition would turn into 0.
+    assert jnp.isnan(narrowed(every_bit, np.dtype(jnp.bfloat16), jnp.int32(-1)))
+
+
+def test_what_is_too_large_or_too_small_saturates() -> None:
+    """Beyond the bound, of a running sum that rounded up; beyond the word's range; beyond float16's."""
+    u = (jnp.full(3, -1, jnp.int32),)
+    (r,) = CODECS["mu-law"].decode(CODECS["mu-law"].encode((jnp.asarray([9.0, -9.0, 1e30]),), u), jnp.float32)
+    np.testing.assert_allclose(r, [7.27, -7.27, 7.27], rtol=1e-6)
+    word = CODECS["word"]
+    v = jnp.asarray([1e-36, 1e12, 1e30])
+    m, stored = word.decode(word.encode((jnp.sqrt(v), v), u * 2), jnp.float32)
+    np.testing.assert_allclose(stored, [2.0**-104, (1.625 * 2**11) ** 2, (1.625 * 2**11) ** 2], rtol=1e-6)
+    np.testing.assert_allclose(m / jnp.sqrt(stored), 1, rtol=0.14)
+    half = narrowed(jnp.asarray([1e6, -1e6, 65519.0]), np.dtype(jnp.float16), u[0])
+    np.testing.assert_array_equal(half, np.asarray([65504, -65504, 65504], np.float16))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (4096,), (64, 96), (3, 1, 5, 7), (0, 4)], ids=str)
+def test_the_lattice_is_that_of_its_formula(shape: tuple[int, ...]) -> None:
+    """Computed anew with Python's integers, and even along every axis."""
+    found = np.asarray(noise.lattice(jnp.zeros(shape)))
+    assert found.shape == shape
+    factor, axes = 0x2FB276CF, [axis for axis, n in enumerate(shape) if n > 1]
+    for index in list(np.ndindex(shape))[:: max(1, found.size // 50)]:
+        own = [index[axis] for axis in axes]
+        value = sum(own)
+        for i in own[:-1]:
+            value = value * factor + i
+        assert int(found[index]) % 2**32 == value * factor % 2**32 * bool(axes)
+    for axis in axes:
+        if (n := shape[axis]) >= 64:
+            line = np.sort(np.moveaxis(found, axis, 0).reshape(n, -1)[:, 0].astype(np.int64) % 2**32)
+            assert np.diff(line).max() <= 2.1 * 2**32 / n
+
+
+def test_times_are_even_and_without_a_period() -> None:
+    """Of 2ⁿ steps each 1/2ⁿ of the interval has one; no frequency has much of their spectrum; each thing its own."""
+    names = ["mu", "nu", "parameters"]
+    steps = jnp.arange(4096) + 3 * 4096
+    found = jax.jit(jax.vmap(lambda t: noise.times(t, names)))(steps)
+    streams = np.stack([np.asarray(found[x]).astype(np.int64) % 2**32 / 2**32 for x in names])
+    for n in (4, 64, 1024):
+        parts = np.floor(streams.reshape(3, -1, n) * n).astype(int)
+        np.testing.assert_array_equal(np.sort(parts, axis=-1), np.broadcast_to(np.arange(n), parts.shape))
+    spectrum = np.abs(np.fft.rfft(np.cos(2 * np.pi * streams))) / np.sqrt(4096 / 2)
+    assert spectrum.max() < 4.5, "random numbers have about 3"
+    golden = np.abs(np.fft.rfft(np.cos(2 * np.pi * 0.6180339887 * np.arange(4096)))) / np.sqrt(4096 / 2)
+    assert golden.max() > 20, "what the bound is about"
+    assert np.abs(np.corrcoef(streams) - np.eye(3)).max() < 0.1
+
+
+@pytest.mark.parametrize("case", MEMBERS, ids=name)
+def test_bounds_hold_for_the_worst_gradients(case: Case) -> None:
+    """Those that grow as the bound's proof has it, spikes, random walks: slots come near their bounds, not beyond."""
+    rule, steps = case.member, 1500
+    bounded = {slot: x for slot, x in rule.slots.items() if x.bound is not None}
+    if not bounded:
+        pytest.skip("it has no bound, so it is stored in bfloat16")
+    rng = np.random.default_rng(0)
+    rates = np.concatenate([[0.0], np.linspace(-0.3, 0.3, 61), rng.uniform(-0.02, 0.02, 60)])
+    t = np.arange(steps)[:, None]
+    grown = np.exp(np.clip(rates * (t - steps), -30, 30))
+    spikes = np.where(t % np.asarray([[1, 7, 50, 400, 1499]]) == 0, 1.0, 0.0)
+    walks = rng.standard_normal((steps, 20)).cumsum(0)
+    g = jnp.asarray(np.concatenate([grown, spikes, walks], axis=1), jnp.float32)
+    tx = adam_fn.transform(rule)
+
+    def step(carry: Any, g: jax.Array) -> Any:
+        state, most = carry
+        _, state = tx.update(g, state)
+        slots: Any = state.slots
+        for slot, x in bounded.items():
+            unit = 1.0 if x.unit is None else jnp.sqrt(slots[x.unit.slot]) if x.unit.root else slots[x.unit.slot]
+            most = {**most, slot: jnp.maximum(most[slot], jnp.max(jnp.abs(slots[slot]) / (unit + 1e-30)))}
+        return (state, most), None
+
+    start = (tx.init(g[0]), dict.fromkeys(bounded, jnp.zeros(())))
+    (_, most), _ = jax.jit(lambda g: jax.lax.scan(step, start, g))(g)
+    for slot, x in bounded.items():
+        assert x.bound is not None
+        assert float(most[slot]) <= x.bound * 1.001, slot
+        if case.alias is not adam_fn.adopt:  # The bound of ADOPT is what its clipping allows after a million steps.
+            assert float(most[slot]) > 0.35 * x.bound, f"{slot}: {most[slot]} of {x.bound}"
+
+
+def test_the_bound_of_adam() -> None:
+    def bound(**betas: Any) -> float | None:
+        return adam_fn.Adam(**betas).slots["mu"].bound
+
+    assert bound() == pytest.approx(7.2703, rel=1e-4)
+    assert bound(b1=0.99) == pytest.approx(2.2991, rel=1e-4)
+    assert bound(b1=jnp.float32(0.5)) == bound(), "of betas that are no numbers, that of the defaults"
+    assert bound(b1=0.999, b2=0.9) is None
+    assert adam_fn.AdEMAMix().slots["slow"].bound is None
+    assert adam_fn.AdEMAMix(b3=0.99).slots["slow"].bound == pytest.approx(2.2991, rel=1e-4)
+
+
+BYTES = {"float32": 8, "bfloat16": 4, "24bit": 3, "16bit": 2}
+
+
+@pytest.mark.parametrize("storage", BYTES)
+def test_bytes_a_parameter(storage: Any) -> None:
+    params = {"w": jnp.ones((32, 96)), "b": jnp.ones(7)}
+    rest = 4 + 2 * 2 * 4  # The count and the bias weights.
+    for tx in (adam_fn.adam(1e-3, storage=storage), adam_fn.adamw(1e-3, storage=storage)):
+        assert adam_fn.state_bytes(tx, params) == BYTES[storage] * (32 * 96 + 7) + rest
+        for tree in tx.init(params).slots.values():
+            assert jax.tree.map(jnp.shape, tree) == jax.tree.map(jnp.shape, params)
+
+
+def test_bad_codecs() -> None:
+    for storage, message in {
+        "8bit": "storage must be one of",
+        "mu": "storage must be one of",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            adam_fn.adam(1e-3, storage=storage)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="MuLaw cannot store nu, which has no bound"):
+        adam_fn.adam(1e-3, storage=Storage(nu=MuLaw()))
+    with pytest.raises(ValueError, match="MuLaw cannot store mu, which has no bound"):
+        adam_fn.lion(1e-3, storage=MuLaw())
+    with pytest.raises(ValueError, match="Word cannot store mu, which has no bound"):
+        adam_fn.adabelief(1e-3, storage=Storage(mu_nu=Word()))
+    with pytest.raises(ValueError, match="its name in storage is 'mu_nu'"):
+        adam_fn.transform(adam_fn.Adam(), storage={"mu": Word()})
+    with pytest.raises(ValueError, match="says twice how nu is stored"):
+        adam_fn.transform(adam_fn.Adam(), storage={"mu_nu": Word(), "nu": Cast("bfloat16")})
+    with pytest.raises(ValueError, match="mu_dtype and storage both"):
+        adam_fn.adam(1e-3, mu_dtype="bfloat16", storage="16bit")
+    with pytest.raises(ValueError, match="storage_mask cannot leave out parameters of a 16-bit storage"):
+        adam_fn.adam(1e-3, storage="16bit", storage_mask=adam_fn.masks.rank(2))
+
+
+class Half(Codec):
+    """A codec of a user's own: half of the number."""
+
+    def encode(self, x: tuple[jax.Array, ...], dither: tuple[jax.Array, ...]) -> jax.Array:
+        return (x[0] / 2).astype(jnp.float32)
+
+    def decode(self, code: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, ...]:
+        return (2 * code.astype(dtype),)
+
+
+def test_a_codec_of_a_users_own() -> None:
+    g = jax.random.normal(jax.random.key(0), (5, 12))
+    found = []
+    for storage in (Half(), None):
+        tx = adam_fn.adam(1e-2, storage=storage)
+        state, u = tx.init(g), g
+        for _ in range(3):
+            u, state = tx.update(g, state)
+        found.append(u)
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-6)
+
+
+def test_derivatives_pass_through_narrow_moments() -> None:
+    """That of a float is the derivative of the number; a code's is 0, and the update has one all the same."""
+    g = jnp.asarray([0.3, -2.0, 0.01])
+
+    def second(storage: Any, g: jax.Array) -> jax.Array:
+        tx = adam_fn.adam(1.0, storage=storage)
+        _, state = tx.update(g, tx.init(g))
+        return jnp.sum(jnp.sin(jnp.asarray(tx.update(jnp.cos(g), state)[0])))
+
+    exact, short, coded = (jax.grad(functools.partial(second, x))(g) for x in (None, "bfloat16", "24bit"))
+    np.testing.assert_allclose(short, exact, rtol=2e-2, atol=2e-3)
+    assert jnp.isfinite(coded).all() and jnp.abs(coded).max() > 0

@@ -1,0 +1,123 @@
+"""What storing moments in fewer bits does to what they learn: every member of the family, on signals and on noise."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import MEMBERS, Case, name
+
+import adam_fn
+from adam_fn import Cast, Storage, diagnostics, noise
+
+STORAGES = ("bfloat16", "24bit", "16bit")
+SIZE, STEPS, LAST = 256, 1200, 200
+KINDS = ("random", "steady", "noisy", "quiet")
+#: Relative errors of the last updates on random gradients, and of the way made on steady ones. "lion" is a sign.
+ERROR = {"bfloat16": 0.016, "24bit": 0.08, "16bit": 0.21}
+STEP = {"bfloat16": 0.003, "24bit": 0.01, "16bit": 0.025}
+#: Members whose maximum of a dithered v, or whose sign, makes of storing more than that.
+LARGER = {("lion", "random"): 0.1, ("adamax", "16bit"): 0.09, ("amsgrad", "16bit"): 0.05}
+
+
+def gradients(t: jax.Array) -> jax.Array:
+    """``[kinds, elements]`` at a step, each element with a scale of lognormal(0.7)."""
+    scales = jnp.exp(0.7 * jax.random.normal(jax.random.key(3), (SIZE,)))
+    random = jax.random.normal(jax.random.fold_in(jax.random.key(7), t), (SIZE,))
+    quiet = jnp.where((jnp.arange(SIZE) % 4 == 0) & (t >= 10), 0.0, random)
+    return scales[None] * jnp.stack([random, jnp.ones(SIZE), 1 + random, quiet])
+
+
+def runs(case: Case) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """By storage, float32 among them: the way that the parameters went, and the last updates; in one program."""
+    txs = {x: case.make(1e-2, storage=x) for x in ("float32", *STORAGES)}
+
+    def step(carry: Any, t: jax.Array) -> Any:
+        g, new, updates = gradients(t), {}, {}
+        for kind, (p, state) in carry.items():
+            updates[kind], after = txs[kind].update(g, state, p)
+            new[kind] = p + updates[kind], after
+        return new, updates
+
+    def run() -> Any:
+        blank = jnp.zeros((len(KINDS), SIZE))
+        carry = {kind: (blank, tx.init(blank)) for kind, tx in txs.items()}
+        carry, _ = jax.lax.scan(lambda c, t: (step(c, t)[0], None), carry, jnp.arange(STEPS - LAST))
+        carry, last = jax.lax.scan(step, carry, jnp.arange(STEPS - LAST, STEPS))
+        return {kind: (carry[kind][0], last[kind]) for kind in txs}
+
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), jax.jit(run)())
+
+
+@pytest.mark.parametrize("case", MEMBERS, ids=name)
+def test_every_member_with_every_storage(case: Case) -> None:
+    """On random gradients the updates, on steady and noisy ones the way made, and what moves where gradients end."""
+    found = runs(case)
+    way, updates = found["float32"]
+    for storage in STORAGES:
+        p, u = found[storage]
+        bound = LARGER.get((case.name, "random"), ERROR[storage])
+        error = np.linalg.norm(u[:, 0] - updates[:, 0]) / np.linalg.norm(updates[:, 0])
+        assert error < bound, (storage, error)
+        bound = LARGER.get((case.name, storage), STEP[storage])
+        for kind in (1, 2):
+            step = p[kind].mean() / way[kind].mean()
+            assert abs(step - 1) < bound, (storage, KINDS[kind], step)
+        # Where gradients ended after ten steps nothing moves any more, and nothing has moved too far.
+        silent = np.s_[:, 3, ::4]
+        near = 0.03 + 0.2 * (storage == "16bit")
+        assert np.abs(p[3, ::4] - way[3, ::4]).max() < near * np.abs(way[3]).max(), storage
+        if case.name not in ("lion", "ademamix", "adabelief"):
+            assert np.abs(u[silent]).max() <= np.abs(updates[silent]).max() + 1e-12, storage
+        assert np.isfinite(u).all()
+
+
+def test_a_broken_dither_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded to the nearest, v stops where a step changes it by less than half a code: steps become too large."""
+    half = jnp.int32(-(2**31))
+    monkeypatch.setattr(noise, "dither", lambda lattice, time: jnp.full(lattice.shape, half))
+    jax.clear_caches()
+    g = jnp.linspace(0.5, 2.0, SIZE)
+    tx = adam_fn.adam(1.0, b1=0.95, storage="24bit")
+
+    def step(state: Any, _: None) -> Any:
+        return tx.update(g, state)[::-1]
+
+    _, us = jax.jit(lambda: jax.lax.scan(step, tx.init(g), length=300))()
+    assert np.abs(np.asarray(us)[-1]).mean() > 1.5
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3, 1.0, 10.0])
+def test_a_slow_average_is_right(spread: float) -> None:
+    """AdEMAMix's slow momentum, to which a gradient adds a ten-thousandth, in bfloat16, within 2%."""
+    g = 1 + spread * jax.random.normal(jax.random.key(0), (1500, 512))
+
+    def mean(storage: Any) -> jax.Array:
+        tx = adam_fn.ademamix(1e-3, storage=storage)
+        state, _ = jax.lax.scan(lambda s, g: (tx.update(g, s, g)[1], None), tx.init(g[0]), g)
+        return jnp.mean(diagnostics.moments(tx, state, g[0])["slow"])
+
+    exact, *found = jax.jit(lambda: [mean(x) for x in (None, "24bit", "16bit", Storage(slow=Cast("bfloat16")))])()
+    np.testing.assert_allclose(found, exact, rtol=0.02)
+    assert abs(float(exact) / (1 - 0.9999**1500) - 1) < 0.01 + 0.02 * spread
+
+
+def test_sharded_gradients_at_any_scale() -> None:
+    """Elements beside each other with gradients from 1e-15 to 1e3: each is stepped as it would be alone."""
+    scales = 10.0 ** jnp.linspace(-15, 3, 19)[:, None]
+    tx = {x: adam_fn.adam(1.0, eps=0.0, storage=x) for x in ("float32", "24bit", "16bit")}
+
+    def step(carry: Any, t: jax.Array) -> Any:
+        g = scales * jax.random.normal(jax.random.fold_in(jax.random.key(1), t), (1, 256))
+        new = {x: tx[x].update(g, state) for x, state in carry.items()}
+        return {x: state for x, (_, state) in new.items()}, {x: u for x, (u, _) in new.items()}
+
+    blank = jnp.zeros((19, 256))
+    start = {x: t.init(blank) for x, t in tx.items()}
+    _, us = jax.jit(lambda: jax.lax.scan(step, start, jnp.arange(800)))()
+    exact = np.asarray(us["float32"][-200:], np.float64)
+    for storage, bound in (("24bit", 0.05), ("16bit", 0.18)):
+        error = np.linalg.norm(us[storage][-200:] - exact, axis=(0, 2)) / np.linalg.norm(exact, axis=(0, 2))
+        assert (error < bound).all(), (storage, error)
