@@ -159,15 +159,27 @@ def narrowed(x: jax.Array, dtype: np.dtype, dither: jax.Array) -> jax.Array:
     drop = wide.nmant - narrow.nmant
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"int{wide.bits}"))
     low = noise.top(dither, min(drop, 31)).astype(bits.dtype) << max(drop - 31, 0)
-    # The last operation is a conversion from a float: for a TPU that is part of the pass that writes the parameters.
-    kept = (bits + low) & np.asarray(-(1 << drop), bits.dtype)
-    rounded = jax.lax.bitcast_convert_type(kept, x.dtype)
+    bits = bits + jnp.where(jnp.isfinite(x), low, 0)
+    if dtype == jnp.bfloat16 and wide.bits == 32:
+        return jax.lax.platform_dependent(bits, cpu=_upper_half, default=_converted)
+    rounded = jax.lax.bitcast_convert_type(bits & np.asarray(-(1 << drop), bits.dtype), x.dtype)
     if narrow.minexp > wide.minexp:  # There are numbers outside its range.
         least = float(narrow.smallest_subnormal)
         small = jnp.floor(x / least + noise.top(dither, 24).astype(x.dtype) * 2.0**-24) * least
-        rounded = jnp.where(jnp.abs(x) < float(narrow.smallest_normal), small, rounded)
-        rounded = jnp.clip(rounded, -float(narrow.max), float(narrow.max))
-    return jnp.where(jnp.isfinite(x), rounded, x).astype(dtype)
+        inside = jnp.clip(rounded, -float(narrow.max), float(narrow.max))
+        inside = jnp.where(jnp.abs(x) < float(narrow.smallest_normal), small, inside)
+        rounded = jnp.where(jnp.isfinite(x), inside, x)
+    return rounded.astype(dtype)
+
+
+def _converted(bits: jax.Array) -> jax.Array:
+    """The bfloat16 in the upper half of an int32; a TPU makes a conversion part of the pass over the parameters."""
+    return jax.lax.bitcast_convert_type(bits & np.int32(-(1 << 16)), jnp.float32).astype(jnp.bfloat16)
+
+
+def _upper_half(bits: jax.Array) -> jax.Array:
+    """The same: XLA for CPUs would round in a conversion, in as many operations as all else here takes."""
+    return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.int16), jnp.bfloat16)
 
 
 @narrowed.defjvp
