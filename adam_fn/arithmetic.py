@@ -15,7 +15,7 @@ Scalar: TypeAlias = float | jax.Array
 class Weight(NamedTuple):
     """A bias weight: the moving average of the constant 1, and the part of it that the last rounding dropped."""
 
-    value: jax.Array
+    main: jax.Array
     rest: jax.Array
 
 
@@ -53,7 +53,7 @@ def weigh(beta: Scalar | OneMinus, weight: Weight, target: jax.Array | float = 1
 
     Without the second word, 10,000 equal increments of ``1 - 0.999999`` would all round the same way.
     """
-    dtype = weight.value.dtype
+    dtype = weight.main.dtype
     beta = beta if isinstance(beta, (int, float)) else jax.tree.map(lambda x: x.astype(dtype), beta)
     old, rest = weight
     change = one_minus(beta) * (target - old) + plain(beta) * rest
@@ -113,8 +113,8 @@ def largest_ratio(b1: object, b2: object) -> float | None:
 def largest_ratios_of_adan(b1: float, b2: float, b3: float) -> tuple[float | None, float | None, float | None]:
     """The largest ``|m|/√n``, ``|δ|/√n`` and ``|g|/√n`` of Adan, whatever the gradients are; None if unbounded.
 
-    All three are filters of ``h = g + β₂(g - g₋)``, whose squares n averages, and ``|Σ cₖhₖ| ≤ √(n Σ cₖ²/wₖ)``, where
-    ``wₖ = (1-β₃)β₃ᵏ`` is what n weighs a gradient of k steps ago with (Cauchy and Schwarz). The first h is g itself.
+    All three are filters of ``h = g + β₂(g - g₋)``, whose squares n averages, and ``|Σ c h| ≤ √(n Σ c²/w)`` by Cauchy and
+    Schwarz, where ``w = (1-β₃)β₃ᵗ`` is what n weighs a gradient of t steps ago with. The first h is g itself.
     """
     pole = b2 / (1 + b2)
     if max(b1, b2, pole) ** 2 >= b3 or not b2:

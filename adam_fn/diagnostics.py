@@ -122,7 +122,7 @@ def _signal_to_noise(part: Part, params: PyTree) -> PyTree | None:
     kept = part.kept(params)
     leaves, rule = Leaves(kept), part.rule(0)
     slots = {name: leaves.match(slot, name, "the parameters") for name, slot in part.decoded(kept).items()}
-    weights = tuple(weight.value for weight in part.state.weights)
+    weights = tuple(weight.main for weight in part.state.weights)
     found: list[jax.Array | None] = []
     for i, p in enumerate(leaves.leaves):
         if p is None:

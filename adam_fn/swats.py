@@ -83,7 +83,7 @@ class Swats(Wrapper):
 
     def init(self, params: PyTree) -> SwatsState:
         adam = self.adam.init(params)
-        average, sgd_rate, adam_rate = (jnp.zeros((), adam.weights[0].value.dtype) for _ in range(3))
+        average, sgd_rate, adam_rate = (jnp.zeros((), adam.weights[0].main.dtype) for _ in range(3))
         return SwatsState(adam, average, jnp.zeros((), bool), sgd_rate, adam_rate)
 
     def update(
@@ -212,7 +212,7 @@ def _adam(
     defined = (along != 0) & jnp.isfinite(found)
     part = one_minus(rule.at(state.adam.count).b2)
     average = jnp.where(defined, state.average + part * (found - state.average), state.average)
-    mean = average / adam.weights[1].value
+    mean = average / adam.weights[1].main
     # At the first step the mean is the rate itself.
     now = defined & (state.adam.count > 0) & (jnp.abs(mean - found) < tolerance) & (mean > 0)
     sgd_rate = jnp.where(now, mean, state.sgd_rate)

@@ -163,7 +163,7 @@ def _update(
     if len(state.weights) != rule.weights:
         raise ValueError(f"the state has {len(state.weights)} bias weights, but {spec.rule} has {rule.weights}")
     weights = tuple(rule.weigh([Weight(*weight) for weight in state.weights], state.count))
-    clock = Clock(state.count, tuple(weight.value for weight in weights), learning_rate)
+    clock = Clock(state.count, tuple(weight.main for weight in weights), learning_rate)
     rules = rules_of(rule, clock, decays, None if spec.groups is None else spec.groups.of(reference))
     count = jnp.asarray(optax.safe_increment(state.count))
     times = Times(_times(spec, count), time)

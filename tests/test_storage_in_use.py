@@ -98,7 +98,7 @@ def test_every_array_of_every_state_has_its_parameters_shape(case: Case) -> None
 
 @pytest.mark.parametrize("storage", NAMES)
 def test_complex_and_wide_parameters(storage: Any) -> None:
-    """Complex ones are stored as two reals, float64 ones as narrow as others; both are stepped in their own precision."""
+    """Complex ones are stored as two reals, float64 ones as narrow as others; each is stepped in its own precision."""
     g = np.random.default_rng(0).standard_normal((2, 9))
     tx = adam_fn.adam(1e-3, storage=storage)
     with jax.enable_x64(True):

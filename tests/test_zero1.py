@@ -145,7 +145,7 @@ def test_gradients_are_reduced_once_and_parameters_gathered(name: str, kind: Axi
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_inside_shard_map(exact: bool) -> None:
-    """Local gradients are summed by a reduce-scatter, and all else is as outside, but that a shard is dithered alone."""
+    """Local gradients are summed by a reduce-scatter, and all else is as outside, but the dither, a shard's own."""
     mesh = _mesh()
     tx = adam_fn.adamw(1e-2, storage="float32" if exact else "16bit")
     params = _put(mesh, _values())

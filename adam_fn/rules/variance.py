@@ -39,7 +39,7 @@ class RAdam(Adam):
 
     def weigh(self, weights: Sequence[Weight], count: jax.Array) -> Sequence[Weight]:
         first, second = super().weigh(weights[:2], count)
-        return first, second, weigh(self.b2, weights[2], second.value)
+        return first, second, weigh(self.b2, weights[2], second.main)
 
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
         mu, stored = self.first_moment(slots, g)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import typing
 from collections.abc import Iterator
 
 # Neither run nor move anything: they name what is there, or are counted where what they call or start is.
@@ -54,6 +55,11 @@ class Instruction:
     def is_kernel(self) -> bool:
         return self.opcode not in FREE and not FREE_CALL.search(self.rest)
 
+    @property
+    def made(self) -> tuple[Array, ...]:
+        """What it writes; what starts a copy has the copy, what it copies and a number."""
+        return self.result[:1] if self.opcode == "copy-start" else self.result if self.is_kernel else ()
+
 
 def instruction(line: str) -> Instruction | None:
     """The instruction of a line, if it is one."""
@@ -69,11 +75,11 @@ def instruction(line: str) -> Instruction | None:
 
 
 class Program:
-    """The computations of a module by name, and which of them is the entry."""
+    """The computations of a module by name, which of them is the entry, and its results."""
 
     def __init__(self, text: str) -> None:
         self.computations: dict[str, dict[str, Instruction]] = {}
-        self.entry = ""
+        self.entry, self.results = "", tuple[Array, ...]()
         body: dict[str, Instruction] = {}
         for line in text.splitlines():
             if found := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
@@ -81,6 +87,8 @@ class Program:
                 self.entry = found.group(2) if found.group(1) else self.entry
             elif parsed := instruction(line):
                 body[parsed.name] = parsed
+                if "ROOT" in line and body is self.computations.get(self.entry):
+                    self.results = parsed.result
 
     def run(self, name: str = "") -> Iterator[tuple[Instruction, list[Array]]]:
         """Every instruction that runs, and what it is given; one in a loop once."""
@@ -98,6 +106,15 @@ class Program:
     def cycles(self) -> int:
         """The TPU compiler's estimates, added."""
         return sum(int(x) for each, _ in self.run() for x in re.findall(r'"estimated_cycles":"(\d+)"', each.rest))
+
+    def temporaries(self, memory: typing.Any) -> float:  # noqa: ANN401 (JAX has no public type for it)
+        """The bytes of arrays that are made and are no results.
+
+        XLA's own figure, or the sum of all arrays in the main memory, as if each had a place of its own: as soon as
+        there is any, if only of one number, XLA for TPUs counts another 16 kB for each fetch into fast memory.
+        """
+        made, results = (x.bytes for each, _ in self.run() for x in each.made if not x.space), self.results
+        return min(memory.temp_size_in_bytes, max(0, sum(made) - sum(x.bytes for x in results if not x.space)))
 
     def exchanges(self) -> list[tuple[str, float]]:
         """Each operation between devices, whether it runs or not: its kind, and the bytes of the whole that is summed
@@ -126,9 +143,6 @@ class Program:
         """Bytes read from the host's memory, by copies and by kernels that read it where it is, and stored there."""
         read = stored = 0.0
         for each, given in self.run():
-            if each.is_kernel or each.opcode == "copy-start":
-                # What starts a copy has the copy, what it copies and a number.
-                made = each.result[:1] if each.opcode == "copy-start" else each.result
-                read += sum(array.bytes for array in given if array.space == HOST)
-                stored += sum(array.bytes for array in made if array.space == HOST)
+            read += sum(array.bytes for array in given if array.space == HOST and each.made)
+            stored += sum(array.bytes for array in each.made if array.space == HOST)
         return read, stored

@@ -63,9 +63,10 @@ def sharded(step: Step, target: str, name: str, kind: AxisType) -> Row:
         return not place.is_equivalent_to(x.sharding, x.ndim)
 
     count = own(params) / params["norm"].dtype.itemsize
+    program = Program(compiled.as_text() or "")
     return {
-        "collectives": len(Program(compiled.as_text() or "").exchanges()),
-        "temporaries": compiled.memory_analysis().temp_size_in_bytes / count,
+        "collectives": len(program.exchanges()),
+        "temporaries": program.temporaries(compiled.memory_analysis()) / count,
         "state": own(state) / count,
         "moved": sum(jax.tree.leaves(jax.tree.map(differ, (params, state), compiled.output_shardings))),
         "seconds": seconds,

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from compilers import meshes, offloaded
 from compilers.hlo import Program
-from compilers.limits import BASE, FAMILY, LEAF, LIMITS, TREE, Row
+from compilers.limits import BASE, FAMILY, GPU, LEAF, LIMITS, TPU, TREE, Row, label
 from compilers.steps import (
     GPT2,
     MEMBERS,
@@ -56,10 +56,11 @@ def measured(step: Step, way: str, tree: Shapes, target: str) -> Row:
     compiled = WAYS[way](step.tx).lower(*arguments).compile()
     seconds = spent() - began
     memory, program = compiled.memory_analysis(), Program(compiled.as_text() or "")
+    temporaries = program.temporaries(memory)
     found: Row = {
         "passes": program.kernels(max(x.size for x in arguments[0].values())),
-        "temporaries": memory.temp_size_in_bytes / count,
-        "beside": (memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes) / count,
+        "temporaries": temporaries / count,
+        "beside": (memory.output_size_in_bytes - memory.alias_size_in_bytes + temporaries) / count,
         "seconds": seconds,
     }
     if not (cycles := program.cycles()):
@@ -105,7 +106,7 @@ def jobs(target: str) -> Iterator[Job]:
         yield {"part": part, "step": name, "way": way}, functools.partial(measured, STEPS[name], way, tree, target)
     yield from meshes.jobs(target)
     yield from offloaded.jobs(target)
-    for name in MEMBERS:
+    for name in MEMBERS if target in (TPU[0], GPU[0]) else ():  # One target of a compiler tells.
         yield {"part": FAMILY, "step": name, "way": "make_step"}, functools.partial(member, name, target)
 
 
@@ -114,7 +115,7 @@ def wanted(target: str, only: Sequence[str]) -> list[Job]:
     every = [({"target": target, **name}, run) for name, run in jobs(target)]
 
     def named(row: Row) -> bool:
-        return not only or any(text in f"{row['part']}: {row['step']}, {row['way']}" for text in only)
+        return not only or any(text in label(row) for text in only)
 
     chosen = [row for row, _ in every if named(row)]
     held = ((limit, row) for limit in LIMITS for row in chosen if limit.base and limit.holds_for(row))

@@ -116,9 +116,8 @@ class ConvNet(nnx.Module):
 def second_moments(params: Parameters, state: optax.OptState, data: Data) -> dict[str, jax.Array]:
     """Of Adam's √v̂: the median of each layer's kernel, and over all parameters the shares of √v̂ and of v̂ below ε."""
     assert isinstance(state, adam_fn.State)
-    assert isinstance(state.weights, jax.Array)
     moments = {name: layer["kernel"] for name, layer in state.slots["nu"].items()}
-    weight = state.weights[1][0]
+    weight = state.weights[1].main
     found = {f"median {name}": jnp.sqrt(jnp.median(v) / weight) for name, v in moments.items()}
     every = jnp.concatenate([v.ravel() for v in jax.tree.leaves(state.slots["nu"])]) / weight
     return {**found, "root below eps": (jnp.sqrt(every) < EPS).mean(), "below eps": (every < EPS).mean()}

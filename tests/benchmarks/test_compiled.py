@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import math
 import pathlib
+import types
 
 import compiled
 import jax
@@ -66,6 +67,9 @@ def test_what_a_program_runs() -> None:
     assert program.kernels() == 3
     assert program.cycles() == 10 + 5
     assert program.exchanges() == []
+    # What the loop makes and u32[64], or less if XLA says so.
+    sizes = [program.temporaries(types.SimpleNamespace(temp_size_in_bytes=size)) for size in (1 << 20, 1000)]
+    assert sizes == [4 * leaf + 4 * 64, 1000]
 
 
 # As XLA for TPUs writes exchanges: two reduce-scatters in a fusion, an asynchronous all-gather in two kernels, one

@@ -43,7 +43,7 @@ def stepped(tx: adam_fn.Transformation, shape: tuple[int, ...], write: Write, st
 
     def every(count: jax.Array, weights: Any, p: jax.Array, low: Any, stored: Any) -> Any:
         weights = rule.at(count).weigh(weights, count)
-        clock = Clock(count, tuple(w.value for w in weights))
+        clock = Clock(count, tuple(w.main for w in weights))
         g = jax.random.normal(jax.random.key(count), shape) * jnp.exp(jax.random.normal(jax.random.key(7), shape))
         inputs = Inputs(jax.lax.optimization_barrier(g.astype(p.dtype)), p, low)
         starts = times(count, [*rule.slots, "parameters"])
@@ -85,7 +85,8 @@ def test_which_way_each_device_goes(monkeypatch: pytest.MonkeyPatch) -> None:
         seen: set[str] = set()
 
         def record(*args: Any, **ways: Any) -> Any:
-            seen.update(ways)
+            if "cpu" in ways and isinstance(ways["cpu"], functools.partial) or "tpu" in ways:  # Not of a codec.
+                seen.update(ways)
             return ways["default"](*args)
 
         monkeypatch.setattr(run.jax.lax, "platform_dependent", record)

@@ -70,7 +70,7 @@ def test_bias_weight_of_a_changing_beta() -> None:
 
     def step(weight: Weight, beta: jax.Array) -> Any:
         weight = weigh(beta, weight)
-        return weight, weight.value
+        return weight, weight.main
 
     found = jax.lax.scan(step, Weight(jnp.zeros(()), jnp.zeros(())), jnp.asarray(betas))[1]
     np.testing.assert_allclose(found, 1 - np.cumprod(np.float64(betas)), rtol=2e-7)

@@ -15,7 +15,7 @@ from helpers.runs import full_jit, random_gradients, trajectories, trajectory
 import adam_fn
 from adam_fn.arithmetic import Weight
 from adam_fn.codes import codecs_of
-from adam_fn.execute.body import UPDATES, Inputs, body
+from adam_fn.execute.body import UPDATES, Inputs, Times, body
 from adam_fn.execute.run import run_leaf
 from adam_fn.rule import Clock
 
@@ -68,7 +68,7 @@ def test_composition_is_associative_and_keeps_slots_apart() -> None:
 
 
 def test_float32_storage_is_the_identity() -> None:
-    """4. The laws of narrow codecs are those of `test_codes.py`."""
+    """4. The laws of narrow codecs are those of `test_codecs.py`."""
     plain = trajectories([case.make() for case in MEMBERS], GRADS, PARAMS, jit=full_jit)
     stored = trajectories([case.make(storage="float32") for case in MEMBERS], GRADS, PARAMS, jit=full_jit)
     for i, case in enumerate(MEMBERS):
@@ -81,8 +81,8 @@ def test_executors_agree() -> None:
 
     def step(run: Any, case: Case, g: jax.Array, stored: Any, clock: Clock, *write: Any, **options: Any) -> Any:
         codecs, inputs = dict(codecs_of(None, case.rule.slots)), Inputs(g, jnp.asarray(PARAMS))
-        starts = dict.fromkeys(stored, jnp.zeros((), jnp.uint32))
-        return run(case.rule.at(clock.count), codecs, *write, inputs, stored, clock, starts, **options)
+        times = Times(dict.fromkeys(stored, jnp.zeros((), jnp.int32)))
+        return run(case.rule.at(clock.count), codecs, *write, inputs, stored, clock, times, **options)
 
     @full_jit
     def compiled(g: jax.Array, stored: list[Any], clocks: list[Clock]) -> list[Any]:
@@ -96,7 +96,7 @@ def test_executors_agree() -> None:
     for t, g in enumerate(GRADS[:3]):
         count = jnp.full((), t, jnp.int32)
         weights = [case.rule.at(count).weigh(w, count) for case, w in zip(CASES, weights, strict=True)]
-        clocks = [Clock(count, tuple(weight.value for weight in each)) for each in weights]
+        clocks = [Clock(count, tuple(weight.main for weight in each)) for each in weights]
         found = compiled(jnp.asarray(g), stored, clocks)
         for case, one, old, clock in zip(CASES, found, stored, clocks, strict=True):
             other = step(body, case, jnp.asarray(g), old, clock, UPDATES)
