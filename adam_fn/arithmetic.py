@@ -113,8 +113,8 @@ def largest_ratio(b1: object, b2: object) -> float | None:
 def largest_ratios_of_adan(b1: float, b2: float, b3: float) -> tuple[float | None, float | None, float | None]:
     """The largest ``|m|/√n``, ``|δ|/√n`` and ``|g|/√n`` of Adan, whatever the gradients are; None if unbounded.
 
-    All three are filters of ``h = g + β₂(g - g₋)``, whose squares n averages, and ``|Σ c h| ≤ √(n Σ c²/w)`` by Cauchy and
-    Schwarz, where ``w = (1-β₃)β₃ᵗ`` is what n weighs a gradient of t steps ago with. The first h is g itself.
+    All three are filters of ``h = g + β₂(g - g₋)``, whose squares n averages, and ``|Σ c h| ≤ √(n Σ c²/w)`` by Cauchy
+    and Schwarz, where ``w = (1-β₃)β₃ᵗ`` is what n weighs a gradient of t steps ago with. The first h is g itself.
     """
     pole = b2 / (1 + b2)
     if max(b1, b2, pole) ** 2 >= b3 or not b2:

@@ -5,8 +5,8 @@
 The compilers are wheels that compile ahead of time for devices which are not there. They are large and in conflict with
 each other, so each is installed, once, in an environment of its own. Compiled are steps of one leaf of 65,536 x 1,024,
 of GPT-2 small, of Llama-7B on meshes of up to 256 devices, with `zero1` and with `offload`, and every member of the
-family with every storage and write. --only selects programs whose name, such as `v5e, leaf: 24bit, make_step`, contains
-a text. With --check the exit status is 1 when a limit is exceeded, a program does not compile, or a compiler is missing.
+family with every storage and write. --only selects programs whose name contains a text, such as `v5e, leaf: 24bit`.
+With --check the exit status is 1 when a limit is exceeded, a program does not compile, or a compiler is missing.
 """
 
 import argparse

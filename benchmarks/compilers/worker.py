@@ -13,25 +13,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-from compilers import meshes, offloaded
+from compilers import meshes, offloaded, steps
 from compilers.hlo import Program
 from compilers.limits import BASE, FAMILY, GPU, LEAF, LIMITS, TPU, TREE, Row, label
-from compilers.steps import (
-    GPT2,
-    MEMBERS,
-    ONE,
-    SMALL,
-    STEPS,
-    WAYS,
-    WHOLE,
-    Shapes,
-    Step,
-    family,
-    held,
-    placed,
-    size,
-    spent,
-)
+from compilers.steps import STEPS, WAYS, Shapes, Step, held, placed, size, spent
 from compilers.targets import first
 
 import adam_fn
@@ -70,19 +55,19 @@ def measured(step: Step, way: str, tree: Shapes, target: str) -> Row:
     return found | {"cycles": cycles, "bytes": moved / count, "beyond": (moved - least) / count}
 
 
-def together(steps: Mapping[str, Step], target: str) -> list[str]:
+def together(every: Mapping[str, Step], target: str) -> list[str]:
     """Compiles the steps in one program, or one by one if that fails; which failed, and why."""
-    given = {name: placed(step.arguments(SMALL), first(target)) for name, step in steps.items()}
+    given = {name: placed(step.arguments(steps.SMALL), first(target)) for name, step in every.items()}
 
     def run(given: Mapping[str, tuple[typing.Any, ...]]) -> object:
-        return {name: adam_fn.make_step(steps[name].tx)(*arguments) for name, arguments in given.items()}
+        return {name: adam_fn.make_step(every[name].tx)(*arguments) for name, arguments in given.items()}
 
     try:
         jax.jit(run).lower(given).compile(HASTY)
     except Exception as error:
-        if len(steps) == 1:
-            return [f"{next(iter(steps))} does not compile: {first_line(error)}"]
-        return [line for name, step in steps.items() for line in together({name: step}, target)]
+        if len(every) == 1:
+            return [f"{next(iter(every))} does not compile: {first_line(error)}"]
+        return [line for name, step in every.items() for line in together({name: step}, target)]
     return []
 
 
@@ -93,20 +78,20 @@ def first_line(error: BaseException) -> str:
 
 def member(name: str, target: str) -> Row:
     """Whether the steps of a member of the family compile."""
-    began, steps = spent(), family(name)
-    failed = together(steps, target)
-    return {"programs": len(steps), "failed": failed, "seconds": spent() - began}
+    began, every = spent(), steps.family(name)
+    failed = together(every, target)
+    return {"programs": len(every), "failed": failed, "seconds": spent() - began}
 
 
 def jobs(target: str) -> Iterator[Job]:
     """What can be compiled for a target: what identifies it, and a function that does it."""
-    parts = ((LEAF, ONE, name, way) for name, step in STEPS.items() for way in step.ways)
-    trees = ((TREE, GPT2, name, STEPS[name].ways[0]) for name in WHOLE)
+    parts = ((LEAF, steps.ONE, name, way) for name, step in STEPS.items() for way in step.ways)
+    trees = ((TREE, steps.GPT2, name, STEPS[name].ways[0]) for name in steps.WHOLE)
     for part, tree, name, way in (*parts, *trees):
         yield {"part": part, "step": name, "way": way}, functools.partial(measured, STEPS[name], way, tree, target)
     yield from meshes.jobs(target)
     yield from offloaded.jobs(target)
-    for name in MEMBERS if target in (TPU[0], GPU[0]) else ():  # One target of a compiler tells.
+    for name in steps.MEMBERS if target in (TPU[0], GPU[0]) else ():  # One target of a compiler tells.
         yield {"part": FAMILY, "step": name, "way": "make_step"}, functools.partial(member, name, target)
 
 

@@ -85,7 +85,7 @@ def test_which_way_each_device_goes(monkeypatch: pytest.MonkeyPatch) -> None:
         seen: set[str] = set()
 
         def record(*args: Any, **ways: Any) -> Any:
-            if "cpu" in ways and isinstance(ways["cpu"], functools.partial) or "tpu" in ways:  # Not of a codec.
+            if ("cpu" in ways and isinstance(ways["cpu"], functools.partial)) or "tpu" in ways:  # Not of a codec.
                 seen.update(ways)
             return ways["default"](*args)
 
