@@ -125,8 +125,8 @@ def comparison() -> str:
     return (
         f"{table(['', '`optax.adam`', '`adam_fn.adam`'], rows)}\n\n"
         "Errors are relative L2 errors against float64 at step 1,000. The two times in each ratio come from the same "
-        "run. The losses in the last row are those of a character transformer, trained further at a low rate. Measured on "
-        f"{device.records[0]['device']} by `exactness.py`, `speed.py` and `precision.py` in `benchmarks`."
+        "run. The losses in the last row are those of a character transformer, trained further at a low rate. Measured "
+        f"on {device.records[0]['device']} by `exactness.py`, `speed.py` and `precision.py` in `benchmarks`."
     )
 
 
