@@ -58,8 +58,8 @@ def test_bias_weights(beta: float) -> None:
     found = run()
     t = np.arange(1, 100_001)
     expected = -np.expm1(t * np.log(beta)) if beta else np.ones(100_000)
-    np.testing.assert_allclose(found.value, expected, rtol=2e-7)
-    np.testing.assert_allclose(np.float64(found.value) + np.float64(found.rest), expected, rtol=1e-7)
+    np.testing.assert_allclose(found.main, expected, rtol=2e-7)
+    np.testing.assert_allclose(np.float64(found.main) + np.float64(found.rest), expected, rtol=1e-7)
 
 
 def test_bias_weight_of_a_changing_beta() -> None:
