@@ -6,9 +6,8 @@ from adam_fn import interop as interop
 from adam_fn import masks as masks
 from adam_fn import presets as presets
 from adam_fn import schedules as schedules
-from adam_fn.arithmetic import Weight as Weight
+from adam_fn import surgery as surgery
 from adam_fn.arithmetic import ema as ema
-from adam_fn.arithmetic import weigh as weigh
 from adam_fn.averaging import Average as Average
 from adam_fn.averaging import average_params as average_params
 from adam_fn.averaging import averaged_params as averaged_params
@@ -67,11 +66,20 @@ from adam_fn.rules.variance import Yogi as Yogi
 from adam_fn.rules.variance import adabelief as adabelief
 from adam_fn.rules.variance import radam as radam
 from adam_fn.rules.variance import yogi as yogi
+from adam_fn.scale_by import scale_by_adam as scale_by_adam
+from adam_fn.scale_by import scale_by_adamax as scale_by_adamax
+from adam_fn.scale_by import scale_by_adan as scale_by_adan
+from adam_fn.scale_by import scale_by_amsgrad as scale_by_amsgrad
+from adam_fn.scale_by import scale_by_belief as scale_by_belief
+from adam_fn.scale_by import scale_by_lion as scale_by_lion
+from adam_fn.scale_by import scale_by_radam as scale_by_radam
+from adam_fn.scale_by import scale_by_yogi as scale_by_yogi
 from adam_fn.sharding import state_shardings as state_shardings
 from adam_fn.step import make_step as make_step
+from adam_fn.stored import StoredState as StoredState
+from adam_fn.stored import stored as stored
 from adam_fn.swats import SwatsState as SwatsState
 from adam_fn.swats import swats as swats
-from adam_fn.transform import State as State
 from adam_fn.transform import Transformation as Transformation
 from adam_fn.transform import transform as transform
 from adam_fn.version import __version__ as __version__
@@ -110,12 +118,11 @@ __all__ = [
     "Rule",
     "Slot",
     "Slots",
-    "State",
     "Storage",
+    "StoredState",
     "SwatsState",
     "Transformation",
     "Unit",
-    "Weight",
     "WeightDecay",
     "Word",
     "Yogi",
@@ -148,15 +155,24 @@ __all__ = [
     "offload",
     "presets",
     "radam",
+    "scale_by_adam",
+    "scale_by_adamax",
+    "scale_by_adan",
+    "scale_by_amsgrad",
+    "scale_by_belief",
+    "scale_by_lion",
+    "scale_by_radam",
+    "scale_by_yogi",
     "schedules",
     "skip_nonfinite",
     "state_bytes",
     "state_shardings",
     "stochastic_rounding",
+    "stored",
+    "surgery",
     "swats",
     "transform",
     "undivided",
-    "weigh",
     "yogi",
     "zero1",
 ]

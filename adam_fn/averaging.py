@@ -2,17 +2,18 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from adam_fn.arithmetic import Weight, one_minus, weigh
+from adam_fn.arithmetic import one_minus
 from adam_fn.codec import Slot, Slots
 from adam_fn.execute.body import as_dtype
 from adam_fn.rule import Beta, Clock, Hyper, Rule
-from adam_fn.transform import State, Transformation, transform
+from adam_fn.states import state_type
+from adam_fn.transform import Transformation, transform
 
 Params = TypeVar("Params")
 
@@ -37,16 +38,13 @@ class Average(Rule):
         return {"average": Slot()}
 
     @property
-    def weights(self) -> int:
-        return 0 if self.decay is None else 1
-
-    def weigh(self, weights: Sequence[Weight], count: jax.Array) -> Sequence[Weight]:
-        return weights if self.decay is None else (weigh(self.decay, weights[0]),)
+    def betas(self) -> Sequence[Any]:
+        return () if self.decay is None else (self.decay,)
 
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
         if p is None:
             raise ValueError("average_params needs the parameters: call update(updates, state, params)")
-        part = 1 / (clock.count + 1).astype(p.dtype)
+        part = 1 / (clock.count.astype(p.dtype) + 1)
         if self.decay is not None:
             part = one_minus(self.decay) / clock.weights[0]
         average = slots["average"]
@@ -62,7 +60,7 @@ def average_params(decay: Hyper | None = 0.999) -> Transformation:
         ...
         evaluate(adam_fn.averaged_params(opt_state, params))
 
-    The average is ``state.slots["average"]``: it has the shapes of the parameters and is stored in float32 (float64 for
+    The average is ``state.average``: it has the shapes of the parameters and is stored in float32 (float64 for
     float64 parameters). The value averaged is p + u, before it is rounded to a lower precision.
 
     Args:
@@ -78,15 +76,12 @@ def averaged_params(state: optax.OptState, params: Params) -> Params:
     Leaves that are not averaged are taken from `params`; before the first step all are. `state` is the state of
     `average_params`, or of a chain or wrapper that contains it; anything else is an error.
     """
-    found = [
-        part
-        for part in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, State))
-        if isinstance(part, State) and "average" in part.slots
-    ]
+    kind = state_type(tuple(Average().slots))
+    found = [x for x in jax.tree.leaves(state, is_leaf=lambda x: type(x) is kind) if type(x) is kind]
     if len(found) != 1:
         raise ValueError(f"expected a state that contains exactly one average_params, found {len(found)}")
     leaves, treedef = jax.tree.flatten(params)
-    averages = treedef.flatten_up_to(found[0].slots["average"])
+    averages = treedef.flatten_up_to(found[0].average)
     started = found[0].count > 0
     return treedef.unflatten(
         p if isinstance(average, optax.MaskedNode) else jnp.where(started, as_dtype(average, jnp.result_type(p)), p)

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from adam_fn.execute.body import as_dtype, as_real, compute_dtype
 from adam_fn.leaves import PyTree
-from adam_fn.wrapper import Wrapper, map_trained
+from adam_fn.wrapper import Wrapper, check_transformation, map_trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +34,10 @@ def _masked(updates: PyTree, grads: PyTree, floor: ArrayLike) -> PyTree:
     def masked(u: jax.Array, g: jax.Array) -> jax.Array:
         if u.size == 0:
             return u
-        u_real, g_real = as_real(u), as_real(g)
+        u_real, g_real = (as_real(x).astype(compute_dtype(x.dtype)) for x in (u, g))
         # Signs, not products: those of two small float16 numbers are 0.
         agrees = (jnp.sign(u_real) == -jnp.sign(g_real)) & (g_real != 0)
-        scale = 1 / jnp.maximum(agrees.mean(dtype=compute_dtype(u.dtype)), floor)
+        scale = 1 / jnp.maximum(agrees.mean(dtype=u_real.dtype), floor)
         # A product and not a choice, so that a nan stays one.
         return as_dtype(u_real * jnp.where(agrees, scale, 0), u.dtype)
 
@@ -60,6 +60,7 @@ def cautious(tx: optax.GradientTransformation, floor: ArrayLike = 1e-3) -> optax
       tx: any transformation whose updates are added to the parameters (with the sign of descent).
       floor: the least value that the updates are divided by.
     """
+    check_transformation(tx, "cautious")
     if isinstance(floor, (int, float)) and not 0 < floor <= 1:
         raise ValueError(f"floor must be in (0, 1], got {floor}")
     return Cautious(tx, floor).transformation()

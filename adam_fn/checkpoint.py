@@ -15,9 +15,8 @@ import optax
 
 from adam_fn.codec import Cast
 from adam_fn.execute.body import compute_dtype
-from adam_fn.leaves import PyTree, joined, path_name
-from adam_fn.observe import observed
-from adam_fn.spec import Spec
+from adam_fn.leaves import PyTree, check_distinct, joined, named_leaves
+from adam_fn.observe import Marked, located
 
 _FORMAT = "adam_fn.checkpoint"
 
@@ -35,12 +34,13 @@ def _forms(name: str, tree: PyTree, like: PyTree = None) -> dict[str, str]:
 
     The ``value`` of a boxed parameter is not part of its path. A box that was restored is a dictionary: `like` tells.
     """
-    boxed = {joined(keys): path_name(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(like)[0]}
-    found = {}
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        path = boxed.get(joined(keys), path_name(keys))
-        found[f"{name}/{path}" if path else name] = _form(leaf)
-    return found
+    full = (joined(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(like)[0])
+    boxed = dict(zip(full, (path for path, _ in named_leaves(like)), strict=True))
+    full = (joined(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0])
+    paths = [boxed.get(key, path) for key, (path, _) in zip(full, named_leaves(tree), strict=True)]
+    check_distinct(paths)
+    leaves = zip(paths, jax.tree.leaves(tree), strict=True)
+    return {f"{name}/{path}" if path else name: _form(leaf) for path, leaf in leaves}
 
 
 def describe(tx: optax.GradientTransformation, params: PyTree) -> dict[str, Any]:
@@ -55,7 +55,8 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> dict[str, Any]
       tx: any optax transformation.
       params: arrays or `jax.ShapeDtypeStruct`; nothing is computed or allocated.
     """
-    state, specs = _made(tx, params)
+    specs, state = located(tx, params)
+    specs = [spec for spec in specs if spec.codecs]
     # `Cast()` stores in the dtype of the arithmetic: named, where there is one, so that it equals the cast to that.
     kinds = {
         compute_dtype(kind)
@@ -75,20 +76,15 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> dict[str, Any]
             for name, codec in spec.codecs
         },
         "params": _forms("params", params),
-        "state": _forms("state", state),
+        "state": _forms("state", _unmarked(state)),
     }
 
 
-def _made(tx: optax.GradientTransformation, params: PyTree) -> tuple[PyTree, list[Spec]]:
-    """The state of `tx` in shapes, and what defines the transformations of this package that have a memory."""
+def _unmarked(state: PyTree) -> PyTree:
+    def is_marked(x: object) -> bool:
+        return isinstance(x, Marked)
 
-    def init(params: PyTree) -> PyTree:
-        return tx.init(params)
-
-    # JAX has the shapes of a function that it knows, or of one inside `jit`, without a call: then nothing is noted.
-    with observed() as seen, jax.disable_jit():
-        state = jax.eval_shape(init, params)
-    return state, [spec for spec in seen if isinstance(spec, Spec) and spec.codecs]
+    return jax.tree.map(lambda x: x.state if is_marked(x) else x, state, is_leaf=is_marked)
 
 
 def check(saved: PyTree, tx: optax.GradientTransformation, params: PyTree) -> None:
@@ -114,7 +110,7 @@ def check(saved: PyTree, tx: optax.GradientTransformation, params: PyTree) -> No
     """
     expected = describe(tx, params)
     if not (isinstance(saved, Mapping) and saved.get("format") == _FORMAT):
-        saved = {**expected, "state": _forms("state", saved, like=_made(tx, params)[0])}
+        saved = {**expected, "state": _forms("state", saved, like=_unmarked(located(tx, params).state))}
     # Of slots that another rule does not have the leaves tell.
     same, names = saved["rules"] == expected["rules"], {**expected["storage"], **saved["storage"]}
     compared = [name for name in names if same or all(name in x["storage"] for x in (saved, expected))]
@@ -130,11 +126,11 @@ def check(saved: PyTree, tx: optax.GradientTransformation, params: PyTree) -> No
     differ = [path for path in {**wanted, **found} if found.get(path) != wanted.get(path)]
     # What differs in a slot that is stored otherwise is named by its storage; of several transformations each leaf is.
     changed = [path for path in differ if path in compared]
-    slots = [path.replace("storage", "/slots") + "/" for path in changed if path.count("/") == 1]
+    slots = [path.replace("storage", "") + "/" for path in changed if path.count("/") == 1]
     lines = [
         f"  {path}: {found.get(path, 'nothing')}, expected {wanted.get(path, 'nothing')}"
         for path in differ
-        if not any(slot in f"{path}/" for slot in slots)
+        if not (path.startswith("state/") and any(slot in f"{path}/" for slot in slots))
     ]
     if changed and same:
         lines.append("adam_fn.interop.change_storage converts a state to another storage")

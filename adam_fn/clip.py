@@ -34,7 +34,8 @@ def _clipped(updates: PyTree, max_norm: ArrayLike) -> PyTree:
     found = [as_real(u) for u in jax.tree.leaves(updates) if is_trained(u)]
     if not found:
         return updates
-    dtype = compute_dtype(jnp.result_type(*found))
+    wide = jnp.float64 in {compute_dtype(x.dtype) for x in found}
+    dtype = jnp.dtype(jnp.float64 if wide else jnp.float32)
     max_norm = jnp.asarray(max_norm, dtype)
 
     def total(function: object) -> jax.Array:
@@ -49,7 +50,7 @@ def _clipped(updates: PyTree, max_norm: ArrayLike) -> PyTree:
         total(lambda x, by=by: (x * by) ** 2)
         for by in jax.lax.optimization_barrier(jnp.asarray([1.0, down, up], dtype))
     )
-    infinities = total(jnp.isinf)
+    infinities = total(lambda x: jnp.isinf(x).astype(dtype))
 
     infinite = (infinities > 0) & ~jnp.isnan(plain)
     is_small, is_large = plain < 2.0 ** -(half - 4), plain == jnp.inf
@@ -61,7 +62,11 @@ def _clipped(updates: PyTree, max_norm: ArrayLike) -> PyTree:
     def clipped(u: jax.Array) -> jax.Array:
         x = as_real(u).astype(dtype)
         # In this order: the norm may be above the largest number, and max_norm divided by it below the least.
-        x = jnp.where(infinite, jnp.isinf(x) * jnp.sign(x), x * scale) / jnp.where(root == 0, 1, root) * max_norm
+        x = (
+            jnp.where(infinite, jnp.where(jnp.isinf(x), jnp.sign(x), 0), x * scale)
+            / jnp.where(root == 0, 1, root)
+            * max_norm
+        )
         return jnp.where(clips, as_dtype(x, u.dtype), u)
 
     return map_trained(clipped, updates)

@@ -65,6 +65,11 @@ class Codec(abc.ABC):
         jax.tree_util.register_static(cls)
 
     @property
+    def exact(self) -> bool:
+        """Whether nothing is ever rounded: then `encode` gets no dither."""
+        return False
+
+    @property
     def units(self) -> tuple[Unit | None, ...]:
         """The unit in which each of the slots is encoded; None for plain numbers."""
         return (None,) * len(self.slots)
@@ -76,7 +81,7 @@ class Codec(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, x: tuple[jax.Array, ...], dither: tuple[jax.Array, ...]) -> jax.Array:
-        """What is stored of each of the slots, float32 or float64 in its unit; `dither`: int32 numbers for each."""
+        """What is stored of the slots, each in its unit; `dither`: int32 numbers for each, none if `exact`."""
 
     @abc.abstractmethod
     def decode(self, code: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, ...]:
@@ -102,6 +107,10 @@ class Cast(Codec):
             if not jnp.issubdtype(dtype, jnp.floating):
                 raise ValueError(f"moments must be stored in a floating dtype, got {dtype}")
             object.__setattr__(self, "dtype", dtype)
+
+    @property
+    def exact(self) -> bool:
+        return self.dtype is None
 
     def __str__(self) -> str:
         return "Cast()" if self.dtype is None else f"Cast('{self.dtype}')"

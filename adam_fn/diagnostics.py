@@ -109,8 +109,8 @@ def moments(tx: optax.GradientTransformation, state: PyTree, params: PyTree) -> 
 
         diagnostics.moments(tx, state, params)["nu"]["layers"][0]["kernel"]
 
-    These are the arrays that the next step computes with: ``state.slots``, decoded if they are stored in codes or in
-    bfloat16. They are the raw averages, without bias correction. `params` are only used for structure, shapes and
+    These are the arrays that the next step computes with: those in ``state[0]``, decoded if they are stored in codes or
+    in bfloat16. They are the raw averages, without bias correction. `params` are only used for structure, shapes and
     dtypes. See the module for leaves that are not trained, for complex leaves and for errors.
     """
     part = optimizer_of(parts_of(tx, state, params))
@@ -122,18 +122,20 @@ def _signal_to_noise(part: Part, params: PyTree) -> PyTree | None:
     kept = part.kept(params)
     leaves, rule = Leaves(kept), part.rule(0)
     slots = {name: leaves.match(slot, name, "the parameters") for name, slot in part.decoded(kept).items()}
-    weights = tuple(weight.main for weight in part.state.weights)
+    memory = part.memory
+    counts = tuple(None if count is None else earlier(count, 0) for count in memory.counts)
+    clock = Clock(counts, part.spec.weights(memory, jnp.result_type(float)))
     found: list[jax.Array | None] = []
     for i, p in enumerate(leaves.leaves):
         if p is None:
             found.append(None)
             continue
         dtype = compute_dtype(jnp.result_type(p))
-        clock = Clock(earlier(part.state.count, 0), tuple(weight.astype(dtype) for weight in weights))
-        ratio = rule.cast(dtype).signal_to_noise({name: slot[i] for name, slot in slots.items()}, clock)
+        now = dataclasses.replace(clock, weights=[weight.astype(dtype) for weight in clock.weights])
+        ratio = rule.cast(dtype).signal_to_noise({name: slot[i] for name, slot in slots.items()}, now)
         if ratio is None:
             return None
-        found.append(jnp.where(part.state.count > 0, ratio, 0))  # All bias weights are 0 before the first step.
+        found.append(jnp.where(memory.steps > 0, ratio, 0))  # All bias weights are 0 before the first step.
     return leaves.treedef.unflatten(found)
 
 
@@ -141,7 +143,7 @@ def _required(tx_parts: Sequence[Part], params: PyTree) -> PyTree:
     part = optimizer_of(tx_parts)
     ratio = _signal_to_noise(part, params)
     if ratio is None:
-        raise ValueError(f"{part.spec.rule} has no m̂/√v̂: its slots are {sorted(part.state.slots)}")
+        raise ValueError(f"{part.spec.rule} has no m̂/√v̂: its slots are {sorted(part.memory.slots)}")
     return ratio
 
 
@@ -267,10 +269,12 @@ def _lost(
     reference = grads if params is None else params
     plain = dataclasses.replace(spec, codecs=exact_ones, storage_mask=None)
     slots = Part(spec, before).decoded(reference)
-    _, exact = Update(plain)(grads, before._replace(slots=slots), params)
+    memory = spec.form.read(before)
+    _, exact = Update(plain)(grads, plain.form.made(memory._replace(slots=slots)), params)
+    exact = plain.form.read(exact).slots
     _, after = Update(spec)(grads, before, params)
     stored = Update(spec).decoded(after, reference)
-    return {name: (exact.slots[name], jax.tree.map(jnp.subtract, stored[name], exact.slots[name])) for name in coded}
+    return {name: (exact[name], jax.tree.map(jnp.subtract, stored[name], exact[name])) for name in coded}
 
 
 @_compiled

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from adam_fn.leaves import PyTree
-from adam_fn.wrapper import Wrapper, check_state, is_trained, written
+from adam_fn.wrapper import Wrapper, check_state, check_transformation, is_trained, written
 
 
 class GuardState(NamedTuple):
@@ -96,6 +96,7 @@ def skip_nonfinite(
       tx: any optax transformation.
       max_consecutive: how many steps in a row are skipped at most; 0 skips none.
     """
+    check_transformation(tx, "skip_nonfinite")
     if isinstance(max_consecutive, bool) or not isinstance(max_consecutive, int) or max_consecutive < 0:
         raise ValueError(f"max_consecutive must be an integer of at least 0, got {max_consecutive!r}")
     return SkipNonfinite(tx, max_consecutive).transformation()

@@ -1,6 +1,7 @@
 """LAMB: Adam with the step of each leaf scaled to the norm of its parameter, times the rate."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Unpack
 
 import jax
@@ -8,39 +9,54 @@ import jax.numpy as jnp
 import optax
 
 from adam_fn.arithmetic import safe_sqrt
+from adam_fn.execute.body import compute_dtype
 from adam_fn.leaves import Mask, PyTree
-from adam_fn.options import MuOptions, alias, codecs, links
-from adam_fn.rule import Hyper
+from adam_fn.options import MuOptions, alias, check_decay, codecs, links
+from adam_fn.rule import Hyper, Rule, WeightDecay
 from adam_fn.rules.adam import Adam
-from adam_fn.transform import State, Transformation, transform
-from adam_fn.wrapper import Wrapper, check_state, inner, map_trained
+from adam_fn.transform import Transformation, transform
+from adam_fn.wrapper import Wrapper, inner, map_trained
 
 
 @dataclasses.dataclass(frozen=True)
 class Lamb(Wrapper):
-    """A direction, times the trust ratio of each leaf, then a step. The state is the pair of theirs."""
+    """Transformations before the trust ratio of each leaf and after it. The state is that of optax's chain."""
 
-    direction: Transformation
-    step: Transformation
+    direction: tuple[Transformation, ...]
+    step: tuple[Transformation, ...]
 
-    def init(self, params: PyTree) -> tuple[State, State]:
-        return self.direction.init(params), self.step.init(params)
+    def init(self, params: PyTree) -> tuple[PyTree, ...]:
+        before, after = (tuple(link.init(params) for link in links) for links in (self.direction, self.step))
+        return *before, optax.EmptyState(), *after
 
     def update(
-        self, updates: PyTree, state: tuple[State, State], params: PyTree = None, **extra_args: PyTree
-    ) -> tuple[PyTree, tuple[State, State]]:
-        check_state(state, tuple, "lamb")
+        self, updates: PyTree, state: tuple[PyTree, ...], params: PyTree = None, **extra_args: PyTree
+    ) -> tuple[PyTree, tuple[PyTree, ...]]:
+        first = len(self.direction)
+        if type(state) is not tuple or len(state) != first + 1 + len(self.step):
+            raise TypeError(f"lamb expected the state that tx.init(params) makes, got a {type(state).__name__}")
         if params is None:
             raise ValueError("lamb needs the parameters: call update(grads, state, params)")
         # Everything in float32 at least, and rounded to the gradients' dtype once.
-        wide, direction = self.direction.update(_widened(updates), state[0], params)
-        wide, step = self.step.update(_trusted(wide, params), state[1], params, **extra_args)
-        return _rounded(wide, updates), (direction, step)
+        wide, before = _applied(self.direction, _widened(updates), state[:first], params)
+        wide, after = _applied(self.step, _trusted(wide, params), state[first + 1 :], params, **extra_args)
+        return _rounded(wide, updates), (*before, state[first], *after)
+
+
+def _applied(
+    links: Sequence[Transformation], updates: PyTree, states: Sequence[PyTree], params: PyTree, **extra_args: PyTree
+) -> tuple[PyTree, list[PyTree]]:
+    """One transformation after the other."""
+    new: list[PyTree] = []
+    for link, state in zip(links, states, strict=True):
+        updates, after = link.update(updates, state, params, **extra_args)
+        new.append(after)
+    return updates, new
 
 
 @jax.jit
 def _widened(grads: PyTree) -> PyTree:
-    return map_trained(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads)
+    return map_trained(lambda g: g if jnp.iscomplexobj(g) else g.astype(compute_dtype(g.dtype)), grads)
 
 
 @jax.jit
@@ -77,12 +93,17 @@ def lamb(
     ratio, as in Keras. The norms are computed in float32 (float64 for float64), for a complex leaf from its two reals.
     They are norms of whole leaves, so use `lamb` outside `shard_map`.
 
-    The arguments are those of `adamw`; the state is a pair: the state of the direction and the state of the rate.
+    The arguments are those of `adamw`; the state is that of `optax.lamb`.
     """
-    frozen = options.get("frozen")
+    decay, groups, frozen = options.get("decay", "scaled"), options.get("groups"), options.get("frozen")
+    check_decay(weight_decay, mask, decay, groups)
     rule = Adam(b1, b2, eps, eps_root)
-    direction, step = links(rule, learning_rate, weight_decay, options.get("decay", "scaled"))
+    direction, step = links(rule, learning_rate, weight_decay, decay)
     stored = codecs(rule, options.get("mu_dtype"), options.get("nu_dtype"), options.get("storage"))
-    where, groups = options.get("storage_mask"), options.get("groups")
-    kept = transform(direction, storage=stored, mask=mask, frozen=frozen, storage_mask=where, groups=groups)
-    return Lamb(kept, transform(step, mask=mask, frozen=frozen, groups=groups)).transformation()
+
+    def link(part: Rule) -> Transformation:
+        own = {"storage": stored, "storage_mask": options.get("storage_mask")} if part.slots else {}
+        masked = mask if isinstance(part, WeightDecay) else None
+        return transform(part, mask=masked, frozen=frozen, groups=groups, **own)
+
+    return Lamb(tuple(map(link, direction.parts())), tuple(map(link, step.parts()))).transformation()

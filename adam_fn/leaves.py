@@ -2,7 +2,8 @@
 
 import contextlib
 import fnmatch
-from collections.abc import Callable, Hashable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -20,9 +21,42 @@ def joined(keys: jax.tree_util.KeyPath) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
-def path_name(keys: jax.tree_util.KeyPath) -> str:
-    """A leaf's path as patterns and users see it, everywhere: `joined`, without the ``.value`` of a boxed parameter."""
-    return joined(keys[:-1] if keys and keys[-1] == jax.tree_util.GetAttrKey("value") else keys)
+#: The classes with which frameworks box an array, and their packages: the ``value`` in a box has no name of its own.
+_BOXES = {("flax", "AxisMetadata"), ("flax", "Variable"), ("flax", "VariableState"), ("penzai", "ParameterValue")}
+
+
+@functools.cache
+def _is_box(kind: type) -> bool:
+    return any((base.__module__.partition(".")[0], base.__name__) in _BOXES for base in kind.__mro__)
+
+
+def named_leaves(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[str, Any]]:
+    """The leaves with their paths as patterns and users see them, everywhere: without the ``value`` of boxes."""
+
+    def stops(x: object) -> bool:
+        return _is_box(type(x)) or (is_leaf is not None and is_leaf(x))
+
+    found: list[tuple[str, Any]] = []
+    for keys, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=stops)[0]:
+        if not _is_box(type(node)):
+            found.append((joined(keys), node))
+            continue
+        for inner, leaf in jax.tree_util.tree_flatten_with_path(node, is_leaf=is_leaf)[0]:
+            own = inner[1:] if inner and inner[0] == jax.tree_util.GetAttrKey("value") else inner
+            found.append((joined((*keys, *own)), leaf))
+    return found
+
+
+def map_named(function: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
+    """`function` of the path and the value of each leaf."""
+    return jax.tree.structure(tree).unflatten(function(name, leaf) for name, leaf in named_leaves(tree))
+
+
+def check_distinct(names: Iterable[str | None]) -> None:
+    """Raises if two leaves have the same path, where leaves are told apart by it."""
+    known = [name for name in names if name is not None]
+    if twice := [name for name in dict.fromkeys(known) if known.count(name) > 1]:
+        raise ValueError(f"two leaves have the same path, {twice[0]}: rename a key that contains '/'")
 
 
 def shown(path: str) -> str:
@@ -32,7 +66,9 @@ def shown(path: str) -> str:
 
 def by_path(tree: PyTree) -> dict[str, Any]:
     """The leaves of a tree by path; nothing for None and `optax.MaskedNode`."""
-    return {path_name(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    found = named_leaves(tree)
+    check_distinct(name for name, _ in found)
+    return dict(found)
 
 
 class TreeMask(Hashable):
@@ -62,12 +98,22 @@ def fixed_mask(name: str, mask: Mask | None) -> Hashable:
     if mask is None or (callable(mask) and jax.tree_util.all_leaves([mask])):
         return mask
 
-    def as_bool(keys: jax.tree_util.KeyPath, value: object) -> bool | None:
-        if value is None or isinstance(value, (bool, np.bool_)):
-            return None if value is None else bool(value)
-        raise TypeError(f"{name} of {shown(path_name(keys))} must be a Python bool, got {value!r}")
+    leaves = Leaves(mask)
+    for path, value in zip(leaves.paths, leaves.leaves, strict=True):
+        if value is not None and not isinstance(value, (bool, np.bool_)):
+            raise TypeError(f"{name} of {path} must be a Python bool, got {value!r}")
+    return TreeMask(leaves.treedef.unflatten(None if value is None else bool(value) for value in leaves.leaves))
 
-    return TreeMask(jax.tree_util.tree_map_with_path(as_bool, mask, is_leaf=lambda x: x is None))
+
+def arrays_of(tree: PyTree) -> PyTree:
+    """The tree with None in the place of what is no array, such as the functions in an Equinox model."""
+
+    def is_array(x: object) -> bool:
+        return hasattr(x, "dtype") or isinstance(x, (bool, int, float, complex))
+
+    if all(map(is_array, jax.tree.leaves(tree))):
+        return tree
+    return jax.tree.map(lambda x: x if is_array(x) else None, tree)
 
 
 class Leaves:
@@ -79,8 +125,9 @@ class Leaves:
     """
 
     def __init__(self, tree: PyTree) -> None:
-        flat, self.treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
-        self.names = [path_name(keys) for keys, _ in flat]
+        flat = named_leaves(tree, is_leaf=lambda x: x is None)
+        self.treedef = jax.tree.structure(tree, is_leaf=lambda x: x is None)
+        self.names = [name for name, _ in flat]
         self.paths = [shown(name) for name in self.names]
         self.leaves = [leaf for _, leaf in flat]
 
@@ -119,7 +166,12 @@ class Leaves:
         except (ValueError, TypeError) as error:
             below = [f"/{name}/" for name in self.names]
             extra = [x for x in Leaves(mask.tree).names if x and not any(y.startswith(f"/{x}/") for y in below)]
-            where = f"{extra[0]} is not a parameter" if extra else _other_container(tree, mask.tree) or str(error)
+            other = _other_container(tree, mask.tree) or (
+                f"the static data of their containers differ ({jax.tree.structure(mask.tree)})"
+                if isinstance(error, ValueError) and Leaves(mask.tree).names == self.names
+                else str(error)
+            )
+            where = f"{extra[0]} is not a parameter" if extra else other
             raise ValueError(f"{name} must have the structure of the parameters or a prefix of it: {where}") from error
         return found
 
@@ -128,7 +180,7 @@ def _containers(tree: PyTree, keys: jax.tree_util.KeyPath = ()) -> Iterator[tupl
     """The type of every node of a tree that is no leaf, by path, from the outside in."""
     children, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree or x is None)
     if not jax.tree_util.treedef_is_leaf(treedef):
-        yield shown(path_name(keys)), type(tree)
+        yield joined(keys) or "the tree", type(tree)
         for key, child in children:
             yield from _containers(child, (*keys, *key))
 
@@ -161,15 +213,15 @@ def matches(patterns: Sequence[str], tree: PyTree) -> list[tuple[str, list[bool]
     def is_leaf(x: object) -> bool:
         return x is None or isinstance(x, optax.MaskedNode)
 
-    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
-    names = [path_name(keys) for keys, _ in flat]
+    flat = named_leaves(tree, is_leaf)
+    names = [name for name, _ in flat]
     for pattern in patterns if flat else ():  # Without leaves it is a placeholder, as of `optax.tree_map_params`.
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             listed = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
             raise ValueError(f"the pattern {pattern!r} matches no parameter; their paths are {listed}")
     return [
         (name, [fnmatch.fnmatchcase(name, pattern) for pattern in patterns])
-        for name, (_, leaf) in zip(names, flat, strict=True)
+        for name, leaf in flat
         if not isinstance(leaf, optax.MaskedNode)
     ]
 

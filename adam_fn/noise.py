@@ -34,6 +34,8 @@ def times(count: jax.Array, names: Sequence[str]) -> dict[str, jax.Array]:
 
     Each is a scrambling of the one before, so that XLA for GPUs makes one kernel of them and of the count.
     """
+    if not names:
+        return {}
     s = jnp.asarray(count).astype(jnp.uint32)
     for shift, mask in ((1, 0x55555555), (2, 0x33333333), (4, 0x0F0F0F0F), (8, 0x00FF00FF), (16, 0x0000FFFF)):
         s = ((s >> shift) & np.uint32(mask)) | ((s & np.uint32(mask)) << shift)

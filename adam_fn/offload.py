@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import optax
 
+from adam_fn.functions import method_of
 from adam_fn.leaves import PyTree
 from adam_fn.sharding import searching, state_shardings
-from adam_fn.wrapper import Wrapper
+from adam_fn.wrapper import Wrapper, check_transformation
 
 #: Arrays of fewer elements stay where they are: moving them costs more than they hold.
 SMALL = 4096
@@ -44,7 +45,7 @@ class Offload(Wrapper):
         return self._step(update, updates, state, params, **extra_args)
 
     def write(self, grads: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
-        own = getattr(self.tx.update, "write", None)
+        own = getattr(method_of(self.tx.update), "write", None)
         return super().write(grads, state, params) if own is None else self._step(own, grads, state, params)
 
     def state_shardings(self, params: PyTree) -> PyTree:
@@ -79,4 +80,5 @@ def offload(tx: optax.GradientTransformation) -> optax.GradientTransformationExt
     Args:
       tx: any optax transformation.
     """
+    check_transformation(tx, "offload")
     return Offload(tx).transformation()

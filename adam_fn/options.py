@@ -21,13 +21,18 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class StateOptions(TypedDict, total=False):
+class DirectionOptions(TypedDict, total=False):
     """What is kept between steps, and for which leaves; see `Options`."""
 
     frozen: Mask | None
     nu_dtype: DTypeLike | None
     storage: StorageLike | None
     storage_mask: Mask | None
+
+
+class StateOptions(DirectionOptions, total=False):
+    """`DirectionOptions` and `groups`; see `Options`."""
+
     groups: Groups | Mapping[str, Group] | None
 
 
@@ -104,14 +109,23 @@ def optimizer(
     groups: Groups | Mapping[str, Group] | None = None,
 ) -> Transformation:
     """The transformation of `rule` with a learning rate and the options that all optimizers share (see `Options`)."""
-    if weight_decay is None and (mask is not None or decay != "scaled"):
-        raise ValueError("mask and decay have no effect without weight_decay: pass weight_decay as well")
-    if weight_decay is None and groups is not None:
-        Groups.made_of(groups).check_no_decay()
+    check_decay(weight_decay, mask, decay, groups)
     direction, step = links(rule, learning_rate, weight_decay, decay)
     stored = codecs(rule, mu_dtype, nu_dtype, storage)
     kept = {"mask": mask, "frozen": frozen, "storage_mask": storage_mask}
     return transform(direction >> step, storage=stored, **kept, groups=groups)
+
+
+def check_decay(
+    weight_decay: Hyper | None, mask: Mask | None, decay: Meaning, groups: Groups | Mapping[str, Group] | None
+) -> None:
+    """Raises if an option changes a weight decay that there is not."""
+    if weight_decay is not None:
+        return
+    if mask is not None or decay != "scaled":
+        raise ValueError("mask and decay have no effect without weight_decay: pass weight_decay as well")
+    if groups is not None:
+        Groups.made_of(groups).check_no_decay()
 
 
 def links(

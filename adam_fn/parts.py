@@ -9,16 +9,21 @@ import optax
 
 from adam_fn.averaging import Average
 from adam_fn.leaves import Leaves, PyTree
-from adam_fn.observe import Call, observed
-from adam_fn.rule import Rule
-from adam_fn.transform import State, Update
+from adam_fn.observe import Call, located, observed
+from adam_fn.rule import Chain, Rule
+from adam_fn.states import Memory
+from adam_fn.transform import Update
 
 
 class Part(NamedTuple):
     """A transformation of this package that another one contains, with its state after a step."""
 
     spec: Any
-    state: State
+    state: Any
+
+    @property
+    def memory(self) -> Memory:
+        return self.spec.form.read(self.state)
 
     @property
     def has_moments(self) -> bool:
@@ -26,13 +31,15 @@ class Part(NamedTuple):
 
     def rule(self, ahead: int) -> Rule:
         """With the values of the schedules; `ahead`: 0 at the last step, 1 at the next."""
-        return self.spec.rule.at(earlier(self.state.count, ahead))
+        counts = self.memory.counts
+        then = (jnp.zeros((), jnp.int32) if count is None else earlier(count, ahead) for count in counts)
+        return Chain(self.spec.rule.parts()).at(tuple(then))
 
     def kept(self, params: PyTree) -> PyTree:
         """The parameters that have slots, and `optax.MaskedNode` in the place of the others."""
         name, _ = self.spec.codecs[0]
         leaves = Leaves(params)
-        slots = leaves.match(self.state.slots[name], f"the state's {name}", "the parameters")
+        slots = leaves.match(self.memory.slots[name], f"the state's {name}", "the parameters")
         blank = [isinstance(x, optax.MaskedNode) for x in slots]
         return leaves.treedef.unflatten(
             optax.MaskedNode() if no else p for no, p in zip(blank, leaves.leaves, strict=True)
@@ -51,10 +58,18 @@ def earlier(count: jax.Array, ahead: int) -> jax.Array:
 def calls_of(tx: optax.GradientTransformation, grads: PyTree, state: PyTree, params: PyTree) -> list[Call]:
     """The updates that `tx` calls. What they compute is not used, so no compiled program contains it."""
     with observed() as seen:
-        tx.update(grads, state, params)
+        try:
+            tx.update(grads, state, params)
+        except TypeError:  # Inside of `lax.cond` updates must have the gradients' dtype, which may be a wider one.
+            seen.clear()
+            tx.update(jax.tree.map(_widened, grads), state, params)
     calls = [call for call in seen if isinstance(call, Call)]
     # The last of equal ones: `MultiSteps` traces two branches. Hyperparameters that are arrays do not count.
     return list({jax.tree.structure(call.spec): call for call in calls}.values())
+
+
+def _widened(g: jax.Array) -> jax.Array:
+    return g.astype(jnp.float32) if g.dtype in (jnp.bfloat16, jnp.float16) else g
 
 
 def parts_of(tx: optax.GradientTransformation, state: PyTree, params: PyTree, ahead: int = 0) -> list[Part]:
@@ -65,13 +80,13 @@ def parts_of(tx: optax.GradientTransformation, state: PyTree, params: PyTree, ah
         return earlier(x, ahead) if is_count else x
 
     then = jax.tree_util.tree_map_with_path(moved, state)
-    states = [x for x in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, State)) if isinstance(x, State)]
-    # By their slots and not by what was called: inside of `lax.cond` (`MultiSteps`) that is not of this program.
+    # Where `init` puts it and not what was called with: inside of `lax.cond` (`MultiSteps`) that is of another program.
+    states = located(tx, params).states(state)
     return [
         Part(call.spec, found)
         for call in calls_of(tx, jax.tree.map(jnp.zeros_like, params), then, params)
-        for found in states
-        if set(found.slots) == set(dict(call.spec.codecs))
+        for spec, found in states
+        if jax.tree.structure(spec) == jax.tree.structure(call.spec)
     ]
 
 

@@ -11,9 +11,10 @@ from jax.typing import ArrayLike
 
 from adam_fn import noise
 from adam_fn.execute.body import PARAMETERS, UPDATES, Inputs, Write
+from adam_fn.functions import method_of
 from adam_fn.leaves import PyTree
 from adam_fn.transform import Update
-from adam_fn.wrapper import Wrapper, check_state
+from adam_fn.wrapper import Wrapper, check_state, check_transformation
 from adam_fn.write import LARGEST, Params, as_float, bits_of, landing
 
 
@@ -72,7 +73,7 @@ class StochasticRounding(Wrapper):
         self, updates: PyTree, state: RoundingState, params: PyTree = None, **extra_args: PyTree
     ) -> tuple[PyTree, RoundingState]:
         check_state(state, RoundingState, "stochastic_rounding")
-        if isinstance(self.tx.update, Update):
+        if isinstance(method_of(self.tx.update), Update):
             return self._inside(updates, state, params, Rounded(), **extra_args)
         tree = Params("stochastic_rounding", params)
         wide, masters = (tree.widened(tree.match(updates, "gradient")), tree.widened(tree.leaves))
@@ -80,7 +81,7 @@ class StochasticRounding(Wrapper):
         return _rounded(self._time(state), wide, params), self._next(state, inner)
 
     def write(self, grads: PyTree, state: RoundingState, params: PyTree) -> tuple[PyTree, RoundingState]:
-        if not isinstance(self.tx.update, Update):
+        if not isinstance(method_of(self.tx.update), Update):
             return super().write(grads, state, params)
         check_state(state, RoundingState, "stochastic_rounding")
         return self._inside(grads, state, params, Rounded(parameters=True))
@@ -97,7 +98,7 @@ class StochasticRounding(Wrapper):
     ) -> tuple[PyTree, RoundingState]:
         """A step, each parameter rounded where it is stepped."""
         del extra_args  # Meant for other links of a chain.
-        update = cast(Update, self.tx.update)
+        update = cast(Update, method_of(self.tx.update))
         Params("stochastic_rounding", params).match(grads, "gradient")
         new, _, inner = update.written(
             grads, state.inner, params, write, time=self._time(state), learning_rate=learning_rate
@@ -150,8 +151,7 @@ def stochastic_rounding(tx: optax.GradientTransformation, seed: int = 0) -> opta
       tx: any optax transformation.
       seed: an integer in [0, 2³²). Transformations with equal seeds round alike.
     """
-    if not callable(getattr(tx, "update", None)):
-        raise TypeError(f"stochastic_rounding takes a transformation, such as adam_fn.adamw(1e-3), got {tx!r}")
+    check_transformation(tx, "stochastic_rounding")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be in [0, 2**32), got {seed}")
     return StochasticRounding(tx, int(seed)).transformation()

@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, NamedTuple, Self, TypeAlias, TypeVar
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from adam_fn.arithmetic import OneMinus, Scalar, Weight, bounded
+from adam_fn import fields
+from adam_fn.arithmetic import OneMinus, Scalar, bounded
 from adam_fn.codec import Slot, Slots
 
 #: A function of the zero-based step, an int32 scalar, that returns a number or a 0-d array.
@@ -49,12 +51,12 @@ class Clock:
     """What a rule knows about the current step.
 
     Attributes:
-      count: the zero-based step, an int32 scalar; the first update sees 0.
-      weights: the rule's bias weights, this step included.
+      count: the zero-based step, an int32 scalar; the first update sees 0. (In a `Chain` it may be one for each part.)
+      weights: the bias weights of the rule's `betas`, this step included.
       learning_rate: the rate that `update(..., learning_rate=x)` sets for this step, or None.
     """
 
-    count: jax.Array
+    count: Any
     weights: Sequence[jax.Array]
     learning_rate: jax.Array | None = None
 
@@ -74,6 +76,8 @@ def checked(name: str, value: object, bounds: Range) -> Hyper:
     if isinstance(value, (jax.Array, np.ndarray)):
         if value.shape != ():
             raise ValueError(f"{name} must be a scalar, got an array of shape {value.shape}")
+        if not jnp.issubdtype(value.dtype, np.number) or jnp.issubdtype(value.dtype, jnp.complexfloating):
+            raise TypeError(f"{name} must be a real number, got an array of {value.dtype}")
         if bounds is UNIT and jnp.issubdtype(value.dtype, jnp.floating) and jnp.finfo(value.dtype).bits < 32:
             raise ValueError(
                 f"{name} is a {value.dtype} array, which has too few digits for a decay rate near 1 (in bfloat16, "
@@ -106,18 +110,24 @@ class Rule(abc.ABC):
     """One optimizer's arithmetic on one array.
 
     A subclass is a frozen dataclass of its hyperparameters (annotated `Beta` or `NonNegative`, which checks their
-    range) that defines `leaf` and, if it keeps state, `slots` and `weigh`. Rules are pytrees whose leaves are the
+    range) that defines `leaf` and, if it keeps state, `slots` and `betas`. Rules are pytrees whose leaves are the
     hyperparameters given as arrays.
 
     Attributes:
+      state_type: the named tuple in which optax keeps the state of the same optimizer, if there is one.
+      state_fields: its fields by the names of the slots, where they differ.
+      counts: whether `leaf` of a rule without slots reads the count; one with slots always can.
       squares: the largest number that `leaf` squares, in units of the largest gradient: 1 for the gradient itself, 2
         for the difference of two gradients, 0 if nothing is squared.
     """
 
     squares: ClassVar[float] = 0.0
+    state_type: ClassVar[Any] = None
+    state_fields: ClassVar[Mapping[str, str]] = {}
+    counts: ClassVar[bool] = True
 
     def __init_subclass__(cls) -> None:
-        jax.tree_util.register_pytree_node(cls, _flatten, functools.partial(_unflatten, cls))
+        fields.register(cls)
 
     def __post_init__(self) -> None:
         for name, bounds in _ranges(type(self)).items():
@@ -131,13 +141,14 @@ class Rule(abc.ABC):
         return {}
 
     @property
-    def weights(self) -> int:
-        """How many bias weights the rule keeps."""
-        return 0
+    def betas(self) -> Sequence[Any]:
+        """The decay rates, each a `Beta`, of the averages whose bias weights the rule needs."""
+        return ()
 
-    def weigh(self, weights: Sequence[Weight], count: jax.Array) -> Sequence[Weight]:
-        """The bias weights after step `count`; called once a step, on scalars, after `at`."""
-        return weights
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether a hyperparameter is a schedule."""
+        return any(callable(getattr(self, name)) for name in _ranges(type(self)))
 
     def bounded(self, g: jax.Array) -> jax.Array:
         """The gradient as `leaf` gets it: the largest finite ones clipped, so that what is remembered stays finite.
@@ -172,13 +183,21 @@ class Rule(abc.ABC):
                 now[name] = jnp.zeros(()) if isinstance(value, float) and value == 0 else value
         return _with(self, now)
 
+    def check_arrays(self) -> None:
+        """Raises for an array whose value is known and out of range, as under `optax.inject_hyperparams`."""
+        for part in self.parts():
+            for name, bounds in _ranges(type(part)).items():
+                value = getattr(part, name)
+                if isinstance(value, (jax.Array, np.ndarray)) and not isinstance(value, jax.core.Tracer):
+                    checked(name, float(value), bounds)
+
     def cast(self, dtype: DTypeLike) -> Self:
         """The rule with its array hyperparameters in `dtype`."""
         return jax.tree.map(lambda x: jnp.asarray(x, dtype), self)
 
     def without(self, kind: type["Rule"]) -> "Rule":
         """The rule without its parts of one kind."""
-        return Chain(tuple(part for part in self.parts() if not isinstance(part, kind)))
+        return Chain(tuple(Identity() if isinstance(part, kind) else part for part in self.parts()))
 
     def times(self, factors: Mapping[str, float]) -> "Rule":
         """The rule, after `at`, with hyperparameters multiplied by name: arrays, so that factors share a program."""
@@ -192,21 +211,18 @@ class Rule(abc.ABC):
         """The rules that this one is composed of."""
         return (self,)
 
+    def named_parts(self) -> Iterator[tuple["Rule", Mapping[str, str]]]:
+        """The parts, and the names here of the slots of each."""
+        yield self, {name: name for name in self.slots}
+
     def __rshift__(self, other: "Rule") -> "Chain":
         """``a >> b``: the update of `a` is the gradient of `b`.
 
-        A `Decay` on the wrong side of a `Rate`, where its sign would make the weights grow, is a ValueError.
+        A `WeightDecay` on the wrong side of a `Rate`, where its sign would make the weights grow, is a ValueError.
         """
         if not isinstance(other, Rule):
             return NotImplemented
         parts = self.parts() + other.parts()
-        rates = [i for i, part in enumerate(parts) if isinstance(part, Rate)]
-        for i, part in enumerate(parts):
-            if rates and isinstance(part, Decay) and part.independent != (i > rates[0]):
-                order = "Rate >> Decay needs" if i > rates[0] else "Decay >> Rate is for"
-                raise ValueError(
-                    f"{order} Decay(…, independent={not part.independent}): otherwise the weights would grow"
-                )
         return Chain(parts)
 
 
@@ -221,20 +237,9 @@ def _with(rule: R, values: Mapping[str, object]) -> R:
     return copy
 
 
-def _flatten(rule: Rule) -> tuple[tuple[object, ...], tuple[tuple[str, ...], tuple[tuple[str, object], ...]]]:
-    fields = {field.name: getattr(rule, field.name) for field in dataclasses.fields(rule)}
-    dynamic = tuple(name for name, value in fields.items() if isinstance(value, (jax.Array, np.ndarray, tuple)))
-    static = tuple((name, value) for name, value in fields.items() if name not in dynamic)
-    return tuple(fields[name] for name in dynamic), (dynamic, static)
-
-
-def _unflatten(
-    kind: type[Rule], aux: tuple[tuple[str, ...], tuple[tuple[str, object], ...]], children: Sequence[object]
-) -> Rule:
-    rule = object.__new__(kind)
-    for name, value in (*zip(aux[0], children, strict=True), *aux[1]):
-        object.__setattr__(rule, name, value)
-    return rule
+def _of_part(count: jax.Array | Sequence[jax.Array], i: int) -> jax.Array:
+    """The count of a part of a chain: its own, or that of all."""
+    return count[i] if isinstance(count, (tuple, list)) else typing.cast(jax.Array, count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,10 +251,19 @@ class Chain(Rule):
 
     chained: tuple[Rule, ...]
 
+    def __post_init__(self) -> None:
+        rates = [i for i, part in enumerate(self.chained) if isinstance(part, Rate)]
+        for i, part in enumerate(self.chained):
+            if rates and isinstance(part, WeightDecay) and part.after_rate != (i > rates[0]):
+                raise ValueError(
+                    f"{type(part).__name__} on the wrong side of Rate would make the weights grow: "
+                    "before it stands Decay(…), after it Decay(…, independent=True) or ProximalDecay"
+                )
+
     def parts(self) -> tuple[Rule, ...]:
         return self.chained
 
-    def _names(self) -> Iterator[tuple[Rule, Mapping[str, str]]]:
+    def named_parts(self) -> Iterator[tuple[Rule, Mapping[str, str]]]:
         taken: set[str] = set()
         for i, part in enumerate(self.chained):
             names = {name: f"{name}_{i}" if name in taken else name for name in part.slots}
@@ -259,29 +273,27 @@ class Chain(Rule):
     @property
     def slots(self) -> Mapping[str, Slot]:
         found: dict[str, Slot] = {}
-        for part, names in self._names():
+        for part, names in self.named_parts():
             for name, slot in part.slots.items():
                 unit = slot.unit and slot.unit._replace(slot=names[slot.unit.slot])
                 found[names[name]] = slot._replace(unit=unit)
         return found
 
     @property
-    def weights(self) -> int:
-        return sum(part.weights for part in self.chained)
+    def betas(self) -> Sequence[Any]:
+        return [beta for part in self.chained for beta in part.betas]
 
-    def weigh(self, weights: Sequence[Weight], count: jax.Array) -> Sequence[Weight]:
-        new: list[Weight] = []
-        for part in self.chained:
-            new += part.weigh(weights[len(new) : len(new) + part.weights], count)
-        return new
+    @property
+    def is_scheduled(self) -> bool:
+        return any(part.is_scheduled for part in self.chained)
 
     def _own(self, slots: Slots, clock: Clock) -> Iterator[tuple[Rule, Mapping[str, str], Slots, Clock]]:
         start = 0
-        for part, names in self._names():
-            weights = clock.weights[start : start + part.weights]
-            start += part.weights
+        for i, (part, names) in enumerate(self.named_parts()):
+            weights = clock.weights[start : start + len(part.betas)]
+            start += len(weights)
             own = {name: slots[full] for name, full in names.items()}
-            yield part, names, own, dataclasses.replace(clock, weights=weights)
+            yield part, names, own, dataclasses.replace(clock, count=_of_part(clock.count, i), weights=weights)
 
     def bounded(self, g: jax.Array) -> jax.Array:
         return g  # Each part has a bound of its own.
@@ -297,8 +309,18 @@ class Chain(Rule):
         found = (part.signal_to_noise(own, now) for part, _, own, now in self._own(slots, clock))
         return next((ratio for ratio in found if ratio is not None), None)
 
-    def at(self, count: jax.Array) -> "Chain":
-        return Chain(tuple(part.at(count) for part in self.chained))
+    def at(self, count: jax.Array | Sequence[jax.Array]) -> "Chain":
+        return Chain(tuple(part.at(_of_part(count, i)) for i, part in enumerate(self.chained)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity(Rule):
+    """The update is the gradient."""
+
+    counts: ClassVar[bool] = False
+
+    def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
+        return g, slots
 
 
 def _required(p: jax.Array | None) -> jax.Array:
@@ -313,6 +335,13 @@ class WeightDecay(Rule):
 
     weight_decay: NonNegative
 
+    counts: ClassVar[bool] = False
+
+    @property
+    def after_rate(self) -> bool:
+        """Whether it stands after a `Rate`, where updates have the sign of descent."""
+        return False
+
 
 @dataclasses.dataclass(frozen=True)
 class Decay(WeightDecay):
@@ -323,6 +352,10 @@ class Decay(WeightDecay):
     """
 
     independent: bool = False
+
+    @property
+    def after_rate(self) -> bool:
+        return self.independent
 
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
         decay = self.weight_decay * _required(p)
@@ -335,6 +368,10 @@ class ProximalDecay(WeightDecay):
 
     learning_rate: NonNegative
 
+    @property
+    def after_rate(self) -> bool:
+        return True
+
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
         strength = clock.rate(self.learning_rate) * self.weight_decay
         return (g - strength * _required(p)) / (1 + strength), slots
@@ -345,6 +382,8 @@ class Rate(Rule):
     """The learning rate and the sign of descent: ``-α u``; `update(..., learning_rate=x)` replaces α for one step."""
 
     learning_rate: NonNegative
+
+    counts: ClassVar[bool] = False
 
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
         return -clock.rate(self.learning_rate) * g, slots

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
+from adam_fn.functions import method_of
 from adam_fn.leaves import Leaves, PyTree
 
 Shape: TypeAlias = tuple[int, ...]
@@ -57,6 +58,7 @@ class Slots:
       leaves: the parameters.
       shapes: of the parameters.
       state: shapes and dtypes of the state.
+      is_known: whether optax can tell which arrays belong to a parameter; not where `optax.flatten` made one of all.
     """
 
     def __init__(self, tx: optax.GradientTransformation, params: PyTree) -> None:
@@ -68,11 +70,21 @@ class Slots:
         token = searching.set(True)
         try:
             self.state = jax.eval_shape(tx.init, self.leaves.treedef.unflatten(self.shapes))
+            self.is_known = self._is_known()
         finally:
             searching.reset(token)
 
+    def _is_known(self) -> bool:
+        try:
+            optax.tree_utils.tree_map_params(self._tx, lambda x: x, self.state, is_leaf=_is_blank)
+        except (TypeError, ValueError):
+            return False
+        return True
+
     def map(self, own: Callable[[int, jax.ShapeDtypeStruct], T], other: Callable[[Any], T]) -> PyTree:
         """The state with `own` of each array of a parameter, which a number tells, and `other` of what has none."""
+        if not self.is_known:
+            return jax.tree.map(other, self.state)
         numbers = self.leaves.treedef.unflatten(None if x is None else i for i, x in enumerate(self.shapes))
         token = searching.set(True)
         try:
@@ -131,7 +143,7 @@ def state_shardings(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
     Raises:
       ValueError: if a leaf has no sharding at all, or lives on another mesh than the leaves before it.
     """
-    if (own := getattr(getattr(tx.init, "wrapper", None), "state_shardings", None)) is not None:
+    if (own := getattr(getattr(method_of(tx.init), "wrapper", None), "state_shardings", None)) is not None:
         return own(params)
     slots = Slots(tx, params)
     places: list[Sharding | None] = []

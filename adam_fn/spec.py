@@ -6,12 +6,15 @@ from collections.abc import Hashable, Sequence
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
+from adam_fn.bias import is_kept, weights_of
 from adam_fn.codec import Cast, Codec
 from adam_fn.execute.body import as_real, compute_dtype
 from adam_fn.groups import Groups
 from adam_fn.leaves import Leaves, PyTree
 from adam_fn.rule import Rule
+from adam_fn.states import Form, Memory, form_of
 
 
 @jax.tree_util.register_dataclass
@@ -37,6 +40,21 @@ class Spec:
 
     def __hash__(self) -> int:
         return hash(jax.tree.structure(self))
+
+    @property
+    def form(self) -> Form:
+        """The form of the state."""
+        return form_of(self.rule, self.codecs, masked=self.mask is not None)
+
+    def weights(self, memory: Memory, dtype: DTypeLike) -> tuple[jax.Array, ...]:
+        """The bias weights of all decay rates after the steps that a memory counts."""
+        found: list[jax.Array] = []
+        left = list(memory.weights)
+        for part, count in zip(self.rule.parts(), memory.counts, strict=True):
+            number = sum(map(is_kept, part.betas))
+            found += weights_of(part.betas, left[:number], memory.steps if count is None else count, dtype)
+            left = left[number:]
+        return tuple(found)
 
     def trained(self, leaves: Leaves, tree: PyTree) -> list[bool]:
         """Which leaves are trained: floating or complex, and not frozen."""

@@ -12,13 +12,15 @@ from jax.typing import ArrayLike
 
 from adam_fn.arithmetic import ema, one_minus
 from adam_fn.codec import Slot, Slots
-from adam_fn.leaves import PyTree
-from adam_fn.observe import Call, note, observed
+from adam_fn.functions import method_of
+from adam_fn.leaves import Leaves, PyTree
+from adam_fn.observe import Call, note, unobserved
 from adam_fn.options import MomentOptions, alias, optimizer
 from adam_fn.rule import Beta, Clock, Hyper, Rate, Rule
 from adam_fn.rules.adam import Adam
 from adam_fn.spec import Spec
-from adam_fn.transform import State, Transformation, Update, rate_of_step
+from adam_fn.states import Memory, State
+from adam_fn.transform import Transformation, Update, rate_of_step, weight_dtype
 from adam_fn.wrapper import Wrapper, alike_over_devices, check_state, inner, is_trained
 
 
@@ -81,9 +83,15 @@ class Swats(Wrapper):
     rate: Rate
     tolerance: ArrayLike
 
+    @property
+    def _spec(self) -> Spec:
+        return method_of(self.adam.update).spec
+
     def init(self, params: PyTree) -> SwatsState:
         adam = self.adam.init(params)
-        average, sgd_rate, adam_rate = (jnp.zeros((), adam.weights[0].main.dtype) for _ in range(3))
+        leaves = Leaves(params)
+        dtype = weight_dtype(leaves, self._spec.trained(leaves, params))
+        average, sgd_rate, adam_rate = (jnp.zeros((), dtype) for _ in range(3))
         return SwatsState(adam, average, jnp.zeros((), bool), sgd_rate, adam_rate)
 
     def update(
@@ -97,7 +105,7 @@ class Swats(Wrapper):
     ) -> tuple[PyTree, SwatsState]:
         del extra_args  # Meant for other links of a chain.
         check_state(state, SwatsState, "swats")
-        note(Call(self.adam.update.spec, updates, state.adam, params))
+        note(Call(self._spec, updates, state.adam, params))
         return self._step(_Call(updates, state, params, rate_of_step(learning_rate)), write=False)
 
     def write(self, grads: PyTree, state: SwatsState, params: PyTree) -> tuple[PyTree, SwatsState]:
@@ -105,7 +113,7 @@ class Swats(Wrapper):
         return self._step(_Call(grads, state, params, None), write=True)
 
     def _step(self, call: _Call, *, write: bool) -> tuple[PyTree, SwatsState]:
-        return _step(self.adam.update.spec, self.rule, self.rate, self.tolerance, call, write=write)
+        return _step(self._spec, self.rule, self.rate, self.tolerance, call, write=write)
 
 
 @functools.partial(jax.jit, static_argnames="write")
@@ -113,9 +121,11 @@ def _step(
     spec: Spec, rule: Adam, rate: Rate, tolerance: ArrayLike, call: _Call, *, write: bool
 ) -> tuple[PyTree, SwatsState]:
     """Adam's step or SGD's: the updates, or with `write` the new parameters, and the new state."""
-    alpha = jnp.asarray(rate.at(call.state.adam.count).learning_rate if call.rate is None else call.rate)
+    alpha = jnp.asarray(
+        rate.at(spec.form.read(call.state.adam).steps).learning_rate if call.rate is None else call.rate
+    )
     alpha, call = alike_over_devices((alpha, call))  # Members on the devices of a `shard_map` switch on their own.
-    with observed():  # What is noted in there is of another program.
+    with unobserved():
         return _either(write, spec, rule, alpha, tolerance, call)
 
 
@@ -185,11 +195,13 @@ def _sgd(write: bool, spec: Spec, rule: Adam, alpha: jax.Array, call: _Call) -> 
     sgd = Update(dataclasses.replace(spec, rule=Momentum(rule.b1) >> Rate(0.0), codecs=codecs))
     # Not 0 after the switch; but `vmap` runs both branches, and derivatives pass through both.
     switched_at = jnp.where(state.switched, state.adam_rate, 1)
-    own = State(state.adam.count, (), {"mu": state.adam.slots["mu"]})
+    memory, own = spec.form.read(state.adam), sgd.spec.form
+    before = own.made(Memory((memory.steps, None), (), {"mu": memory.slots["mu"]}))
     step = sgd.write if write else sgd
-    result, own = step(grads, own, params, learning_rate=state.sgd_rate * (alpha / switched_at))
-    adam = state.adam._replace(count=own.count, slots={**state.adam.slots, **own.slots})
-    return result, state._replace(adam=adam)
+    result, after = step(grads, before, params, learning_rate=state.sgd_rate * (alpha / switched_at))
+    counts = tuple(None if count is None else jnp.asarray(optax.safe_increment(count)) for count in memory.counts)
+    adam = memory._replace(counts=counts, slots={**memory.slots, **own.read(after).slots})
+    return result, state._replace(adam=spec.form.made(adam))
 
 
 def _adam(
@@ -210,16 +222,17 @@ def _adam(
     length = sum((inner(u, u) for u, *_ in pairs), jnp.zeros((), dtype))
     found = (length / jnp.where(along == 0, 1, along)).astype(dtype)
     defined = (along != 0) & jnp.isfinite(found)
-    part = one_minus(rule.at(state.adam.count).b2)
+    count, memory = spec.form.read(state.adam).steps, spec.form.read(adam)
+    part = one_minus(rule.at(count).b2)
     average = jnp.where(defined, state.average + part * (found - state.average), state.average)
-    mean = average / adam.weights[1].main
+    mean = average / spec.weights(memory, dtype)[1]
     # At the first step the mean is the rate itself.
-    now = defined & (state.adam.count > 0) & (jnp.abs(mean - found) < tolerance) & (mean > 0)
+    now = defined & (count > 0) & (jnp.abs(mean - found) < tolerance) & (mean > 0)
     sgd_rate = jnp.where(now, mean, state.sgd_rate)
     adam_rate = jnp.where(now, jnp.asarray(alpha, dtype), state.adam_rate)
 
-    restarted = _restarted(now, adam.slots["mu"])
-    adam = adam._replace(slots={**adam.slots, "mu": restarted})
+    restarted = _restarted(now, memory.slots["mu"])
+    adam = spec.form.made(memory._replace(slots={**memory.slots, "mu": restarted}))
     result = optax.apply_updates(cast(optax.Params, params), steps) if write else steps
     return result, SwatsState(adam, average, now, sgd_rate, adam_rate)
 
@@ -265,6 +278,6 @@ def swats(
         raise ValueError(f"b1 must be in (0, 1), because swats needs a momentum; got {b1}")
     rate = Rate(learning_rate)
     adam = optimizer(rule, learning_rate, **options)
-    if "mu" not in dict(adam.update.spec.codecs):
+    if "mu" not in dict(method_of(adam.update).spec.codecs):
         raise ValueError("swats needs mu by itself, since after the switch nothing else is changed: store it by a Cast")
     return Swats(adam, rule, rate, tolerance).transformation()

@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,34 +18,30 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from adam_fn import noise
-from adam_fn.arithmetic import Weight
-from adam_fn.codec import Codec, Stored
+from adam_fn import bias, noise
+from adam_fn.bias import Weight
+from adam_fn.codec import Codec, Slots, Stored
 from adam_fn.codes import WORD, StorageLike, codecs_of
-from adam_fn.execute.body import PARAMETERS, UPDATES, Inputs, Times, Write, as_real, compute_dtype, decode, encode
+from adam_fn.execute.body import (
+    PARAMETERS,
+    UPDATES,
+    Inputs,
+    Times,
+    Write,
+    as_real,
+    compute_dtype,
+    decode,
+    encode,
+    lattice_of,
+)
 from adam_fn.execute.run import run_leaf
+from adam_fn.functions import Functions, Method
 from adam_fn.groups import Group, Groups, rules_of
-from adam_fn.leaves import Leaves, Mask, PyTree, fixed_mask, named
-from adam_fn.observe import Call, note
-from adam_fn.rule import Clock, Range, Rule, checked
+from adam_fn.leaves import Leaves, Mask, PyTree, arrays_of, fixed_mask, named
+from adam_fn.observe import Call, marked, note
+from adam_fn.rule import Chain, Clock, Range, Rule, checked
 from adam_fn.spec import Spec, gather, zeros_like
-
-
-class State(NamedTuple):
-    """The state of a transformation.
-
-    Attributes:
-      count: the number of updates made so far, an int32 scalar; schedules see it.
-      weights: the bias weights, each with what the last rounding dropped of it: ``1 - β**count`` for a constant β.
-        Scalars, float32 (float64 with float64 parameters): of an array XLA for TPUs would keep a copy for every leaf.
-      slots: by name (``"mu"``, ``"nu"``, …; ``"mu_nu"`` where both share a word) a tree with the structure of the
-        parameters, of arrays with their shapes: the raw, uncorrected moments as they are stored, which
-        `adam_fn.diagnostics.moments` decodes. Those of a complex parameter are two reals, of shape ``(2, *shape)``.
-    """
-
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    weights: tuple[Weight, ...]
-    slots: dict[str, PyTree]
+from adam_fn.states import Memory, State
 
 
 @jax.jit
@@ -60,10 +56,16 @@ def _init(spec: Spec, params: PyTree) -> State:
     ]
     count = jnp.zeros((), jnp.int32)
     slots = coded(spec, leaves, params, blank, count)
-    double = any(compute_dtype(jnp.result_type(p)) == jnp.float64 for p in itertools.compress(leaves.leaves, trained))
-    dtype = jnp.float64 if double else jnp.float32
-    weights = tuple(Weight(jnp.zeros((), dtype), jnp.zeros((), dtype)) for _ in range(spec.rule.weights))
-    return State(count, weights, slots)
+    dtype = weight_dtype(leaves, trained)
+    weights = tuple(Weight(jnp.zeros((), dtype), jnp.zeros((), dtype)) for _ in range(spec.form.kept))
+    counts = tuple(jnp.zeros((), jnp.int32) for _ in spec.form.links)
+    return spec.form.made(Memory(counts, weights, slots))
+
+
+def weight_dtype(leaves: Leaves, trained: Sequence[bool]) -> np.dtype:
+    """The dtype of the bias weights: the widest one of the arithmetic."""
+    kinds = [compute_dtype(jnp.result_type(p)) for p in itertools.compress(leaves.leaves, trained)]
+    return jnp.dtype(jnp.float64 if jnp.float64 in kinds else jnp.float32)
 
 
 def coded(
@@ -74,12 +76,12 @@ def coded(
     stored: list[Stored | None] = []
     for path, own, codecs in zip(leaves.paths, slots, spec.codecs_of(leaves, params), strict=True):
         with named(path):
-            stored.append(encode(codecs, own, noise.lattice(next(iter(own.values()))), times) if own else own)
+            stored.append(encode(codecs, own, lattice_of(next(iter(own.values()))), times) if own else own)
     return _trees(spec, leaves, stored)
 
 
 def _times(spec: Spec, count: jax.Array) -> dict[str, jax.Array]:
-    return noise.times(count, [slot for _, codec in spec.codecs for slot in codec.slots])
+    return noise.times(count, [slot for _, codec in spec.codecs if not codec.exact for slot in codec.slots])
 
 
 def _trees(spec: Spec, leaves: Leaves, stored: Sequence[Stored | None]) -> dict[str, PyTree]:
@@ -95,11 +97,17 @@ def _expected(
     codecs: tuple[tuple[str, Codec], ...], shape: tuple[int, ...], dtype: np.dtype
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shapes and dtypes of what is stored of a parameter."""
+    if not codecs:
+        return {}
     real = jax.eval_shape(as_real, jax.ShapeDtypeStruct(shape, dtype))
     slot = jax.ShapeDtypeStruct(real.shape, compute_dtype(dtype))
     slots = [name for _, codec in codecs for name in codec.slots]
-    lattice, time = (jax.ShapeDtypeStruct(x, jnp.int32) for x in (real.shape, ()))
-    kept = jax.eval_shape(encode, dict(codecs), dict.fromkeys(slots, slot), lattice, dict.fromkeys(slots, time))
+    time = jax.ShapeDtypeStruct((), jnp.int32)
+
+    def stored(slots: Slots, times: Slots) -> dict[str, jax.Array]:
+        return encode(dict(codecs), slots, lattice_of(next(iter(slots.values()))), times)
+
+    kept = jax.eval_shape(stored, dict.fromkeys(slots, slot), dict.fromkeys(slots, time))
     return {name: _form(x) for name, x in kept.items()}
 
 
@@ -129,13 +137,41 @@ def _check_leaf(path: str, g: object, p: object, stored: Stored, codecs: Mapping
             )
 
 
+def _check_untrained(path: str, p: object, stored: Stored) -> None:
+    """Raises if a state has moments that this transformation would lose."""
+    if p is not None and not all(isinstance(x, optax.MaskedNode) for x in stored.values()):
+        raise ValueError(
+            f"the state has moments of {path}, which is not trained (it is frozen, or no floating array): "
+            "adam_fn.interop.change_storage drops them"
+        )
+
+
+def _as_array(x: Any) -> Any:  # noqa: ANN401
+    return jnp.asarray(x) if isinstance(x, (bool, int, float, complex)) else x
+
+
 def _no_update(g: ArrayLike | None, p: ArrayLike) -> jax.Array | None:
     """The update of a leaf that is not trained: zeros that can be added to it."""
     if g is None:
         return None
     # float0 is what JAX gives as the gradient of an integer; nothing can be added to it, so it becomes False.
     dtype = next((x.dtype for x in map(jax.typeof, (g, p)) if x.dtype != jax.dtypes.float0), jnp.dtype(bool))
+    if jnp.issubdtype(dtype, jax.dtypes.extended):  # The keys of random streams.
+        return None
     return jnp.zeros(jnp.shape(p), dtype)
+
+
+def advanced(spec: Spec, memory: Memory) -> tuple[Rule, Memory]:
+    """The rule of a step, and the memory after it but for the slots."""
+    counts = tuple(jnp.zeros((), jnp.int32) if count is None else count for count in memory.counts)
+    rule = Chain(spec.rule.parts()).at(counts)
+    new = tuple(None if count is None else jnp.asarray(optax.safe_increment(count)) for count in memory.counts)
+    kept: list[Weight] = []
+    for part, now, count in zip(spec.rule.parts(), rule.parts(), counts, strict=True):
+        betas = [beta(count) if callable(beta) else beta for beta in now.betas]
+        kept += bias.advanced(part.betas, betas, memory.weights[len(kept) :])
+    others = {field: jnp.asarray(optax.safe_increment(count)) for field, count in memory.others.items()}
+    return rule, Memory(new, tuple(kept), {}, others)
 
 
 @functools.partial(jax.jit, static_argnames="write")
@@ -151,44 +187,44 @@ def _update(
     write: Write = UPDATES,
 ) -> tuple[PyTree, PyTree | None, State]:
     """What `write` makes of the updates and of `low`, and the new state; `time`: that of a `write` that dithers."""
+    # Numbers become arrays when they are traced; under `disable_jit` here.
+    grads, params = (jax.tree.map(_as_array, tree) for tree in (grads, params))
+    learning_rate = None if learning_rate is None else jnp.asarray(learning_rate)
+    memory = spec.form.read(state)
     reference = grads if params is None else params
     leaves = Leaves(reference)
     gradients = leaves.match(grads, "the gradients", "the parameters")
     trained = spec.trained(leaves, reference)
     own = spec.codecs_of(leaves, reference)
-    slots = {name: leaves.match(tree, f"the state's {name}", "the parameters") for name, tree in state.slots.items()}
+    slots = {name: leaves.match(tree, f"the state's {name}", "the parameters") for name, tree in memory.slots.items()}
 
-    rule = spec.rule.at(state.count)
     decays = [True] * len(trained) if spec.mask is None else leaves.spread("mask", spec.mask, reference)
-    if len(state.weights) != rule.weights:
-        raise ValueError(f"the state has {len(state.weights)} bias weights, but {spec.rule} has {rule.weights}")
-    weights = tuple(rule.weigh([Weight(*weight) for weight in state.weights], state.count))
-    clock = Clock(state.count, tuple(weight.main for weight in weights), learning_rate)
+    rule, after = advanced(spec, memory)
+    clock = Clock(memory.counts, spec.weights(after, weight_dtype(leaves, trained)), learning_rate)
     rules = rules_of(rule, clock, decays, None if spec.groups is None else spec.groups.of(reference))
-    count = jnp.asarray(optax.safe_increment(state.count))
-    times = Times(_times(spec, count), time)
+    times = Times(_times(spec, after.steps), time)
 
     lows = [None] * len(trained) if low is None else leaves.match(low, "the state's remainder", "the parameters")
     updates: list[jax.Array | None] = []
     stored: list[Stored | None] = []
     for i, (path, g, p) in enumerate(zip(leaves.paths, gradients, leaves.leaves, strict=True)):
+        old = {name: slot[i] for name, slot in slots.items()}
         if not trained[i]:
+            _check_untrained(path, p, old)
             updates.append(p if write.parameters else _no_update(g, p))
             stored.append(None)
             continue
-        old = {name: slot[i] for name, slot in slots.items()}
         _check_leaf(path, g, p, old, own[i])
         own_rule, now = rules[i]
         with named(path):
             how = write if params is None else write.of(jnp.result_type(p))
-            inputs = Inputs(g, None if params is None else p, lows[i] if isinstance(lows[i], jax.Array) else None)
+            inputs = Inputs(g, None if params is None else p, lows[i] if how.has_low else None)
             done = run_leaf(own_rule, own[i], inputs, old, now, times, write=how)
         updates.append(done.result)
         stored.append(done.stored)
         lows[i] = lows[i] if done.low is None else done.low
-    new_slots = _trees(spec, leaves, stored)
+    new_state = spec.form.made(after._replace(slots=_trees(spec, leaves, stored)))
     new_low = None if low is None else leaves.treedef.unflatten(lows)
-    new_state = State(count, weights, new_slots)
     return leaves.treedef.unflatten(updates), new_low, new_state
 
 
@@ -219,19 +255,21 @@ def rate_of_step(learning_rate: ArrayLike | None) -> jax.Array | None:
     return cast(jax.Array, rate)
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Init:
-    """``init(params) -> State``: the state before the first step, sharded like the parameters."""
+class Init(Method):
+    """``init(params) -> state``: the state before the first step, sharded like the parameters."""
 
     spec: Spec
 
     def __call__(self, params: PyTree) -> State:
-        note(self.spec)
-        return _init(self.spec, params)
+        self.spec.rule.check_arrays()
+        return marked(self.spec, _init(self.spec, arrays_of(params)))
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Update:
+class Update(Method):
     """``update(grads, state, params) -> (updates, state)``; `learning_rate` replaces the rate for this step."""
 
     spec: Spec
@@ -239,33 +277,35 @@ class Update:
     def __call__(
         self,
         updates: PyTree,
-        state: optax.OptState,
+        state: State,
         params: PyTree | None = None,
         *,
         learning_rate: ArrayLike | None = None,
         **extra_args: object,
     ) -> tuple[PyTree, State]:
         del extra_args  # Meant for other links of a chain.
-        state = self._checked(state)
+        self.spec.form.check(state)
+        params = arrays_of(params)
         note(Call(self.spec, updates, state, params))
         new, _, after = _update(self.spec, updates, state, params, rate_of_step(learning_rate))
         return new, after
 
     def write(
-        self, grads: PyTree, state: optax.OptState, params: PyTree, *, learning_rate: ArrayLike | None = None
+        self, grads: PyTree, state: State, params: PyTree, *, learning_rate: ArrayLike | None = None
     ) -> tuple[PyTree, State]:
         """The new parameters, as ``optax.apply_updates(params, updates)`` gives them, and the new state.
 
         No update is ever stored: in a program that donates `params` and `state` every leaf is changed in place.
         """
         rate = rate_of_step(learning_rate)
-        new, _, after = _update(self.spec, grads, self._checked(state), params, rate, write=PARAMETERS)
+        self.spec.form.check(state)
+        new, _, after = _update(self.spec, grads, state, params, rate, write=PARAMETERS)
         return new, after
 
     def written(
         self,
         grads: PyTree,
-        state: optax.OptState,
+        state: State,
         params: PyTree,
         write: Write,
         *,
@@ -277,7 +317,7 @@ class Update:
 
         `time`: that of `noise.times` at this step, for a `write` that dithers.
         """
-        state = self._checked(state)
+        self.spec.form.check(state)
         note(Call(self.spec, grads, state, params))
         return _update(self.spec, grads, state, params, rate_of_step(learning_rate), low, time, write=write)
 
@@ -288,22 +328,11 @@ class Update:
 
     def decoded(self, state: State, params: PyTree) -> dict[str, PyTree]:
         """The slots as arrays in the dtype of the arithmetic, in the structure of `params` (or gradients)."""
-        return _decoded(self.spec, state.slots, params)
-
-    def _checked(self, state: optax.OptState) -> State:
-        if not isinstance(state, State) or set(state.slots) != set(dict(self.spec.codecs)):
-            found = f"State with the slots {sorted(state.slots)}" if isinstance(state, State) else type(state).__name__
-            expected = sorted(dict(self.spec.codecs))
-            raise TypeError(
-                f"expected an adam_fn.State with the slots {expected}, got a {found}, which this transformation did "
-                "not make; adam_fn.interop.change_storage converts one that was made with another storage, and "
-                "adam_fn.interop has functions for states of optax, torch and Keras"
-            )
-        return state
+        return _decoded(self.spec, self.spec.form.read(state).slots, params)
 
 
-class Transformation(optax.GradientTransformationExtraArgs):
-    """An optax transformation with precise types: `init` returns a `State`, and any pytree is accepted.
+class Transformation(Functions):
+    """An optax transformation with precise types: any pytree is accepted.
 
     Transformations with equal rules, codecs and masks compare equal, hash alike and share compilations; they pickle if
     their hyperparameters do.

@@ -9,16 +9,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from adam_fn import fields
 from adam_fn.execute.body import as_real, compute_dtype
-from adam_fn.leaves import PyTree
+from adam_fn.functions import Functions, Method, method_of
+from adam_fn.leaves import PyTree, arrays_of
 
 
 class Wrapper(abc.ABC):
     """A transformation as a frozen dataclass of what defines it.
 
-    `transformation` gives the pair of functions that optax knows. Those of equal wrappers compare equal, hash alike and
-    pickle, like the transformations of rules; closures and bound methods would not.
+    `transformation` gives the pair of functions that optax knows.
     """
+
+    def __init_subclass__(cls) -> None:
+        fields.register(cls)
 
     @abc.abstractmethod
     def init(self, params: PyTree) -> PyTree:
@@ -36,17 +40,22 @@ class Wrapper(abc.ABC):
         return optax.apply_updates(params, updates), state
 
     def transformation(self) -> optax.GradientTransformationExtraArgs:
-        return optax.GradientTransformationExtraArgs(_Method(self, "init"), _Method(self, "update"))
+        return Functions(_Method(self, "init"), _Method(self, "update"))
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Method:
+class _Method(Method):
     """A bound method that compares by value."""
 
     wrapper: Wrapper
-    name: str
+    name: str = dataclasses.field(metadata={"static": True})
 
     def __call__(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
+        # The parameters are the first argument of `init` and the third one of `update`.
+        i = 0 if self.name == "init" else 2
+        args = (*args[:i], *(arrays_of(x) for x in args[i : i + 1]), *args[i + 1 :])
+        kwargs |= {"params": arrays_of(kwargs["params"])} if "params" in kwargs else {}
         return getattr(self.wrapper, self.name)(*args, **kwargs)
 
     def write(self, grads: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
@@ -58,7 +67,7 @@ def written(
     tx: optax.GradientTransformation, grads: PyTree, state: optax.OptState, params: PyTree
 ) -> tuple[PyTree, PyTree]:
     """The new parameters and the new state of any transformation; one of this package stores no update on the way."""
-    if (write := getattr(tx.update, "write", None)) is not None:
+    if (write := getattr(method_of(tx.update), "write", None)) is not None:
         return write(grads, state, params)
     updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state
@@ -70,10 +79,13 @@ def is_trained(update: jax.Array | None) -> bool:
 
 
 def map_trained(function: Callable[..., jax.Array], updates: PyTree, *others: PyTree) -> PyTree:
-    """The updates with `function` of each trained leaf, and of what stands in its place in the other trees."""
+    """The updates with `function` of each trained leaf, and of what stands in its place in the other trees.
+
+    A leaf of integers may have a floating update, all zeros, where its gradient was one.
+    """
     leaves, treedef = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
     rows = zip(leaves, *map(treedef.flatten_up_to, others), strict=True)
-    return treedef.unflatten(function(*row) if is_trained(row[0]) else row[0] for row in rows)
+    return treedef.unflatten(function(*row) if all(map(is_trained, row)) else row[0] for row in rows)
 
 
 def inner(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -83,6 +95,12 @@ def inner(x: jax.Array, y: jax.Array) -> jax.Array:
     """
     x, y = (as_real(z).astype(compute_dtype(z.dtype)) for z in (x, y))
     return jnp.sum(x * y)
+
+
+def check_transformation(tx: object, name: str) -> None:
+    """Raises if what the wrapper `name` is to wrap is no transformation."""
+    if not callable(getattr(tx, "update", None)):
+        raise TypeError(f"{name} wraps a transformation, as in {name}(adam_fn.adamw(1e-3)), got {tx!r}")
 
 
 def check_state(state: object, expected: type, name: str) -> None:

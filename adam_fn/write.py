@@ -8,7 +8,7 @@ an ordinary `optax.apply_updates`, which adds in float32 and rounds, lands on th
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,11 @@ import optax
 from jax.typing import ArrayLike
 
 from adam_fn.execute.body import PARAMETERS, UPDATES, Inputs, Write
+from adam_fn.functions import method_of
 from adam_fn.leaves import Leaves, PyTree
 from adam_fn.spec import zeros_like
 from adam_fn.transform import Update
-from adam_fn.wrapper import Wrapper, check_state
+from adam_fn.wrapper import Wrapper, check_state, check_transformation
 
 LARGEST = 0x7F7F  # The bits of the largest finite bfloat16; one more is inf.
 
@@ -29,8 +30,9 @@ class MasterState(NamedTuple):
     """The state of `master_weights`.
 
     Attributes:
-      remainder: the low bits of the masters, int16 or int8, a tree with the structure of the parameters; an
-        `optax.MaskedNode` for a leaf that is not bfloat16.
+      remainder: the low bits of the masters, int16 or int8, a tree with the structure and the shapes of the
+        parameters. For leaves of float32 and wider, which have none, booleans that nothing reads: rules that divide a
+        state over a mesh expect an array for each parameter. `optax.MaskedNode` for leaves that are not floating.
       inner: the state of the wrapped transformation, whose parameters are the float32 masters.
     """
 
@@ -133,6 +135,7 @@ class Masters(Write):
 
     bits: int
     parameters: bool = False
+    has_low: ClassVar[bool] = True
 
     def of(self, dtype: np.dtype) -> Write:
         return self if dtype == jnp.bfloat16 else PARAMETERS if self.parameters else UPDATES
@@ -168,7 +171,7 @@ class MasterWeights(Wrapper):
         self, updates: PyTree, state: MasterState, params: PyTree = None, **extra_args: PyTree
     ) -> tuple[PyTree, MasterState]:
         check_state(state, MasterState, "master_weights")
-        if isinstance(self.tx.update, Update):
+        if isinstance(method_of(self.tx.update), Update):
             return self._inside(updates, state, params, Masters(self.bits), **extra_args)
         wide, masters = _joined(updates, state.remainder, params, self.bits)
         wide, inner = optax.with_extra_args_support(self.tx).update(wide, state.inner, masters, **extra_args)
@@ -176,7 +179,7 @@ class MasterWeights(Wrapper):
         return new, MasterState(low, inner)
 
     def write(self, grads: PyTree, state: MasterState, params: PyTree) -> tuple[PyTree, MasterState]:
-        if not isinstance(self.tx.update, Update):
+        if not isinstance(method_of(self.tx.update), Update):
             return super().write(grads, state, params)
         check_state(state, MasterState, "master_weights")
         return self._inside(grads, state, params, Masters(self.bits, parameters=True))
@@ -193,7 +196,7 @@ class MasterWeights(Wrapper):
     ) -> tuple[PyTree, MasterState]:
         """A step of the masters, each where its parameter is stepped."""
         del extra_args  # Meant for other links of a chain.
-        update = cast(Update, self.tx.update)
+        update = cast(Update, method_of(self.tx.update))
         tree = Params("master_weights", params)
         tree.match(grads, "gradient")
         _check_remainders(tree, tree.match(state.remainder, "state's remainder"), self.bits)
@@ -208,13 +211,13 @@ def _first(params: PyTree, bits: int) -> tuple[PyTree, PyTree]:
     """The remainders, all 0, and the masters."""
     tree = Params("master_weights", params)
 
-    def zeros(p: jax.Array) -> jax.Array:
-        return zeros_like(p).astype(f"int{bits}")
+    def zeros(short: bool, p: jax.Array | None) -> Any:  # noqa: ANN401
+        if p is None or not jnp.issubdtype(jnp.result_type(p), jnp.inexact):
+            return None if p is None else optax.MaskedNode()
+        zero = zeros_like(p)
+        return (zero[0] if jnp.iscomplexobj(p) else zero).astype(f"int{bits}" if short else bool)
 
-    blank = [
-        zeros(p) if short else None if p is None else optax.MaskedNode()
-        for short, p in zip(tree.short, tree.leaves, strict=True)
-    ]
+    blank = [zeros(short, p) for short, p in zip(tree.short, tree.leaves, strict=True)]
     return tree.treedef.unflatten(blank), tree.widened(tree.leaves)
 
 
@@ -238,7 +241,8 @@ def _check_remainders(tree: Params, lows: Sequence[Any], bits: int) -> None:
                 "updates with optax.apply_updates, which keeps the dtype of the parameters; equinox.apply_updates does "
                 "not"
             )
-        if found != (f"int{bits}" if short else "none"):
+        floating = p is not None and jnp.issubdtype(jnp.result_type(p), jnp.inexact)
+        if found != (f"int{bits}" if short else "bool" if floating else "none"):
             raise ValueError(
                 f"the remainder of {path} ({jnp.result_type(p)}) in the state of master_weights(bits={bits}) is "
                 f"{found}: was the state made by this transformation from these parameters?"
@@ -288,6 +292,7 @@ def master_weights(tx: optax.GradientTransformation, bits: int = 16) -> optax.Gr
       bits: 16 for float32 masters; 8 for masters of 24 bits (16 significant ones, rounded to nearest): each step is off
         by up to 2⁻¹⁷ of the parameter, equal steps by the same amount, and a smaller step vanishes.
     """
+    check_transformation(tx, "master_weights")
     if bits not in (8, 16):
         raise ValueError(f"bits must be 8 or 16, got {bits}")
     return MasterWeights(tx, bits).transformation()

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
+from adam_fn.functions import method_of
 from adam_fn.leaves import Leaves, PyTree, difference, named, shown
+from adam_fn.observe import is_marking
 from adam_fn.sharding import Division, Shape, Slots, check_mesh, devices, divided, division, searching
 from adam_fn.wrapper import Wrapper, varying_axes
 
@@ -91,7 +93,7 @@ class Zero1(Wrapper):
     def init(self, params: PyTree) -> PyTree:
         if searching.get():
             raise ValueError("state_shardings: zero1 must be outermost, zero1(optax.chain(…), …)")
-        if not Leaves(params).leaves:  # A placeholder for the parameters, as of `optax.tree_map_params`.
+        if is_marking() or not Leaves(params).leaves:  # Or a placeholder, as of `optax.tree_map_params`.
             return self.tx.init(params)
         state = self._within(self.tx.init, self.state.tree(), self._each(params, "parameters", self._part))
         return self._kept(state)
@@ -103,7 +105,7 @@ class Zero1(Wrapper):
         return self._step(update, updates, state, params, extra_args)
 
     def write(self, grads: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
-        own = getattr(self.tx.update, "write", None)
+        own = getattr(method_of(self.tx.update), "write", None)
         return super().write(grads, state, params) if own is None else self._step(own, grads, state, params, {})
 
     def state_shardings(self, params: PyTree) -> PyTree:
@@ -298,10 +300,10 @@ def undivided(tx: optax.GradientTransformation) -> dict[str, int]:
     Paths are those of `adam_fn.masks.path`, as in ``{"layers/0/kernel": 15}``; the path of a tree that is a single
     array is empty. `tx` is what `zero1` returned, or a wrapper of this package around it (`offload`).
     """
-    wrapper = getattr(tx.init, "wrapper", None)
+    wrapper = getattr(method_of(tx.init), "wrapper", None)
     while not isinstance(wrapper, Zero1):
         inner = getattr(wrapper, "tx", None)
         if inner is None:
             raise TypeError("undivided expected a transformation that zero1 made")
-        wrapper = getattr(inner.init, "wrapper", None)
+        wrapper = getattr(method_of(inner.init), "wrapper", None)
     return dict(wrapper.whole)

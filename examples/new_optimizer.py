@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import adam_fn
-from adam_fn import Beta, Clock, NonNegative, Rate, Rule, Slot, Slots, Weight, ema, weigh
+from adam_fn import Beta, Clock, NonNegative, Rate, Rule, Slot, Slots, ema
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +34,8 @@ class QHAdam(Rule):
         return {"mu": Slot(), "nu": Slot(signed=False)}
 
     @property
-    def weights(self) -> int:
-        return 2  # One for each of the two averages.
-
-    def weigh(self, weights: Sequence[Weight], count: jax.Array) -> Sequence[Weight]:
-        return weigh(self.b1, weights[0]), weigh(self.b2, weights[1])
+    def betas(self) -> Sequence[float]:
+        return self.b1, self.b2  # `clock.weights` are the bias weights of these.
 
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
         mu, nu = ema(self.b1, slots["mu"], g), ema(self.b2, slots["nu"], g * g)

@@ -158,9 +158,6 @@ P = {"w": jnp.ones((64, 128)), "b": [jnp.ones(3), jnp.ones(2)]}
 ADAMW = adam_fn.adamw(1e-3, storage="24bit")
 
 KINDS = {"mu": "int8", "nu": "bfloat16"}
-WEIGHTS = [
-    f"state/weights/{i}/{part}: float32[], expected nothing" for i in range(2) for part in adam_fn.Weight._fields
-]
 CHANGE = "adam_fn.interop.change_storage converts a state to another storage"
 
 
@@ -168,7 +165,7 @@ def leaves(slot: str, found: str, expected: str) -> list[str]:
     """The lines about all leaves of a slot, one of whose dtypes may be nothing."""
     shapes = {"w": "64,128", "b/0": "3", "b/1": "2"}
     forms = ([kind if kind == "nothing" else f"{kind}[{x}]" for x in shapes.values()] for kind in (found, expected))
-    return [f"state/slots/{slot}/{leaf}: {x}, expected {y}" for leaf, x, y in zip(shapes, *forms, strict=True)]
+    return [f"state/0/{slot}/{leaf}: {x}, expected {y}" for leaf, x, y in zip(shapes, *forms, strict=True)]
 
 
 class Other(NamedTuple):
@@ -228,11 +225,9 @@ OTHERS = {
         [
             "rules: Adam, expected Lion",
             "storage/mu: MuLaw(bound=7.27), expected Cast('bfloat16')",
-            *WEIGHTS,
             *leaves("nu", "bfloat16", "nothing"),
         ],
         [
-            *WEIGHTS,
             *leaves("mu", "int8", "bfloat16"),
             *leaves("nu", "bfloat16", "nothing"),
         ],
@@ -241,7 +236,7 @@ OTHERS = {
         ADAMW,
         {**P, "b": [jnp.ones(3), jnp.ones(1)]},
         ["params/b/1: float32[2], expected float32[1]"]
-        + [f"state/slots/{slot}/b/1: {kind}[2], expected {kind}[1]" for slot, kind in KINDS.items()],
+        + [f"state/0/{slot}/b/1: {kind}[2], expected {kind}[1]" for slot, kind in KINDS.items()],
     ),
     "a leaf of another dtype": Other(
         ADAMW,
@@ -252,8 +247,8 @@ OTHERS = {
         adam_fn.adamw(1e-3, storage="24bit", frozen=adam_fn.masks.path("b/0")),
         {"w": P["w"], "b": [*P["b"], jnp.ones(())]},
         ["params/b/2: nothing, expected float32[]"]
-        + [f"state/slots/{slot}/b/2: nothing, expected {kind}[]" for slot, kind in KINDS.items()]
-        + [f"state/slots/{slot}/b/0: {kind}[3], expected nothing" for slot, kind in KINDS.items()],
+        + [f"state/0/{slot}/b/2: nothing, expected {kind}[]" for slot, kind in KINDS.items()]
+        + [f"state/0/{slot}/b/0: {kind}[3], expected nothing" for slot, kind in KINDS.items()],
     ),
     "another wrapper": Other(
         adam_fn.stochastic_rounding(ADAMW),
@@ -273,8 +268,8 @@ def test_another_checkpoint_is_an_error_that_names_what_differs(other: str) -> N
     lines = [line.strip() for line in str(error.value).splitlines()[1:]]
     if not expected:
         expected = lines
-        assert "state/inner/count: nothing, expected int32[]" in lines
-        assert "state/slots/mu/w: int8[64,128], expected nothing" in lines
+        assert "state/inner/0/count: nothing, expected int32[]" in lines
+        assert "state/0/mu/w: int8[64,128], expected nothing" in lines
     assert sorted(lines) == sorted(expected)
 
     seen = sorted(line for line in expected if line.startswith("state")) if of_state is None else sorted(of_state)
@@ -294,9 +289,9 @@ def test_boxes_have_no_value_in_their_path() -> None:
     wider = nnx.state(nnx.Linear(2, 4, rngs=nnx.Rngs(0)), nnx.Param)
     tx = adam_fn.lion(1e-3)
     boxed = {"kernel": {"value": jnp.ones((2, 3))}, "bias": {"value": jnp.ones(3)}}
-    for state in (tx.init(params), {"count": jnp.int32(0), "weights": (), "slots": {"mu": boxed}}):
+    for state in (tx.init(params), {"0": {"count": jnp.int32(0), "mu": boxed}}):
         checkpoint.check(state, tx, params)
-        with pytest.raises(ValueError, match=r"  state/slots/mu/kernel: float32\[2,3\], expected float32\[2,4\]"):
+        with pytest.raises(ValueError, match=r"  state/0/mu/kernel: float32\[2,3\], expected float32\[2,4\]"):
             checkpoint.check(state, tx, wider)
     assert list(checkpoint.describe(tx, params)["params"]) == ["params/bias", "params/kernel"]
     # A parameter that is called so is no box.
@@ -321,17 +316,40 @@ def test_of_several_transformations_each_leaf_is_named() -> None:
     saved = checkpoint.describe(parts(adam_fn.adamw(1e-3)), P)
     with pytest.raises(ValueError, match=r"storage/0/mu: Cast\('float32'\), expected Cast\('bfloat16'\)") as error:
         checkpoint.check(saved, parts(adam_fn.adamw(1e-3, storage="bfloat16"), w=1), P)
-    assert "state/inner_states/1/inner_state/slots/mu/w: nothing, expected float32[64,128]" in str(error.value)
+    assert "state/inner_states/1/inner_state/0/mu/w: nothing, expected float32[64,128]" in str(error.value)
 
 
 def test_what_may_change_between_two_runs() -> None:
     saved = checkpoint.describe(ADAMW, P)
     for tx in (
-        adam_fn.adamw(optax.cosine_decay_schedule(1e-2, 9), eps=1e-6, weight_decay=0.1, storage="24bit"),
+        adam_fn.adamw(1e-2, eps=1e-6, weight_decay=0.1, storage="24bit"),
         adam_fn.nadam(1e-3, storage="24bit"),  # Its moments are Adam's.
         optax.GradientTransformation(ADAMW.init, ADAMW.update),
     ):
         checkpoint.check(saved, tx, jax.eval_shape(lambda: P))
+
+
+def test_schedules_count_in_the_state() -> None:
+    """As in optax: a schedule may be replaced by a schedule, and not by a number."""
+
+    def make(rate: Any, decay: Any = 1e-4) -> adam_fn.Transformation:
+        return adam_fn.adamw(rate, weight_decay=decay, storage="24bit")
+
+    cosine, linear = optax.cosine_decay_schedule(1e-2, 9), optax.linear_schedule(1e-2, 0.0, 9)
+    checkpoint.check(checkpoint.describe(make(cosine), P), make(linear, 0.1), P)
+    checkpoint.check(checkpoint.describe(make(cosine, cosine), P), make(linear, linear), P)
+    for tx, lines in {
+        make(cosine): [r"state/2/count: nothing, expected int32\[\]"],
+        make(1e-3, cosine): [r"state/1/count: nothing, expected int32\[\]"],
+        adam_fn.adamw(1e-3, b2=linear, storage="24bit"): [
+            rf"state/3/weights/0/{word}: nothing, expected float32\[\]" for word in ("main", "rest")
+        ],
+    }.items():
+        with pytest.raises(ValueError, match="parameters:\n  " + "\n  ".join(lines) + "$"):
+            checkpoint.check(checkpoint.describe(ADAMW, P), tx, P)
+        back = "\n  ".join(lines).replace("nothing, expected ", "").replace(r"\[\]", r"\[\], expected nothing")
+        with pytest.raises(ValueError, match=f"parameters:\n  {back}$"):
+            checkpoint.check(checkpoint.describe(tx, P), ADAMW, P)
 
 
 @pytest.mark.parametrize(
@@ -367,5 +385,5 @@ def test_orbax_keeps_the_description(tmp_path: Path) -> None:
     checkpoint.check(shapes["state"], ADAMW, P)
     with pytest.raises(ValueError, match=r"rules: Adam, expected Yogi$"):
         checkpoint.check(about, adam_fn.yogi(1e-3, storage="24bit"), P)
-    with pytest.raises(ValueError, match=r"state/slots/mu/w: int8\[64,128\], expected bfloat16\[64,128\]"):
+    with pytest.raises(ValueError, match=r"state/0/mu/w: int8\[64,128\], expected bfloat16\[64,128\]"):
         checkpoint.check(shapes["state"], adam_fn.adam(1e-3, storage="bfloat16"), P)

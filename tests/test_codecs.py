@@ -6,9 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from cases import MEMBERS, Case, name
 from helpers.runs import full_jit
+from helpers.states import slots_of
 from jax.typing import DTypeLike
 
 import adam_fn
@@ -183,7 +185,7 @@ def test_bounds_hold_for_the_worst_gradients(case: Case) -> None:
     def step(carry: Any, g: jax.Array) -> Any:
         state, most = carry
         _, state = tx.update(g, state)
-        slots: Any = state.slots
+        slots: Any = tx.update.decoded(state, g)
         for slot, x in bounded.items():
             unit = 1.0 if x.unit is None else jnp.sqrt(slots[x.unit.slot]) if x.unit.root else slots[x.unit.slot]
             most = {**most, slot: jnp.maximum(most[slot], jnp.max(jnp.abs(slots[slot]) / (unit + 1e-30)))}
@@ -216,11 +218,16 @@ BYTES = {"float32": 8, "bfloat16": 4, "24bit": 3, "16bit": 2}
 @pytest.mark.parametrize("storage", BYTES)
 def test_bytes_a_parameter(storage: Any) -> None:
     params = {"w": jnp.ones((32, 96)), "b": jnp.ones(7)}
-    rest = 4 + 2 * 2 * 4  # The count and the bias weights.
     for tx in (adam_fn.adam(1e-3, storage=storage), adam_fn.adamw(1e-3, storage=storage)):
-        assert adam_fn.state_bytes(tx, params) == BYTES[storage] * (32 * 96 + 7) + rest
-        for tree in tx.init(params).slots.values():
+        assert adam_fn.state_bytes(tx, params) == BYTES[storage] * (32 * 96 + 7) + 4  # And the count, as in optax.
+        for tree in slots_of(tx.init(params)).values():
             assert jax.tree.map(jnp.shape, tree) == jax.tree.map(jnp.shape, params)
+
+
+def test_bytes_of_float32_are_those_of_optax() -> None:
+    params = {"w": jnp.ones((32, 96)), "b": jnp.ones(7)}
+    for ours, theirs in ((adam_fn.adam, optax.adam), (adam_fn.adamw, optax.adamw), (adam_fn.lion, optax.lion)):
+        assert adam_fn.state_bytes(ours(1e-3), params) == adam_fn.state_bytes(theirs(1e-3), params)
 
 
 def test_bad_codecs() -> None:

@@ -13,6 +13,7 @@ import pytest
 from cases import MEMBERS, Case, name
 from flax import linen, nnx
 from helpers.runs import random_gradients
+from helpers.states import slots_of
 
 import adam_fn
 from adam_fn import Group, Groups
@@ -67,7 +68,7 @@ def test_every_member_follows_its_groups(case: Case) -> None:
     found, state = _run(tx)
     expected, _ = _run(_parts(lambda rate, decay: case.make(0.1 * rate, weight_decay=0.2 * decay)))
     chex.assert_trees_all_close(found, expected, rtol=2e-5, atol=1e-7)
-    for slot in state.slots.values():
+    for slot in slots_of(state).values():
         assert slot["embed"]["table"] == optax.MaskedNode()
         assert len(jax.tree.leaves(slot)) == 6
 
@@ -102,7 +103,7 @@ def test_lamb_and_swats() -> None:
     found, state = _run(adam_fn.lamb(0.1, weight_decay=0.2, groups=GROUPS))
     expected, _ = _run(_parts(lambda rate, decay: adam_fn.lamb(0.1 * rate, weight_decay=0.2 * decay)))
     chex.assert_trees_all_close(found, expected, rtol=2e-5, atol=1e-7)
-    assert len(jax.tree.leaves(state[0].slots)) == 2 * 6
+    assert len(jax.tree.leaves(slots_of(state[0]))) == 2 * 6
 
 
 def test_swats_finds_one_rate_for_all_groups() -> None:
@@ -243,7 +244,7 @@ def test_paths_of_frameworks(framework: str) -> None:
     groups = {"body/*": Group(frozen=True), "norm/*": Group(rate=0.5), "*/bias": Group(decay=0.0)}
     tx = adam_fn.adamw(0.1, weight_decay=0.5, groups=groups)
     state = tx.init(params)
-    assert len(jax.tree.leaves(state.slots["mu"])) == 4
+    assert len(jax.tree.leaves(slots_of(state)["mu"])) == 4
     updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
     scales: dict[str, set[float]] = {}
     for (keys, u), p in zip(jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(params), strict=True):

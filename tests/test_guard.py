@@ -11,6 +11,7 @@ import optax
 import pytest
 from cases import MEMBERS, Case, name
 from helpers.runs import random_gradients
+from helpers.states import slots_of
 
 import adam_fn
 
@@ -123,7 +124,7 @@ def test_past_the_limit_the_failure_shows_as_in_optax() -> None:
         assert np.isnan(found[2]) == (i >= 8)
         assert int(ours.consecutive) == int(theirs.notfinite_count)
     assert int(ours.skipped) == 5  # Seven were faulty; optax counts those.
-    assert np.isnan(jnp.asarray(ours.inner.slots["mu"])[2])
+    assert np.isnan(jnp.asarray(slots_of(ours.inner)["mu"])[2])
 
 
 def test_the_guard_is_a_value_and_checks_its_arguments() -> None:

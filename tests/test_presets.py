@@ -19,6 +19,7 @@ import optax
 import pytest
 from helpers.records import distance, follow, load, relative_error
 from helpers.runs import random_gradients, together
+from helpers.states import slots_of
 from jax.example_libraries import optimizers as example_libraries
 from jax.typing import DTypeLike
 from oracles import frameworks
@@ -273,7 +274,7 @@ def test_options(name: str) -> None:
     options: dict[str, Any] = {"frozen": {"w": False, "b": False, "fixed": True}, "mu_dtype": "bfloat16"}
     plain, stored = make(name), make(name, **options, nu_dtype="bfloat16")
     assert plain == make(name) != stored
-    slots: Any = jax.eval_shape(stored.init, params).slots
+    slots: Any = slots_of(jax.eval_shape(stored.init, params))
     assert {slot["w"].dtype for slot in slots.values()} == {jnp.dtype("bfloat16")}
     assert all(isinstance(slot["fixed"], optax.MaskedNode) for slot in slots.values())
     if name in DECAYING:

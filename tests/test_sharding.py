@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from cases import MEMBERS
 from helpers.layouts import SPECS
+from helpers.states import slots_of
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import adam_fn
@@ -47,10 +48,10 @@ def test_state_follows_the_parameters(kind: AxisType) -> None:
     found["eager"] = adam.update(params, states["eager"], params)
     for updates, after in found.values():
         _same_sharding(updates, params)
-        for slot in after.slots.values():
+        for slot in slots_of(after).values():
             _same_sharding(slot, params)
     for state in states.values():
-        for slot in state.slots.values():
+        for slot in slots_of(state).values():
             _same_sharding(slot, params)
     alone = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), params)
     expected = update(alone, jax.jit(init)(alone), alone)
@@ -59,7 +60,9 @@ def test_state_follows_the_parameters(kind: AxisType) -> None:
     for name, (updates, after) in found.items():
         for key in params:
             np.testing.assert_allclose(updates[key], expected[name][0][key], rtol=1e-6, err_msg=name)
-            different += [np.sum(x[key] != expected[name][1].slots[slot][key]) for slot, x in after.slots.items()]
+            different += [
+                np.sum(x[key] != slots_of(expected[name][1])[slot][key]) for slot, x in slots_of(after).items()
+            ]
     assert sum(different) <= 2, different  # Of thousands: XLA may round what it cuts in another way.
     text = compiled.as_text() or ""
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"):
@@ -89,26 +92,18 @@ def test_sums_over_leaves_are_over_all_shards(wrapper: str, kind: AxisType) -> N
             updates, state = jax.jit(tx.update)(jax.tree.map(lambda x: scale * jnp.sin(x), p), state, p)  # noqa: B023
         found.append((updates, state))
     _same_sharding(found[0][0], params)
-    for tree in (slot for part in jax.tree.leaves(found[0][1], is_leaf=_is_state) for slot in _slots(part)):
+    for tree in slots_of(found[0][1]).values():
         _same_sharding(tree, params)
     for a, b in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-8)
-
-
-def _is_state(x: object) -> bool:
-    return isinstance(x, adam_fn.State)
-
-
-def _slots(part: Any) -> list[Any]:
-    return list(part.slots.values()) if _is_state(part) else []
 
 
 def test_complex_parameters_on_a_mesh() -> None:
     mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
     p = jax.device_put(jnp.ones((16, 2), jnp.complex64), NamedSharding(mesh, PartitionSpec("a")))
     state = jax.jit(adam_fn.adam(1e-3).init)(p)
-    assert state.slots["mu"].shape == (2, 16, 2)
-    assert state.slots["mu"].sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(None, "a")), 3)
+    assert slots_of(state)["mu"].shape == (2, 16, 2)
+    assert slots_of(state)["mu"].sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(None, "a")), 3)
 
 
 @KINDS
@@ -137,5 +132,5 @@ def test_inside_shard_map(kind: AxisType, storage: Any) -> None:
     for i, shard in enumerate(np.split(np.asarray(p), 8)):
         own, moments = jax.jit(train)(jnp.asarray(shard), tx.init(jnp.asarray(shard)))
         np.testing.assert_array_equal(np.split(np.asarray(found), 8)[i], own)
-        for name, slot in moments.slots.items():
-            np.testing.assert_array_equal(np.split(np.asarray(after.slots[name]), 8)[i], slot)
+        for name, slot in slots_of(moments).items():
+            np.testing.assert_array_equal(np.split(np.asarray(slots_of(after)[name]), 8)[i], slot)

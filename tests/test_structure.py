@@ -12,10 +12,10 @@ ROOT = Path(adam_fn.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 # From the bottom up; a module imports only from layers above it in this list. Whatever is not listed is the last layer.
 LAYERS = (
-    ("arithmetic", "noise", "schedules"),
-    ("codec",),
+    ("arithmetic", "functions", "noise", "schedules"),
+    ("bias", "codec", "fields"),
     ("codes", "leaves", "rule"),
-    ("groups",),
+    ("groups", "states"),
     ("execute",),
     ("execute.body", "execute.sources"),
     ("execute.cpu",),

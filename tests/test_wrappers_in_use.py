@@ -170,9 +170,9 @@ def test_learning_rate_of_one_step() -> None:
 
 def test_bad_options() -> None:
     p = jnp.ones(2)
-    for name in ("swats", "lamb"):
+    for name, state in (("swats", "its own state, .*"), ("lamb", r"the state that tx.init\(params\) makes")):
         tx: Any = WRAPPED[name](1e-3)
-        with pytest.raises(TypeError, match=rf"{name} expected its own state, .*, got a dict"):
+        with pytest.raises(TypeError, match=rf"{name} expected {state}, got a dict"):
             tx.update(p, {}, p)
     with pytest.raises(ValueError, match="tolerance must be positive, got 0"):
         adam_fn.swats(tolerance=0)

@@ -10,6 +10,7 @@ import optax
 import pytest
 from helpers.runs import full_jit
 from helpers.short import BF16, bits_of, run
+from helpers.states import slots_of
 
 import adam_fn
 from adam_fn import write
@@ -130,7 +131,7 @@ def test_the_inner_transformation_sees_float32() -> None:
     u, _ = tx.update(p, state, p, value=7)
     assert seen == [(jnp.float32, jnp.float32, 7)] and u.dtype == jnp.float32
     adam: Any = write.master_weights(adam_fn.adam(1e-3))
-    assert adam.init(p).inner.slots["mu"].dtype == jnp.float32
+    assert slots_of(adam.init(p).inner)["mu"].dtype == jnp.float32
     eight: Any = write.master_weights(tx, 8)
     assert state.remainder.dtype == jnp.int16 and eight.init(p).remainder.dtype == jnp.int8
 

@@ -2,8 +2,9 @@
 
 import abc
 import dataclasses
-from collections.abc import Mapping
-from typing import NamedTuple, TypeAlias
+import functools
+from collections.abc import Callable, Mapping
+from typing import ClassVar, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from adam_fn.rule import Clock, Rule
 
 #: Codecs by the names of the stored arrays.
 Codecs: TypeAlias = Mapping[str, Codec]
+#: `noise.lattice` of a leaf, computed at the first call: where nothing is rounded nothing is traced.
+Lattice: TypeAlias = Callable[[], jax.Array]
 
 
 class Times(NamedTuple):
@@ -45,9 +48,11 @@ class Write(abc.ABC):
 
     Attributes:
       parameters: whether the results are new parameters.
+      has_low: whether something is stored beside the parameter.
     """
 
     parameters: bool = False
+    has_low: ClassVar[bool] = False
 
     def of(self, dtype: np.dtype) -> "Write":
         """What it does with a parameter of a dtype."""
@@ -79,7 +84,7 @@ class Parameters(Write):
     def leave(self, inputs: Inputs, u: jax.Array, dither: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
         assert inputs.p is not None
         # The sum is rounded once either way; a TPU makes a conversion at the end part of the pass over the state.
-        wide = jnp.promote_types(inputs.p.dtype, jnp.float32)
+        wide = compute_dtype(inputs.p.dtype)
         return (inputs.p.astype(wide) + u.astype(wide)).astype(inputs.p.dtype), inputs.low
 
 
@@ -109,6 +114,11 @@ def as_dtype(x: jax.Array, dtype: np.dtype) -> jax.Array:
     return (jax.lax.complex(x[0], x[1]) if jnp.issubdtype(dtype, jnp.complexfloating) else x).astype(dtype)
 
 
+def lattice_of(like: jax.Array) -> Lattice:
+    """The lattice of a leaf."""
+    return functools.cache(functools.partial(noise.lattice, like))
+
+
 def _unit(unit: Unit, slots: Slots) -> jax.Array:
     """What a slot is measured in."""
     return safe_sqrt(slots[unit.slot]) if unit.root else slots[unit.slot]
@@ -127,8 +137,8 @@ def decode(codecs: Codecs, stored: Stored, dtype: DTypeLike) -> dict[str, jax.Ar
     return plain | {slot: x * _unit(unit, plain) for slot, (x, unit) in measured.items()}
 
 
-def encode(codecs: Codecs, slots: Slots, lattice: jax.Array, times: Slots) -> dict[str, jax.Array]:
-    """What is stored of the slots of a leaf; `lattice` and `times`: those of `adam_fn.noise`."""
+def encode(codecs: Codecs, slots: Slots, lattice: Lattice, times: Slots) -> dict[str, jax.Array]:
+    """What is stored of the slots of a leaf; `times`: those of `adam_fn.noise`, of each slot that is rounded."""
 
     def measured(slot: str, unit: Unit | None) -> jax.Array:
         if unit is None:
@@ -138,7 +148,8 @@ def encode(codecs: Codecs, slots: Slots, lattice: jax.Array, times: Slots) -> di
     found = {}
     for name, codec in codecs.items():
         x = tuple(measured(slot, unit) for slot, unit in zip(codec.slots, codec.units, strict=True))
-        found[name] = codec.encode(x, tuple(noise.dither(lattice, times[slot]) for slot in codec.slots))
+        rounded = () if codec.exact else codec.slots
+        found[name] = codec.encode(x, tuple(noise.dither(lattice(), times[slot]) for slot in rounded))
     return found
 
 
@@ -154,7 +165,8 @@ def body(rule: Rule, codecs: Codecs, write: Write, inputs: Inputs, stored: Store
     found = {"update": u.shape} | {name: x.shape for name, x in new.items()}
     expected = {"update": gradient.shape} | {name: x.shape for name, x in slots.items()}
     if found != expected:
-        raise ValueError(f"{type(rule).__name__}.leaf returned shapes {found}, expected {expected}")
-    lattice = noise.lattice(gradient)
-    dither = None if times.write is None else noise.dither(lattice, times.write)
+        names = " >> ".join(type(part).__name__ for part in rule.parts())
+        raise ValueError(f"{names}.leaf returned shapes {found}, expected {expected}")
+    lattice = lattice_of(gradient)
+    dither = None if times.write is None else noise.dither(lattice(), times.write)
     return Done(*write.leave(inputs, u.astype(g.dtype), dither), encode(codecs, new, lattice, times.slots))

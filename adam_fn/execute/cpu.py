@@ -55,7 +55,7 @@ def _after(last: jax.Array, inputs: Inputs, stored: Stored, clock: Clock) -> tup
 
     def later(x: jax.Array) -> jax.Array:
         if jnp.issubdtype(x.dtype, jnp.floating):
-            x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            x = x.astype(compute_dtype(x.dtype))
             return x * jnp.reshape(one.astype(x.dtype), (1,) * x.ndim)
         return x + jnp.reshape((one - 1).astype(x.dtype), (1,) * x.ndim)
 
@@ -72,7 +72,7 @@ def _one_after(x: jax.Array, clock: Clock) -> jax.Array:
         return jnp.where(first(x) > 0, jnp.float32(1), 1)  # Of the same type, inside `shard_map` too.
 
     # Always true, which XLA does not see.
-    return jax.lax.cond(clock.count | 1 != 0, one, first, jax.lax.stop_gradient(x))
+    return jax.lax.cond(jax.tree.leaves(clock.count)[0] | 1 != 0, one, first, jax.lax.stop_gradient(x))
 
 
 def _order(

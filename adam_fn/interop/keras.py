@@ -14,8 +14,7 @@ from adam_fn.rules.adam import Adam
 from adam_fn.rules.adamax import AdaMax
 from adam_fn.rules.amsgrad import AMSGrad
 from adam_fn.rules.momentum import Lion
-from adam_fn.transform import State
-from adam_fn.write import MasterState
+from adam_fn.states import State
 
 #: ``optimizer.variables``, or the arrays that ``optimizer.save_own_variables(store)`` stores, by number.
 Variables: TypeAlias = Sequence[Any] | Mapping[str, Any]
@@ -37,7 +36,7 @@ def from_keras(
     paths: Paths,
     names: Sequence[str] | None = None,
     transpose: Transpose | None = None,
-) -> State | MasterState:
+) -> State:
     """The state with which `tx` continues where Keras 3's Adam, AdamW, Adamax, Nadam or Lion stopped.
 
     ::
@@ -74,7 +73,7 @@ def from_keras(
 def to_keras(
     tx: optax.GradientTransformation,
     params: PyTree,
-    state: State | MasterState,
+    state: State,
     variables: Variables,
     *,
     paths: Paths,

@@ -6,7 +6,7 @@ are run from the count by the transformation's own rule: they are what it would 
 
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn, TypeAlias, cast
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,14 @@ import numpy as np
 import optax
 from numpy.typing import NDArray
 
-from adam_fn.arithmetic import Weight
+from adam_fn.bias import Weight, is_kept
 from adam_fn.execute.body import as_dtype, as_real
-from adam_fn.leaves import Leaves, PyTree, named, shown
+from adam_fn.functions import method_of
+from adam_fn.leaves import Leaves, PyTree, check_distinct, named, shown
 from adam_fn.rule import Rule
 from adam_fn.spec import Spec, zeros_like
-from adam_fn.transform import State, Update, coded
+from adam_fn.states import Memory, State
+from adam_fn.transform import Update, advanced, coded
 from adam_fn.write import MasterState, MasterWeights
 
 #: An array of any framework.
@@ -59,9 +61,9 @@ class Target:
 
     def __init__(self, tx: optax.GradientTransformation, params: PyTree) -> None:
         self.tx, self.params = tx, params
-        wrapper = getattr(tx.update, "wrapper", None)
+        wrapper = getattr(method_of(tx.update), "wrapper", None)
         self.masters = isinstance(wrapper, MasterWeights)
-        update = wrapper.tx.update if isinstance(wrapper, MasterWeights) else tx.update
+        update = method_of((wrapper.tx if isinstance(wrapper, MasterWeights) else tx).update)
         if not isinstance(update, Update):
             raise TypeError(
                 "expected an optimizer of adam_fn, such as adam_fn.adam(1e-3), or adam_fn.master_weights around one; "
@@ -75,6 +77,7 @@ class Target:
         leaves = Leaves(self.params)
         self._treedef = leaves.treedef
         self._paths = leaves.names
+        check_distinct(self._paths)
         self._leaves = dict(zip(self._paths, leaves.leaves, strict=True))
         trained = zip(self._paths, update.spec.trained(leaves, self.params), strict=True)
         self.trained = [path for path, train in trained if train]
@@ -106,37 +109,43 @@ class Target:
 
     def weights(self, count: int) -> NDArray[np.float64]:
         """The bias weights after `count` steps, ``1 - βᵗ`` where β is constant; shape ``[n]``."""
-        return np.sum(np.asarray(_weights(self.update.spec.rule, count), np.float64).reshape(-1, 2), axis=1)
+        memory = _memory(self.update.spec, count)
+        found = np.asarray(self.update.spec.weights(memory, jnp.result_type(float)), np.float64)
+        kept = [i for i, beta in enumerate(self.update.spec.rule.betas) if is_kept(beta)]
+        for i, weight in zip(kept, memory.weights, strict=True):  # More digits than the weight alone has.
+            found[i] = np.float64(weight.main) + np.float64(weight.rest)
+        return found
 
-    def state(self, moments: Moments, source: str) -> State | MasterState:
+    def state(self, moments: Moments, source: str) -> State:
         """The state of the transformation, or an error that lists everything in `source` that does not fit."""
         fail(self._problems(moments), f"{source} does not fit the parameters")
         outer = self.tx.init(self._outer)
-        blank = cast(State, outer.inner if isinstance(outer, MasterState) else outer)
+        form = self.update.spec.form
+        blank = form.read(outer.inner if isinstance(outer, MasterState) else outer)
         values = [
             {name: moments.slots[name][path] for name in self.update.spec.rule.slots} if path in self.trained else None
             for path in self._paths
         ]
         slots = _stored(self.update.spec, values, self.params, np.int32(moments.count))
         # Added to the zeros that are there, so that they live where these live.
-        count = blank.count + np.int32(moments.count)
-        weights = jax.tree.map(
-            lambda zero, w: zero + np.asarray(w, zero.dtype),
-            blank.weights,
-            _weights(self.update.spec.rule, moments.count),
+        memory = _memory(self.update.spec, moments.count)
+        counts, weights = jax.tree.map(
+            lambda zero, x: zero + np.asarray(x, zero.dtype),
+            (blank.counts, blank.weights),
+            (memory.counts, memory.weights),
         )
-        state = State(count, weights, slots)
+        state = form.made(Memory(counts, weights, slots))
         return outer._replace(inner=state) if isinstance(outer, MasterState) else state
 
-    def moments(self, state: State | MasterState) -> Moments:
+    def moments(self, state: State) -> Moments:
         """What a state of the transformation holds."""
-        inner = cast(State, state.inner if isinstance(state, MasterState) else state)
-        self.update._checked(inner)
+        inner = state.inner if isinstance(state, MasterState) else state
+        self.update.spec.form.check(inner)
         slots = {}
         for name, tree in self.update.decoded(inner, self.params).items():
             found = dict(zip(self._paths, self._treedef.flatten_up_to(tree), strict=True))
             slots[name] = {path: self._joined(path, found[path]) for path in self.trained}
-        return Moments(int(inner.count), slots)
+        return Moments(int(self.update.spec.form.read(inner).steps), slots)
 
     def uncovered(self, paths: Iterable[str | None]) -> Iterable[str]:
         """What differs between some paths and those of the parameters that are trained."""
@@ -187,14 +196,19 @@ def _stored(
 
 
 @jax.jit
-def _run(rule: Rule, count: jax.Array, weights: tuple[Weight, ...]) -> tuple[Weight, ...]:
-    return jax.lax.fori_loop(0, count, lambda i, weights: tuple(rule.at(i).weigh(weights, i)), weights)
+def _run(spec: Spec, count: jax.Array, memory: Memory) -> Memory:
+    return jax.lax.fori_loop(0, count, lambda _, memory: advanced(spec, memory)[1], memory)
 
 
-def _weights(rule: Rule, count: int) -> tuple[Weight, ...]:
-    """The bias weights as a state has them after `count` steps, in JAX's default dtype."""
-    blank = tuple(Weight(jnp.zeros((), float), jnp.zeros((), float)) for _ in range(rule.weights))
-    return _run(rule, np.int32(count), blank)
+def _memory(spec: Spec, count: int) -> Memory:
+    """What a state has after `count` steps but for the slots, in JAX's default dtype."""
+    zero = jnp.zeros((), float)
+    weights = (Weight(zero, zero),) * sum(map(is_kept, spec.rule.betas))
+    counts: tuple[Any, ...] = tuple(np.int32(count) if link.counts else None for link in spec.form.links)
+    if not weights:
+        return Memory(counts, (), {})
+    blank = Memory(tuple(None if x is None else jnp.zeros((), jnp.int32) for x in counts), weights, {})
+    return Memory(counts, _run(spec, np.int32(count), blank).weights, {})
 
 
 def in_order(paths: Paths, names: Sequence[str] | None, number: int, framework: str) -> list[str | None]:

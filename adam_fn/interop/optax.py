@@ -11,15 +11,14 @@ import optax
 import optax.contrib
 
 from adam_fn.interop.moments import ByPath, Moments, Target, fail
-from adam_fn.leaves import PyTree, by_path, path_name, shown
+from adam_fn.leaves import PyTree, by_path, joined, map_named, shown
 from adam_fn.rule import Rule
 from adam_fn.rules.adam import Adam
 from adam_fn.rules.adamax import AdaMax
 from adam_fn.rules.amsgrad import AMSGrad
 from adam_fn.rules.momentum import ADOPT, AdamAtan2, Adan, AdEMAMix, Lion
 from adam_fn.rules.variance import AdaBelief, RAdam, Yogi
-from adam_fn.transform import State
-from adam_fn.write import MasterState
+from adam_fn.states import State
 
 S = TypeVar("S")
 
@@ -58,7 +57,7 @@ _SCHEDULES = {
 }
 
 
-def from_optax(tx: optax.GradientTransformation, params: PyTree, optax_state: optax.OptState) -> State | MasterState:
+def from_optax(tx: optax.GradientTransformation, params: PyTree, optax_state: State) -> State:
     """The state with which `tx` continues where an optimizer of optax stopped.
 
     ::
@@ -98,7 +97,7 @@ def from_optax(tx: optax.GradientTransformation, params: PyTree, optax_state: op
 
     def look(keys: jax.tree_util.KeyPath, node: Any) -> Any:  # noqa: ANN401
         for field in _counted(node, form):
-            counts[f"{path_name(keys)} {type(node).__name__}.{field}".strip()] = int(getattr(node, field))
+            counts[f"{joined(keys)} {type(node).__name__}.{field}".strip()] = int(getattr(node, field))
         if isinstance(node, form.state):
             found.append(node)
         elif isinstance(node, Mapping) and set(form.state._fields) <= set(node):
@@ -131,7 +130,7 @@ def from_optax(tx: optax.GradientTransformation, params: PyTree, optax_state: op
     return target.state(Moments(count, slots), "the state of optax")
 
 
-def to_optax(tx: optax.GradientTransformation, params: PyTree, state: State | MasterState, optax_state: S) -> S:
+def to_optax(tx: optax.GradientTransformation, params: PyTree, state: State, optax_state: S) -> S:
     """The state with which an optimizer of optax continues where `tx` stopped: the inverse of `from_optax`.
 
     ::
@@ -159,8 +158,7 @@ def to_optax(tx: optax.GradientTransformation, params: PyTree, state: State | Ma
     problems: list[str] = []
     used: set[str] = set()
 
-    def moved(name: str, keys: jax.tree_util.KeyPath, old: jax.Array) -> jax.Array:
-        path = path_name(keys)
+    def moved(name: str, path: str, old: jax.Array) -> jax.Array:
         if not jnp.issubdtype(jnp.result_type(old), jnp.inexact):
             return old
         used.add(path)
@@ -181,8 +179,7 @@ def to_optax(tx: optax.GradientTransformation, params: PyTree, state: State | Ma
         new = {field: _as_count(getattr(node, field), count) for field in _counted(node, form)}
         if isinstance(node, form.state):
             for name, field in form.slots.items():
-                move = functools.partial(moved, name)
-                new[field] = jax.tree_util.tree_map_with_path(move, getattr(node, field))
+                new[field] = map_named(functools.partial(moved, name), getattr(node, field))
         return node._replace(**new) if new else node
 
     result = _map_nodes(replaced, optax_state, form)

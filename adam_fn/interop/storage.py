@@ -2,15 +2,16 @@
 
 import optax
 
+from adam_fn.functions import method_of
 from adam_fn.interop.moments import Target
 from adam_fn.leaves import PyTree
-from adam_fn.transform import State
+from adam_fn.states import State
 from adam_fn.write import MasterState, MasterWeights
 
 
 def change_storage(
-    old: optax.GradientTransformation, tx: optax.GradientTransformation, params: PyTree, state: State | MasterState
-) -> State | MasterState:
+    old: optax.GradientTransformation, tx: optax.GradientTransformation, params: PyTree, state: State
+) -> State:
     """The state with which `tx` continues where `old` stopped: the same optimizer with another storage.
 
     ::
@@ -44,18 +45,22 @@ def change_storage(
         )
     new = target.state(source.moments(state), "the state")
     inner = state.inner if isinstance(state, MasterState) else state
+    kept = source.update.spec.form.read(inner)
+    # The old state's counts and bias weights, which a β that is scheduled otherwise in `tx` would not have come to.
+    form = target.update.spec.form
+    made = form.read(new.inner if isinstance(new, MasterState) else new)
+    if len(made.weights) == len(kept.weights):
+        made = made._replace(weights=kept.weights)
+    counts = zip(made.counts, kept.counts, strict=False)
+    same = len(made.counts) == len(kept.counts)
+    made = made._replace(counts=tuple(x if y is None else y for x, y in counts)) if same else made
     if not isinstance(new, MasterState):
-        return _with_weights(new, inner)
+        return form.made(made)
     low = state.remainder if isinstance(state, MasterState) else new.remainder
-    return MasterState(low, _with_weights(new.inner, inner))
+    return MasterState(low, form.made(made))
 
 
 def _bits(tx: optax.GradientTransformation) -> int:
     """The bits of what masters keep beside a bfloat16 parameter; 0 without masters."""
-    wrapper = getattr(tx.update, "wrapper", None)
+    wrapper = getattr(method_of(tx.update), "wrapper", None)
     return wrapper.bits if isinstance(wrapper, MasterWeights) else 0
-
-
-def _with_weights(new: PyTree, old: PyTree) -> State:
-    """With the bias weights of the old state, which a β that is scheduled otherwise in `tx` would not have come to."""
-    return new._replace(weights=old.weights)

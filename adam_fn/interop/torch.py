@@ -16,8 +16,7 @@ from adam_fn.rules.adam import Adam
 from adam_fn.rules.adamax import AdaMax
 from adam_fn.rules.amsgrad import AMSGrad
 from adam_fn.rules.variance import RAdam
-from adam_fn.transform import State
-from adam_fn.write import MasterState
+from adam_fn.states import State
 
 #: What ``optimizer.state_dict()`` returns, of tensors or of other arrays.
 StateDict: TypeAlias = Mapping[str, Any]
@@ -46,7 +45,7 @@ def from_torch(
     paths: Paths,
     names: Sequence[str] | None = None,
     transpose: Transpose | None = None,
-) -> State | MasterState:
+) -> State:
     """The state with which `tx` continues where torch's Adam, AdamW, Adamax, NAdam or RAdam stopped.
 
     ::
@@ -104,7 +103,7 @@ def from_torch(
 def to_torch(
     tx: optax.GradientTransformation,
     params: PyTree,
-    state: State | MasterState,
+    state: State,
     state_dict: StateDict,
     *,
     paths: Paths,

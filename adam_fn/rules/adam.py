@@ -2,15 +2,16 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Unpack
+from typing import Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.typing import DTypeLike
 
 from adam_fn.arithmetic import (
     Scalar,
-    Weight,
+    bounded,
     ema,
     largest_ratio,
     one_minus,
@@ -19,7 +20,6 @@ from adam_fn.arithmetic import (
     safe_sqrt,
     shifted,
     square,
-    weigh,
 )
 from adam_fn.codec import Slot, Slots, Unit
 from adam_fn.leaves import Mask
@@ -40,6 +40,7 @@ class Moments(Rule):
     b2: Beta = 0.999
 
     squares: ClassVar[float] = 1.0
+    state_type: ClassVar[Any] = optax.ScaleByAdamState
 
     @property
     def slots(self) -> Mapping[str, Slot]:
@@ -51,11 +52,16 @@ class Moments(Rule):
         return Slot(bound=largest_ratio(b1, self.b2), unit=Unit("nu"))
 
     @property
-    def weights(self) -> int:
-        return 2
+    def betas(self) -> Sequence[Any]:
+        return self.b1, self.b2
 
-    def weigh(self, weights: Sequence[Weight], count: jax.Array) -> Sequence[Weight]:
-        return weigh(self.b1, weights[0]), weigh(self.b2, weights[1])
+    def bounded(self, g: jax.Array) -> jax.Array:
+        """The gradient as it is: what is squared has a bound of its own, and XLA would clip it for both moments."""
+        return g
+
+    def clipped(self, g: jax.Array) -> jax.Array:
+        """What the first moment gets, see `Rule.bounded`."""
+        return bounded(g, self.squares)
 
     def first_moment(self, slots: Slots, g: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The new m, and what is stored of it."""
@@ -88,6 +94,7 @@ class Adam(Moments):
     The bias weights are ``w = 1 - βᵗ`` for a constant β, and right for a scheduled one as well. With `nesterov`,
     ``m̂ = μ₊ m/w₊ + (1-μ)g/w``: μ is β₁ or, with `momentum_decay` ψ, the schedule ``β₁(1 - 0.96^(tψ)/2)`` of the paper
     and torch; w is its bias weight; and ₊ marks the next step's values (a scheduled β₁ has its present value in both).
+    m itself is averaged with β₁, as in torch and Keras; the paper has μ there too.
     With `eps_hat`, ε is the "epsilon hat" of the paper's section 2, TensorFlow and Keras: ``u = (√w₂/w₁) m/(√v + ε)``.
 
     A variant replaces `second_moment` or another of the small methods: everything else is shared.
@@ -104,8 +111,9 @@ class Adam(Moments):
         if self.momentum_decay is not None and not self.nesterov:
             raise ValueError("momentum_decay schedules the momentum of NAdam: it needs nesterov=True")
 
-    def weigh(self, weights: Sequence[Weight], count: jax.Array) -> Sequence[Weight]:
-        return weigh(self.momentum(count), weights[0]), weigh(self.b2, weights[1])
+    @property
+    def betas(self) -> Sequence[Any]:
+        return (self.b1 if self.momentum_decay is None else self.momentum), self.b2
 
     def momentum(self, count: jax.Array) -> Scalar:
         """NAdam's μ at a step; β₁ without a schedule."""
@@ -116,7 +124,8 @@ class Adam(Moments):
         weight = clock.weights[0]
         if not self.nesterov:
             return mu * (1 / weight)
-        now, ahead = (plain(self.momentum(clock.count + i)) for i in (0, 1))
+        steps = (clock.count, optax.safe_increment(clock.count))
+        now, ahead = (plain(self.momentum(jnp.asarray(count))) for count in steps)
         if not isinstance(now, (int, float)) and not isinstance(ahead, (int, float)):
             now, ahead = now.astype(mu.dtype), ahead.astype(mu.dtype)
         return ahead / ema(ahead, weight, 1.0) * mu + one_minus(now) / weight * g
@@ -128,9 +137,10 @@ class Adam(Moments):
         return quotient(direction, safe_sqrt(shifted(nu * (1 / weight), self.eps_root)), eps)
 
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
-        mu, stored = self.first_moment(slots, g)
+        clipped = self.clipped(g)
+        mu, stored = self.first_moment(slots, clipped)
         nu = self.second_moment(slots["nu"], g, mu)
-        return self.scaled(self.direction(mu, g, clock), nu, clock), {**stored, "nu": nu}
+        return self.scaled(self.direction(mu, clipped, clock), nu, clock), {**stored, "nu": nu}
 
 
 @alias

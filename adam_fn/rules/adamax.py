@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Unpack
+from typing import Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from adam_fn.arithmetic import Weight, ema, quotient, shifted, weigh
+from adam_fn.arithmetic import ema, quotient, shifted
 from adam_fn.codec import Slot, Slots, Unit
 from adam_fn.leaves import Mask
 from adam_fn.options import MuOptions, Options, alias, optimizer
@@ -34,6 +35,8 @@ class AdaMax(Rule):
     eps: NonNegative = 1e-8
     eps_hat: bool = False
 
+    state_type: ClassVar[Any] = optax.ScaleByAdamState
+
     @property
     def slots(self) -> Mapping[str, Slot]:
         b1, b2 = (self.b1, self.b2) if isinstance(self.b1, float) and isinstance(self.b2, float) else (0.9, 0.999)
@@ -42,11 +45,8 @@ class AdaMax(Rule):
         return {"mu": Slot(bound=bound, unit=Unit("nu", root=False)), "nu": Slot(signed=False)}
 
     @property
-    def weights(self) -> int:
-        return 1
-
-    def weigh(self, weights: Sequence[Weight], count: jax.Array) -> Sequence[Weight]:
-        return (weigh(self.b1, weights[0]),)
+    def betas(self) -> Sequence[Any]:
+        return (self.b1,)
 
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
         mu = ema(self.b1, slots["mu"], g)

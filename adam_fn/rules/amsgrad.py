@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Unpack
+from typing import Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,8 @@ class AMSGrad(Adam):
     bias_correction_mu: bool = True
     bias_correction_nu: bool = True
 
+    state_type: ClassVar[Any] = None  # Of optax's the maximum is another one.
+
     @property
     def slots(self) -> Mapping[str, Slot]:
         return {**super().slots, "nu_max": Slot(signed=False)}
@@ -45,10 +47,11 @@ class AMSGrad(Adam):
 
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
         clock = self._corrected(clock)
-        mu, stored = self.first_moment(slots, g)
+        clipped = self.clipped(g)
+        mu, stored = self.first_moment(slots, clipped)
         nu = self.second_moment(slots["nu"], g, mu)
         nu_max = jnp.maximum(slots["nu_max"], nu)
-        u = self.scaled(self.direction(mu, g, clock), nu_max, clock)
+        u = self.scaled(self.direction(mu, clipped, clock), nu_max, clock)
         return u, {**stored, "nu": nu, "nu_max": nu_max}
 
 

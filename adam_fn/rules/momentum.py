@@ -3,13 +3,15 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Unpack
+from typing import Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
+import optax
+import optax.contrib
 from jax.typing import DTypeLike
 
-from adam_fn.arithmetic import Weight, ema, largest_ratios_of_adan, plain, safe_sqrt, square, weigh
+from adam_fn.arithmetic import ema, largest_ratios_of_adan, plain, safe_sqrt, square
 from adam_fn.codec import Slot, Slots, Unit
 from adam_fn.leaves import Mask
 from adam_fn.options import CommonOptions, DecayOptions, MuOptions, Options, alias, optimizer
@@ -30,13 +32,15 @@ class LaProp(Adam):
 
     eps: NonNegative = 1e-15
 
+    state_type: ClassVar[Any] = None  # Its m is another one than Adam's.
+
     def measured(self, b1: Beta) -> Slot:
         b2 = self.b2 if isinstance(self.b2, float) else 0.999
         return Slot(bound=1 / math.sqrt(1 - b2))  # Of normalised gradients, and so of their average.
 
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
         nu = self.second_moment(slots["nu"], g, g)
-        normalised = self.scaled(g, nu, clock)
+        normalised = self.scaled(self.clipped(g), nu, clock)
         mu, stored = self.first_moment(slots, normalised)
         return self.direction(mu, normalised, clock), {**stored, "nu": nu}
 
@@ -80,15 +84,19 @@ class AdEMAMix(Adam):
     b3: Beta = 0.9999
     alpha: NonNegative = 5.0
 
+    state_type: ClassVar[Any] = optax.contrib.ScaleByAdemamixState
+    state_fields: ClassVar[Mapping[str, str]] = {"mu": "m1", "slow": "m2"}
+
     @property
     def slots(self) -> Mapping[str, Slot]:
         return {**super().slots, "slow": self.measured(self.b3)}
 
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
-        mu, stored = self.first_moment(slots, g)
-        slow = ema(self.b3, slots["slow"], g)
+        clipped = self.clipped(g)
+        mu, stored = self.first_moment(slots, clipped)
+        slow = ema(self.b3, slots["slow"], clipped)
         nu = self.second_moment(slots["nu"], g, mu)
-        u = self.scaled(self.direction(mu, g, clock) + self.alpha * slow, nu, clock)
+        u = self.scaled(self.direction(mu, clipped, clock) + self.alpha * slow, nu, clock)
         return u, {**stored, "slow": slow, "nu": nu}
 
 
@@ -146,6 +154,7 @@ class Adan(Adam):
     b3: Beta = 0.99
 
     squares: ClassVar[float] = 3.0  # g + β₂(g - g₋)
+    state_type: ClassVar[Any] = None  # That of optax has the same form, but other moments.
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -163,14 +172,11 @@ class Adan(Adam):
         }
 
     @property
-    def weights(self) -> int:
-        return 3
-
-    def weigh(self, weights: Sequence[Weight], count: jax.Array) -> Sequence[Weight]:
-        # In the order that `Adam.direction` and `Adam.scaled` expect: of m, of n; then of δ.
-        return tuple(weigh(beta, w) for beta, w in zip((self.b1, self.b3, self.b2), weights, strict=True))
+    def betas(self) -> Sequence[Any]:
+        return self.b1, self.b3, self.b2  # As `Adam.direction` and `Adam.scaled` expect them: of m, of n; then of δ.
 
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
+        g = self.clipped(g)
         difference = jnp.where(clock.count == 0, 0, g - slots["grad"])
         mu, stored = self.first_moment(slots, g)
         delta = ema(self.b2, slots["delta"], difference)
@@ -231,6 +237,7 @@ class ADOPT(Rule):
     clip_value_fn: NonNegative = fourth_root
 
     squares: ClassVar[float] = 1.0
+    state_type: ClassVar[Any] = optax.ScaleByAdamState
 
     @property
     def slots(self) -> Mapping[str, Slot]:
@@ -295,6 +302,8 @@ class Lion(Rule):
     b1: Beta = 0.9
     b2: Beta = 0.99
 
+    state_type: ClassVar[Any] = optax.ScaleByLionState
+
     @property
     def slots(self) -> Mapping[str, Slot]:
         return {"mu": Slot()}
@@ -346,7 +355,7 @@ class AdamAtan2(Moments):
     b: NonNegative = 1.0
 
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
-        mu, stored = self.first_moment(slots, g)
+        mu, stored = self.first_moment(slots, self.clipped(g))
         nu = self.second_moment(slots["nu"], g, mu)
         direction = mu * (1 / clock.weights[0])
         scale = self.b * safe_sqrt(nu * (1 / clock.weights[1]))

@@ -1,16 +1,19 @@
 """Adam with another second moment or another trust in it: RAdam, AdaBelief, Yogi."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Unpack
+from typing import Annotated, Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from adam_fn.arithmetic import Weight, ema, one_minus, square, weigh
+from adam_fn.arithmetic import ema, one_minus, square
+from adam_fn.bias import Lagged
 from adam_fn.codec import Slot, Slots
 from adam_fn.options import Options, alias, optimizer
-from adam_fn.rule import Beta, Clock, Hyper, NonNegative
+from adam_fn.rule import Beta, Clock, Hyper, NonNegative, Range
 from adam_fn.rules.adam import Adam
 from adam_fn.transform import Transformation
 
@@ -27,27 +30,24 @@ class RAdam(Adam):
 
     ``ρ + 1`` is twice the mean age of the gradients in v. It is computed in this way, from a third bias weight, the
     moving average of the second (``a ← β₂a + (1-β₂)w₂``, ``ρ = 2a/((1-β₂)w₂) - 1``): the difference above loses every
-    digit in float32 when β₂ is near 1.
+    digit in float32 when β₂ is near 1. Below ρ = 4 there is no r: the threshold is 4 at least.
     """
 
-    threshold: NonNegative = 5.0
+    threshold: Annotated[Any, Range(4.0, math.inf)] = 5.0
     degenerated_to_sgd: bool = True
 
     @property
-    def weights(self) -> int:
-        return 3
-
-    def weigh(self, weights: Sequence[Weight], count: jax.Array) -> Sequence[Weight]:
-        first, second = super().weigh(weights[:2], count)
-        return first, second, weigh(self.b2, weights[2], second.main)
+    def betas(self) -> Sequence[Any]:
+        return *super().betas, Lagged(self.b2)
 
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
-        mu, stored = self.first_moment(slots, g)
+        clipped = self.clipped(g)
+        mu, stored = self.first_moment(slots, clipped)
         nu = self.second_moment(slots["nu"], g, mu)
-        direction = self.direction(mu, g, clock)
+        direction = self.direction(mu, clipped, clock)
         longest = 2 / one_minus(self.b2) - 1
         length = 2 * clock.weights[2] / (one_minus(self.b2) * clock.weights[1]) - 1
-        rectified = length >= self.threshold
+        rectified = length >= jnp.maximum(self.threshold, 4)
         length = jnp.where(rectified, length, longest)  # r = 1 where it is not used, and no root of a negative number.
         ratio = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
         adaptive = jnp.sqrt(ratio) * self.scaled(direction, nu, clock)
@@ -71,9 +71,9 @@ def radam(
 ) -> Transformation:
     """RAdam (Liu et al., arXiv 1908.03265): `adam` times r, see the rule `RAdam`.
 
-    The step is adaptive once the length ρ of the average reaches `threshold`. Before that the update is m̂ (the paper,
-    optax, torch), or 0 without `degenerated_to_sgd` (the authors' code). The other arguments are those of `adam`; torch
-    has ``eps_hat=True``.
+    The step is adaptive once the length ρ of the average reaches `threshold`, at least 4. Before that the update is m̂
+    (the paper, optax, torch), or 0 without `degenerated_to_sgd` (the authors' code). The other arguments are those of
+    `adam`; torch has ``eps_hat=True``.
     """
     rule = RAdam(
         b1,
@@ -104,12 +104,13 @@ class AdaBelief(Adam):
     eps_each: NonNegative = 1e-16
 
     squares: ClassVar[float] = 2.0  # g - m
+    state_type: ClassVar[Any] = optax.ScaleByBeliefState
 
     def measured(self, b1: Beta) -> Slot:
         return Slot()  # Of a steady gradient s is 0, and m is not.
 
     def second_moment(self, nu: jax.Array, g: jax.Array, mu: jax.Array) -> jax.Array:
-        return ema(self.b2, nu, square(g - mu)) + self.eps_each
+        return ema(self.b2, nu, square(self.clipped(g) - mu)) + self.eps_each
 
 
 @alias
@@ -142,14 +143,15 @@ class Yogi(Adam):
         m, w₁, w₂ as in Adam;   v ← v - (1-β₂) sign(v - g²) g²
         u = (m/w₁) / (√(v/w₂ + ε_root) + ε)
 
-    Both moments start at 1e-6, as in the authors' code and optax.
+    Both moments start at `initial`, 1e-6 as in the authors' code and optax.
     """
 
     eps: NonNegative = 1e-3
+    initial: float = 1e-6
 
     @property
     def slots(self) -> Mapping[str, Slot]:
-        return {name: slot._replace(initial=1e-6) for name, slot in super().slots.items()}
+        return {name: slot._replace(initial=self.initial) for name, slot in super().slots.items()}
 
     def second_moment(self, nu: jax.Array, g: jax.Array, mu: jax.Array) -> jax.Array:
         squared = square(g)

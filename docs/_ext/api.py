@@ -25,6 +25,7 @@ TYPES = {
         "codec": ("Stored",),
         "codes": ("StorageLike", "StorageName"),
         "options": ("Meaning",),
+        "surgery": ("Second",),
         "interop.moments": ("Paths", "Transpose"),
         "interop.torch": ("StateDict",),
         "interop.keras": ("Variables",),

@@ -20,7 +20,7 @@ import dataclasses
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import harness  # before the modules of examples/, which it makes importable
 
@@ -113,13 +113,13 @@ class ConvNet(nnx.Module):
         return self.out(x)
 
 
-def second_moments(params: Parameters, state: optax.OptState, data: Data) -> dict[str, jax.Array]:
+def second_moments(params: Parameters, state: Any, data: Data) -> dict[str, jax.Array]:  # noqa: ANN401
     """Of Adam's √v̂: the median of each layer's kernel, and over all parameters the shares of √v̂ and of v̂ below ε."""
-    assert isinstance(state, adam_fn.State)
-    moments = {name: layer["kernel"] for name, layer in state.slots["nu"].items()}
-    weight = state.weights[1].main
+    adam = state[0]
+    moments = {name: layer["kernel"] for name, layer in adam.nu.items()}
+    weight = 1 - 0.999 ** adam.count.astype(float)
     found = {f"median {name}": jnp.sqrt(jnp.median(v) / weight) for name, v in moments.items()}
-    every = jnp.concatenate([v.ravel() for v in jax.tree.leaves(state.slots["nu"])]) / weight
+    every = jnp.concatenate([v.ravel() for v in jax.tree.leaves(adam.nu)]) / weight
     return {**found, "root below eps": (jnp.sqrt(every) < EPS).mean(), "below eps": (every < EPS).mean()}
 
 

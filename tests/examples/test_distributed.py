@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import compiling
+from helpers.states import slots_of
 from loaders import mnist
 
 SCRIPT = Path(distributed_mnist.__file__)
@@ -78,7 +79,7 @@ def test_a_job_that_loses_a_process_ends_and_goes_on_as_one_process_would(tmp_pa
     # After 44 steps of up to 1e-3 they differ by 3e-8.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), both.params, alone.params)
     state: Any = both.state
-    moment = state.slots["mu"]["hidden1"]["kernel"]
+    moment = slots_of(state)["mu"]["hidden1"]["kernel"]
     assert moment.addressable_shards[0].data.size == moment.size // 8
     np.testing.assert_allclose(both.run.epochs[-1].test_cost, alone.run.epochs[-1].test_cost, rtol=1e-5)
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import new_optimizer
 import numpy as np
@@ -13,7 +12,7 @@ from sybil import Document
 from sybil.parsers.myst import CodeBlockParser
 
 import adam_fn
-from adam_fn import Rate, Weight, weigh
+from adam_fn import Rate
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,8 +20,9 @@ ROOT = Path(__file__).parents[2]
 class OneWeight(QHAdam):
     """The second moment with the first one's bias weight."""
 
-    def weigh(self, weights: Sequence[Weight], count: jax.Array) -> Sequence[Weight]:
-        return weigh(self.b1, weights[0]), weigh(self.b1, weights[1])
+    @property
+    def betas(self) -> Sequence[float]:
+        return self.b1, self.b1
 
 
 def test_it_follows_the_paper(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import pytest
 from cases import CASES, MEMBERS, Case, name
 from helpers import compiling
 from helpers.runs import compilations, random_gradients
+from helpers.states import count_of
 
 import adam_fn
 
@@ -143,19 +144,21 @@ def test_the_rate_alone_injected_with_bfloat16_parameters() -> None:
 
 @pytest.mark.parametrize("case", MEMBERS, ids=name)
 def test_tree_utilities(case: Case) -> None:
-    tx = optax.chain(optax.clip(1.0), case.make(0.1))
+    tx = optax.chain(optax.clip(1.0), case.make(0.1, b1=optax.constant_schedule(0.9)))  # Whose weight is kept.
     state = tx.init(PARAMS)
     _, state = tx.update(GRADS[0], state, PARAMS)
-    mu = optax.tree.get(state, "mu")
+    name = "m1" if case.alias is adam_fn.ademamix else "mu"
+    mu = optax.tree.get(state, name)
     chex.assert_trees_all_equal_shapes(mu, PARAMS)
     assert int(optax.tree.get(state, "count")) == 1
 
-    zeroed = optax.tree.set(state, mu=jax.tree.map(jnp.zeros_like, mu))
-    chex.assert_trees_all_equal(optax.tree.get(zeroed, "mu"), jax.tree.map(jnp.zeros_like, mu))
+    zeroed = optax.tree.set(state, **{name: jax.tree.map(jnp.zeros_like, mu)})
+    chex.assert_trees_all_equal(optax.tree.get(zeroed, name), jax.tree.map(jnp.zeros_like, mu))
 
     doubled = optax.tree_utils.tree_map_params(tx, lambda x: 2 * x, state)
-    chex.assert_trees_all_close(optax.tree.get(doubled, "mu"), jax.tree.map(lambda x: 2 * x, mu))
+    chex.assert_trees_all_close(optax.tree.get(doubled, name), jax.tree.map(lambda x: 2 * x, mu))
     assert int(optax.tree.get(doubled, "count")) == 1
+    assert (optax.tree.get(state, "weights") is not None) == (len(case.member.betas) > 0)
     chex.assert_trees_all_equal(optax.tree.get(doubled, "weights"), optax.tree.get(state, "weights"))
     masked = case.make(
         0.1, weight_decay=0.1, mask={"kernel": True, "bias": False}, frozen={"kernel": False, "bias": True}
@@ -165,7 +168,50 @@ def test_tree_utilities(case: Case) -> None:
     named = optax.tree_utils.tree_map_params(
         tx, lambda _, label: label, state, {"kernel": "k", "bias": "b"}, transform_non_params=lambda _: None
     )
-    assert optax.tree.get(named, "mu") == {"kernel": "k", "bias": "b"}
+    assert optax.tree.get(named, name) == {"kernel": "k", "bias": "b"}
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.peer is not None], ids=name)
+def test_the_state_is_that_of_optax(case: Case) -> None:
+    """Its types, fields and counts; with a schedule too, before and after a step."""
+    for rate in (0.1, optax.constant_schedule(0.1)):
+        tx, peer = case.make(rate), case.make_peer(rate)
+        state, theirs = tx.init(PARAMS), peer.init(PARAMS)
+        for g in GRADS[:2]:
+            if case.alias is adam_fn.amsgrad or "mu" not in case.member.slots:
+                # Another maximum; and with β₁ = 0 there is no m.
+                assert type(state[0]).__name__ == "MomentsState"
+                assert (state[0].count, *state[1:]) == (theirs[0].count, *theirs[1:])
+            else:
+                chex.assert_trees_all_equal_structs(state, theirs)
+                chex.assert_trees_all_equal_shapes_and_dtypes(state, theirs)
+                chex.assert_trees_all_close(state, theirs, rtol=1e-4, atol=1e-7)  # optax loses digits of 1 - 0.999.
+            state, theirs = (x.update(g, s, PARAMS)[1] for x, s in ((tx, state), (peer, theirs)))
+
+
+SCHEDULE = optax.constant_schedule(0.1)
+MASK = {"kernel": True, "bias": False}
+FORMS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "mask": (adam_fn.adamw, optax.adamw, {"mask": MASK}),
+    "scheduled decay": (adam_fn.adamw, optax.adamw, {"weight_decay": SCHEDULE}),
+    "scheduled decay and mask": (adam_fn.adamw, optax.adamw, {"weight_decay": SCHEDULE, "mask": MASK}),
+    "lamb": (adam_fn.lamb, optax.lamb, {}),
+    "lamb, scheduled decay and mask": (adam_fn.lamb, optax.lamb, {"weight_decay": SCHEDULE, "mask": MASK}),
+    "bfloat16": (adam_fn.adamw, optax.adamw, {"mu_dtype": "bfloat16"}),
+}
+
+
+@pytest.mark.parametrize("what", FORMS)
+def test_the_state_is_that_of_optax_with_options(what: str) -> None:
+    ours, theirs, options = FORMS[what]
+    for rate in (0.1, SCHEDULE):
+        tx, peer = ours(rate, **options), theirs(rate, **options)
+        chex.assert_trees_all_equal_structs(tx.init(PARAMS), peer.init(PARAMS))
+        chex.assert_trees_all_equal_shapes_and_dtypes(tx.init(PARAMS), peer.init(PARAMS))
+        # Each goes on from the other's state.
+        expected = [tx.update(GRADS[0], tx.init(PARAMS), PARAMS), peer.update(GRADS[0], peer.init(PARAMS), PARAMS)]
+        found = [tx.update(GRADS[0], peer.init(PARAMS), PARAMS), peer.update(GRADS[0], tx.init(PARAMS), PARAMS)]
+        chex.assert_trees_all_equal(found, expected)
 
 
 def test_lookahead() -> None:
@@ -229,7 +275,7 @@ def test_vmap_over_parameters_and_state() -> None:
     updates, states = jax.vmap(tx.update)(stacked, states, stacked)
     expected, _ = tx.update(stacked[1], tx.init(stacked[1]), stacked[1])
     np.testing.assert_allclose(updates[1], expected, rtol=1e-6)
-    assert states.count.shape == (2,)
+    assert count_of(states).shape == (2,)
 
 
 @pytest.mark.parametrize("case", MEMBERS, ids=name)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.states import slots_of
 from recorded.record_states import AFTER, BEFORE, FOLDER, KERAS, SHAPES, TORCH
 
 import adam_fn
@@ -202,8 +203,10 @@ def test_one_of_them_only() -> None:
     some = [None, None, "head/kernel", "head/bias"]
     head = {"head": params["head"]}
     found: Any = from_torch(tx, head, saved, paths=some, transpose=FLIP)
-    same(found.slots["nu"]["head"], state.slots["nu"]["head"])
-    back = to_torch(tx, head, found._replace(count=found.count + 1), saved, paths=some, transpose=FLIP)
+    same(slots_of(found)["nu"]["head"], slots_of(state)["nu"]["head"])
+    adam, *rest = found
+    later: Any = (adam._replace(count=adam.count + 1), *rest)
+    back = to_torch(tx, head, later, saved, paths=some, transpose=FLIP)
     assert [int(back["state"][number]["step"]) for number in range(4)] == [BEFORE, BEFORE, BEFORE + 1, BEFORE + 1]
 
 
@@ -227,7 +230,7 @@ def test_convolutions() -> None:
     }
     tx = presets.torch_adam()
     found: Any = from_torch(tx, params, saved, **options)
-    kernel = found.slots["mu"]["conv"]["kernel"]
+    kernel = slots_of(found)["mu"]["conv"]["kernel"]
     assert all(kernel[y, x, i, o] == moment[o, i, y, x] for y, x, i, o in ((1, 2, 0, 1), (4, 6, 1, 2)))
     back = to_torch(tx, params, found, saved, **options)
     np.testing.assert_array_equal(back["state"][0]["exp_avg_sq"], 2 * moment)

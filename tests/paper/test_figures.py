@@ -283,8 +283,8 @@ class TestFigure2:
 
     def test_dropout_of_hidden_units(self) -> None:
         """A net of ones counts the hidden units that are kept: of the first layer at most, of the second exactly."""
-        model = mnist_mlp.MLP(4, 1000, rngs=nnx.Rngs(0))
-        for layer, weight, bias in ((model.hidden1, 0, 1), (model.hidden2, 1e-3, 0), (model.out, 1e-3, 0)):
+        model = mnist_mlp.MLP(4, 1024, rngs=nnx.Rngs(0))  # A power of two: the sums are exact.
+        for layer, weight, bias in ((model.hidden1, 0, 1), (model.hidden2, 2**-10, 0), (model.out, 2**-10, 0)):
             layer.kernel[...] = jnp.full_like(layer.kernel[...], weight)
             assert layer.bias is not None
             layer.bias[...] = jnp.full_like(layer.bias[...], bias)
@@ -292,9 +292,9 @@ class TestFigure2:
         np.testing.assert_allclose(np.asarray(model(x)), 1, rtol=1e-5)
         np.testing.assert_allclose(np.asarray(model(x, 0.2)), 1, rtol=1e-5)
         sizes = np.asarray(model(x, 0.2, jax.random.key(0)))[:, 0]
-        # The product of two shares of 1000 units, each kept with 0.8 and divided by it: variance 2 * 0.25 / 1000.
+        # The product of two shares of 1024 units, each kept with 0.8 and divided by it: variance 2 * 0.25 / 1024.
         assert sizes.mean() == pytest.approx(1, abs=0.005)
-        assert sizes.std() == pytest.approx(math.sqrt(2 * 0.25 / 1000), rel=0.2)
+        assert sizes.std() == pytest.approx(math.sqrt(2 * 0.25 / 1024), rel=0.2)
 
     def test_dropout_is_below_one(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):

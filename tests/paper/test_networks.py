@@ -267,7 +267,7 @@ class TestFigure3:
         assert (found.label, found.grid["rate"].tolist()) == (label, [0.1])
 
     def test_second_moments(self) -> None:
-        tx = adam_fn.adam(1.0, b2=0.9)
+        tx = figure3.OPTIMIZERS["Adam"][0]  # Whose β₂ the bias weight is of.
         params = {"full": {"kernel": jnp.zeros((3, 1)), "bias": jnp.zeros(1)}}
         grads = {"full": {"kernel": jnp.array([[1e-9], [1e-6], [2.0]]), "bias": jnp.array([3.0])}}
         state = tx.init(params)

@@ -9,8 +9,10 @@ import optax
 import pytest
 from cases import CASES, MEMBERS, Case, name
 from helpers.runs import relative_error, together
+from helpers.states import slots_of
 
 import adam_fn
+from adam_fn.bias import BiasWeights
 
 STORAGES = pytest.mark.parametrize("storage", [None, "bfloat16", "24bit", "16bit"])
 MAGNITUDES = (0.0, 1e-8, 1e-4, 1.0, 300.0, 6e4)
@@ -78,12 +80,12 @@ def test_state_is_float32_for_bfloat16_parameters(case: Case) -> None:
     params = jnp.ones(4, jnp.bfloat16)
     tx = case.make(1e-3)
     state = tx.init(params)
-    assert {slot.dtype for slot in jax.tree.leaves(state.slots)} == {jnp.dtype(jnp.float32)}
+    assert {slot.dtype for slot in jax.tree.leaves(slots_of(state))} == {jnp.dtype(jnp.float32)}
     if case.name != "adam":
         return
     ones = jnp.ones_like(params)
     after = jax.lax.fori_loop(0, 5000, lambda _, s: tx.update(ones, s, params)[1], state)
-    np.testing.assert_allclose(after.slots["nu"], 1 - 0.999**5000, rtol=1e-4)
+    np.testing.assert_allclose(slots_of(after)["nu"], 1 - 0.999**5000, rtol=1e-4)
 
 
 @pytest.mark.parametrize("grads", [jnp.float32, jnp.bfloat16])
@@ -122,16 +124,22 @@ def test_x64(case: Case) -> None:
             updates, state = tx.update(params, state, params)
             assert jax.tree.map(lambda x: (x.dtype, x.weak_type), state) == before
             assert updates["w"].dtype == dtype
-            assert {x.dtype for x in jax.tree.leaves((state.slots, state.weights))} == {jnp.dtype(dtype)}
+            floats = [x for x in jax.tree.leaves(state) if not jnp.issubdtype(x.dtype, jnp.integer)]
+            assert {x.dtype for x in floats} == {jnp.dtype(dtype)}
+            assert isinstance(state[-1], BiasWeights) == bool(case.member.betas)
 
 
 def test_mixed_float32_and_float64() -> None:
     with jax.enable_x64(True):
         params = {"wide": jnp.ones(3, jnp.float64), "narrow": jnp.ones(3, jnp.float32)}
-        tx = adam_fn.adam(1e-3, weight_decay=0.1)
-        updates, state = tx.update(params, tx.init(params), params)
-        assert {key: x.dtype for key, x in updates.items()} == {"wide": jnp.float64, "narrow": jnp.float32}
-        assert jnp.asarray(state.weights).dtype == jnp.float64
+        for b1 in (0.9, optax.constant_schedule(0.9)):
+            tx = adam_fn.adam(1e-3, b1=b1, weight_decay=0.1)
+            updates, state = tx.update(params, tx.init(params), params)
+            assert {key: x.dtype for key, x in updates.items()} == {"wide": jnp.float64, "narrow": jnp.float32}
+            # A bias weight of float32 would show at 1e-8.
+            np.testing.assert_allclose(updates["wide"], -1e-3 * (1 / (1 + 1e-8) + 0.1), rtol=1e-14)
+        assert isinstance(state[-1], BiasWeights)
+        assert {x.dtype for x in jax.tree.leaves(state[-1])} == {jnp.dtype(jnp.float64)}
 
 
 @pytest.mark.parametrize("case", MEMBERS, ids=name)
@@ -145,10 +153,10 @@ def test_low_precision_moments_still_follow(case: Case) -> None:
         g = jnp.asarray(rng.standard_normal(256), jnp.float32)
         for i, tx in enumerate((plain, low)):
             updates[i], states[i] = tx.update(g, states[i], params)
-    for slot, x in states[1].slots.items():
-        low_precision = slot.split("_")[0] in ("mu", "nu")
+    for slot, x in slots_of(states[1]).items():
+        low_precision = slot.split("_")[0] in ("mu", "nu", "m1")
         assert x.dtype == (jnp.bfloat16 if low_precision else jnp.float32)
-        assert (x != states[0].slots[slot]).any() == low_precision
+        assert (x != slots_of(states[0])[slot]).any() == low_precision
     assert relative_error(np.asarray(updates[1]), np.asarray(updates[0], np.float64)) < 0.02
 
 

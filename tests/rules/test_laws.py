@@ -11,9 +11,9 @@ import optax
 import pytest
 from cases import CASES, MEMBERS, Case
 from helpers.runs import full_jit, random_gradients, trajectories, trajectory
+from helpers.states import clock_at
 
 import adam_fn
-from adam_fn.arithmetic import Weight
 from adam_fn.codes import codecs_of
 from adam_fn.execute.body import UPDATES, Inputs, Times, body
 from adam_fn.execute.run import run_leaf
@@ -64,7 +64,7 @@ def test_composition_is_associative_and_keeps_slots_apart() -> None:
     a, b, c = adam_fn.Adam(), adam_fn.Adam(0.5), adam_fn.Rate(0.1)
     assert (a >> b) >> c == a >> (b >> c)
     assert set((a >> b).slots) == {"mu", "nu", "mu_1", "nu_1"}
-    assert (a >> b).weights == 4
+    assert len((a >> b).betas) == 4
 
 
 def test_float32_storage_is_the_identity() -> None:
@@ -91,12 +91,9 @@ def test_executors_agree() -> None:
         ]
         return [(done.result, done.stored) for done in found]
 
-    weights = [[Weight(jnp.zeros(()), jnp.zeros(()))] * case.rule.weights for case in CASES]
     stored = [{key: jnp.full(SIZE, slot.initial) for key, slot in case.rule.slots.items()} for case in CASES]
     for t, g in enumerate(GRADS[:3]):
-        count = jnp.full((), t, jnp.int32)
-        weights = [case.rule.at(count).weigh(w, count) for case, w in zip(CASES, weights, strict=True)]
-        clocks = [Clock(count, tuple(weight.main for weight in each)) for each in weights]
+        clocks = [clock_at(case.rule, t) for case in CASES]
         found = compiled(jnp.asarray(g), stored, clocks)
         for case, one, old, clock in zip(CASES, found, stored, clocks, strict=True):
             other = step(body, case, jnp.asarray(g), old, clock, UPDATES)

@@ -9,6 +9,7 @@ import optax
 import pytest
 from cases import CASES, MEMBERS, Case, name
 from helpers.runs import random_gradients, trajectories
+from helpers.states import slots_of
 
 import adam_fn
 
@@ -43,7 +44,7 @@ def test_every_kind_of_leaf(case: Case, weight_decay: float | None, storage: Any
         params = new
     assert (params["w"] < _params()["w"]).all()
     assert params["scalar"] < _params()["scalar"]
-    for slot in state.slots.values():
+    for slot in slots_of(state).values():
         assert slot["none"] is None
         assert slot["int"] == slot["bool"] == optax.MaskedNode()
         assert (slot["half"].dtype == jnp.float32) == (storage is None)
@@ -59,7 +60,7 @@ def test_frozen_leaves_have_no_moments_and_a_zero_update() -> None:
         updates, state = tx.update(grads, state, params)
         np.testing.assert_array_equal(updates["b"]["c"], jnp.zeros(2))
         assert (updates["a"] < 0).all()
-        assert len(jax.tree.leaves(state.slots)) == 2
+        assert len(jax.tree.leaves(slots_of(state))) == 2
         updates, state = tx.update({"a": grads["a"], "b": {"c": None, "d": grads["a"]}}, state, params)
         assert updates["b"]["c"] is None
 
@@ -109,13 +110,24 @@ def test_gradients_that_do_not_fit(grads: Any, message: str) -> None:
 def test_states_that_do_not_fit() -> None:
     params = {"w": jnp.ones((3, 1))}
     tx = adam_fn.adam(1e-3)
-    with pytest.raises(TypeError, match=r"slots \['mu', 'nu'\], got a tuple, which this transformation did not make"):
-        tx.update(params, optax.adam(1e-3).init(params), params)
-    with pytest.raises(TypeError, match=r"got a State with the slots \['mu', 'nu', 'nu_max'\], which this"):
-        tx.update(params, adam_fn.amsgrad(1e-3).init(params), params)
-    for other in (adam_fn.adamax, adam_fn.radam):
-        with pytest.raises(ValueError, match=r"the state has . bias weights, but .* has 2"):
-            tx.update(params, other(1e-3).init(params), params)
+    own, form = r"\(ScaleByAdamState, EmptyState\): ", r"the state does not have the form of tx.init\(params\), "
+    states: dict[str, Any] = {
+        r"\[0\]: ScaleByAdamState expected, got a MomentsState": adam_fn.amsgrad(1e-3),
+        r"\[0\]: ScaleByAdamState expected, got a ScaleByBeliefState": optax.adabelief(1e-3),
+        r"\[1\]: EmptyState expected, got a ScaleByScheduleState": optax.adam(optax.constant_schedule(1e-3)),
+        r"a tuple of 2 expected, got a tuple of 3": optax.adamw(1e-3),
+        r"a tuple of 2 expected, got a ScaleByAdamState": optax.scale_by_adam(),
+        r"a tuple of 2 expected, got a tuple of 3;": adam_fn.adam(1e-3, b1=jnp.asarray(0.9)),
+    }
+    for message, other in states.items():
+        with pytest.raises(TypeError, match=form + own + message):
+            tx.update(params, other.init(params), params)
+    with pytest.raises(TypeError, match=form + own + ".*restored as plain containers: restore it into"):
+        tx.update(params, [{"count": 0, "mu": params, "nu": params}, {}], params)  # pyright: ignore[reportArgumentType]
+    scheduled = adam_fn.adam(1e-3, b1=jnp.asarray(0.9))
+    with pytest.raises(TypeError, match=form + r".*BiasWeights\): .* BiasWeights of 1 decay rates expected"):
+        both = adam_fn.adam(1e-3, b1=jnp.asarray(0.9), b2=jnp.asarray(0.9))
+        scheduled.update(params, both.init(params), params)
     with pytest.raises(ValueError, match=r"state's mu of w is float32\[1, 3\], expected float32\[3, 1\]"):
         tx.update(params, tx.init({"w": jnp.ones((1, 3))}), params)
     with pytest.raises(ValueError, match=r"the state's mu must have the structure .*: w is missing"):
@@ -124,6 +136,19 @@ def test_states_that_do_not_fit() -> None:
         tx.update(params, tx.init({"w": {"a": jnp.ones((3, 1))}}), params)
     with pytest.raises(ValueError, match="weight decay needs the parameters"):
         adam_fn.adamw(1e-3).update(params, adam_fn.adamw(1e-3).init(params))
+
+
+def test_states_of_optax_are_its_own() -> None:
+    """Of the same form they are the same: which rule a state belongs to is in `adam_fn.checkpoint.describe`."""
+    params = {"w": jnp.ones((3, 1))}
+    betas: Any = {"b1": 0.875, "b2": 0.96875}  # optax loses digits of 1 - 0.999.
+    tx, theirs = adam_fn.adam(1e-3, **betas), optax.adam(1e-3, **betas)
+    _, state = theirs.update(params, theirs.init(params), params)
+    expected, after = theirs.update(params, state, params)
+    found, ours = tx.update(params, state, params)
+    np.testing.assert_allclose(found["w"], expected["w"], rtol=1e-6)
+    assert jax.tree.structure(ours) == jax.tree.structure(after)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), ours, after)
 
 
 def test_params_are_optional_without_decay() -> None:
@@ -149,10 +174,17 @@ def test_rules_without_a_memory_have_no_empty_arrays() -> None:
     """Checkpointers refuse arrays of no size."""
     tx = adam_fn.transform(adam_fn.Rate(0.1))
     state = tx.init(jnp.ones(3))
-    assert [x.shape for x in jax.tree.leaves(state)] == [()]
+    assert state == optax.EmptyState()
     updates, state = tx.update(jnp.ones(3), state)
     np.testing.assert_allclose(updates, -0.1, rtol=1e-6)
-    assert int(state.count) == 1
+    assert state == optax.EmptyState()
+    tx = adam_fn.transform(adam_fn.Rate(lambda count: 0.1 * (count + 1)))
+    state: Any = tx.init(jnp.ones(3))
+    assert [x.shape for x in jax.tree.leaves(state)] == [()]
+    for rate in (0.1, 0.2):
+        updates, state = tx.update(jnp.ones(3), state)
+        np.testing.assert_allclose(updates, -rate, rtol=1e-6)
+    assert type(state) is optax.ScaleByScheduleState and int(state.count) == 2
 
 
 def test_python_scalars_and_numpy_arrays_are_parameters() -> None:

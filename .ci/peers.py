@@ -1,0 +1,149 @@
+"""Short trainings of other people's libraries, with optax and with its names replaced by adam_fn's: the same numbers.
+
+    python .ci/peers.py
+
+Needs NumPyro, optimistix, blackjax and haliax beside adam_fn. Each training runs in a process of its own, once as the
+library is and once with ``optax.adam`` and the others replaced before the library is imported.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+NAMES = ("adam", "adamw", "nadam", "nadamw", "adamax", "adamaxw", "radam", "yogi", "adabelief", "lion", "lamb")
+NAMES += tuple(f"scale_by_{name}" for name in ("adam", "adamax", "belief", "yogi", "radam", "lion"))
+
+
+def numpyro() -> dict[str, Any]:
+    """Stochastic variational inference of a regression."""
+    import jax
+    import jax.numpy as jnp
+    import numpyro.distributions as dist
+    import optax
+    from numpyro import sample
+    from numpyro.infer import SVI, Trace_ELBO
+    from numpyro.infer.autoguide import AutoNormal
+
+    traced = []
+
+    def model(x: Any, y: Any = None) -> None:
+        traced.append(1)
+        weights = sample("weights", dist.Normal(jnp.zeros(3), 1).to_event(1))
+        sample("y", dist.Normal(x @ weights, 0.1), obs=y)
+
+    x = jax.random.normal(jax.random.key(0), (64, 3))
+    svi = SVI(model, AutoNormal(model), optax.adam(1e-2), Trace_ELBO())
+    result = svi.run(jax.random.key(1), 300, x, x @ jnp.arange(3.0), progress_bar=False)
+    return {"values": result.params["weights_auto_loc"], "traces": len(traced)}
+
+
+def optimistix() -> dict[str, Any]:
+    """The minimum of a function, for three learning rates that are arrays."""
+    import equinox as eqx
+    import jax.numpy as jnp
+    import optax
+    import optimistix as optx
+
+    traced = []
+
+    def loss(y: Any, args: Any) -> Any:
+        traced.append(1)
+        return jnp.sum((y - 1) ** 2)
+
+    @eqx.filter_jit
+    def run(solver: Any) -> Any:
+        return optx.minimise(loss, solver, jnp.zeros(2), max_steps=60, throw=False).value
+
+    values = [run(optx.OptaxMinimiser(optax.adam(jnp.asarray(rate)), 1e-6, 1e-6)) for rate in (0.1, 0.05, 0.02)]
+    return {"values": jnp.concatenate(values), "traces": len(traced)}
+
+
+def blackjax() -> dict[str, Any]:
+    """Mean-field variational inference of a normal distribution."""
+    import blackjax as library
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    traced = []
+
+    def density(x: Any) -> Any:
+        traced.append(1)
+        return -0.5 * jnp.sum((x["x"] - jnp.asarray([1.0, -2.0])) ** 2)
+
+    algorithm = library.meanfield_vi(density, optax.adam(1e-2), 10)
+    state = algorithm.init({"x": jnp.zeros(2)})
+    step = jax.jit(lambda key, state: algorithm.step(key, state)[0])
+    for i in range(200):
+        state = step(jax.random.key(i), state)
+    return {"values": state.mu["x"], "traces": len(traced)}
+
+
+def haliax() -> dict[str, Any]:
+    """A linear layer with named axes, in Equinox."""
+    import equinox as eqx
+    import haliax as hax
+    import haliax.nn as hnn
+    import jax
+    import optax
+
+    traced = []
+    batch, inside, outside = hax.make_axes(batch=16, inside=8, outside=4)
+    layer = hnn.Linear.init(inside, outside, key=jax.random.key(0))
+    x = hax.random.normal(jax.random.key(1), (batch, inside))
+    tx = optax.adamw(1e-2)
+    state = tx.init(eqx.filter(layer, eqx.is_inexact_array))
+
+    @eqx.filter_jit
+    def step(layer: Any, state: Any) -> Any:
+        traced.append(1)
+        grads = eqx.filter_grad(lambda layer: hax.mean(hax.square(layer(x) - 1)).scalar())(layer)
+        updates, state = tx.update(grads, state, layer)
+        return eqx.apply_updates(layer, updates), state
+
+    for _ in range(50):
+        layer, state = step(layer, state)
+    return {"values": layer.weight.array.ravel(), "traces": len(traced)}
+
+
+TRAININGS: dict[str, Callable[[], dict[str, Any]]] = {
+    "numpyro": numpyro,
+    "optimistix": optimistix,
+    "blackjax": blackjax,
+    "haliax": haliax,
+}
+
+
+def run(name: str, kind: str) -> dict[str, Any]:
+    """A training in a process of its own."""
+    done = subprocess.run([sys.executable, __file__, name, kind], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{name} with {kind} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    if len(sys.argv) == 3:
+        name, kind = sys.argv[1:]
+        if kind == "adam_fn":
+            import optax
+
+            import adam_fn
+
+            for replaced in NAMES:
+                setattr(optax, replaced, getattr(adam_fn, replaced))
+        found = TRAININGS[name]()
+        print(json.dumps({"values": [float(x) for x in found["values"]], "traces": found["traces"]}))
+        return
+    for name in TRAININGS:
+        theirs, ours = (run(name, kind) for kind in ("optax", "adam_fn"))
+        difference = max(abs(x - y) for x, y in zip(theirs["values"], ours["values"], strict=True))
+        assert difference < 1e-4, (name, theirs, ours)
+        assert ours["traces"] <= theirs["traces"], (name, theirs["traces"], ours["traces"])
+        print(f"{name}: the same numbers to {difference:.1e}, {ours['traces']} traces ({theirs['traces']})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,318 @@
+"""Changes of a running state: what is known of some parameters is forgotten, moved or made for new ones.
+
+Every function is pure, works under `jit` and takes any transformation, of this package or of optax, with any storage:
+codes are elementwise, so that the state of an element can be replaced or moved as it is stored.
+
+The step count stays, because all parameters share it. An element whose moments start at 0 in the middle of a run would
+make first steps of up to ``(1-β₁)/√(1-β₂)`` times the rate, 3.2 with Adam's defaults, since no bias correction makes up
+for a young v. Therefore a new second moment is, unless you ask for zeros, the mean of the others' in its leaf: first
+steps are then as large as those of its neighbours, or smaller while its first moment fills. This holds for the
+optimizers of this package; what optax's transformations keep becomes what it is before the first step.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from adam_fn.averaging import Average
+from adam_fn.execute.body import as_real
+from adam_fn.functions import method_of
+from adam_fn.leaves import Leaves, PyTree, check_distinct, matches
+from adam_fn.observe import located
+from adam_fn.parts import Part
+from adam_fn.sharding import Slots, real_shape
+from adam_fn.spec import Spec, zeros_like
+from adam_fn.states import State
+from adam_fn.transform import Update, coded
+
+#: How the second moments of new elements begin.
+Second: TypeAlias = Literal["mean", "zero"]
+
+
+class Rows(NamedTuple):
+    """Where the rows of a resized parameter come from.
+
+    Attributes:
+      source: for each new row along `axis` the old row that it was, and -1 for one that is new; integers.
+      axis: the axis whose entries are rows.
+    """
+
+    source: ArrayLike | Sequence[int]
+    axis: int = 0
+
+
+def reset(
+    tx: optax.GradientTransformation,
+    state: State,
+    params: PyTree,
+    where: PyTree | str | Callable[[PyTree], PyTree],
+    *,
+    second: Second = "mean",
+) -> State:
+    """Forgets what the state holds of some elements, such as those of dormant neurons that were initialised again.
+
+    ::
+
+        dead = {"kernel": activity == 0, "bias": activity == 0}  # [units]: of every column
+        state = surgery.reset(tx, state, params, dead)
+
+    First moments become what they are before the first step, second ones see the module; remainders of masters become
+    0, and averages of parameters the parameters. Everything else stays as it is, bit for bit.
+
+    Args:
+      tx: the transformation.
+      state: its state.
+      params: the parameters, now: after the elements were given new values.
+      where: a tree of the parameters' structure of booleans, or of boolean arrays that broadcast to the parameters; or
+        a pattern of paths (see `adam_fn.masks.path`), or a function of the parameters that returns such a tree.
+      second: ``"mean"``, or ``"zero"`` for second moments as before the first step.
+
+    Raises:
+      ValueError: if `where` does not fit the parameters, or selects a part of a leaf of which the state has an array
+        of another shape (as Adafactor's), which can only be reset as a whole.
+    """
+    leaves = Leaves(params)
+    masks = _masks(leaves, params, where)
+
+    def chosen(i: int, old: jax.Array, new: jax.Array) -> jax.Array:
+        mask, p = masks[i], leaves.leaves[i]
+        if jnp.ndim(mask) and old.shape != real_shape(jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p))):
+            raise ValueError(f"the state has an array of shape {old.shape} of {leaves.paths[i]}: reset the whole leaf")
+        whole = jnp.broadcast_to(mask, jnp.shape(p)) if jnp.ndim(mask) else mask
+        return jnp.where(whole, new, old)
+
+    owners = _owners(tx, params)
+    fresh = _fresh(tx, params, state, masks, second)
+    return _mapped(chosen, owners, state, fresh)
+
+
+def resize(
+    tx: optax.GradientTransformation,
+    state: State,
+    old_params: PyTree,
+    new_params: PyTree,
+    rows: Mapping[str, Rows],
+    *,
+    second: Second = "mean",
+) -> State:
+    """The state for parameters whose rows were kept, dropped, permuted, repeated or added.
+
+    ::
+
+        rows = {"embedding/*": Rows([*range(50_000), *[-1] * 257])}        # 257 words more
+        rows = {"*": Rows(np.flatnonzero(keep))}                           # Gaussians that are left
+        state = surgery.resize(tx, state, params, new_params, rows)
+
+    A row that is taken twice, as of a Gaussian that was split, gives both the same moments. New rows begin as `reset`
+    would leave them; the mean of the second moments is that over the rows that are kept.
+
+    Args:
+      tx: the transformation.
+      state: its state for `old_params`.
+      old_params: the parameters before; shapes and dtypes would do.
+      new_params: those after, of the same structure.
+      rows: by patterns of paths (see `adam_fn.masks.path`) where the rows come from. Leaves that no pattern matches
+        keep their shapes.
+      second: see `reset`.
+
+    Raises:
+      ValueError: if a pattern matches no parameter or several match one, if a leaf has another shape than its rows
+        would make it, or if the state has an array of it that has no such axis.
+    """
+    leaves, new = Leaves(old_params), Leaves(new_params)
+    found = new.match(old_params, "the old parameters", "the new ones")
+    hits = matches(list(rows), new_params)
+    moves: list[Rows | None] = []
+    for path, p, old, (_, hit) in zip(new.paths, new.leaves, found, hits, strict=True):
+        own = [Rows(*move) for move, matched in zip(rows.values(), hit, strict=True) if matched]
+        if len(own) > 1:
+            raise ValueError(f"several patterns of rows match {path}")
+        moves.append(own[0] if own else None)
+        shape = list(jnp.shape(old))
+        if own:
+            shape[own[0].axis] = len(np.shape(own[0].source)) and np.shape(own[0].source)[0]
+        if p is not None and tuple(shape) != jnp.shape(p):
+            raise ValueError(f"the new {path} has shape {jnp.shape(p)}, expected {tuple(shape)} by its rows")
+    masks = [
+        jnp.zeros((), bool) if move is None else _along(jnp.asarray(move.source) < 0, move.axis, jnp.ndim(p))
+        for move, p in zip(moves, new.leaves, strict=True)
+    ]
+
+    def taken(i: int, x: jax.Array) -> jax.Array:
+        move, p = moves[i], leaves.leaves[i]
+        if move is None:
+            return x
+        if x.shape != real_shape(jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p))):
+            raise ValueError(f"the state has an array of shape {x.shape} of {leaves.paths[i]}, which has no such rows")
+        axis = move.axis % jnp.ndim(p) + x.ndim - jnp.ndim(p)
+        return jnp.take(x, jnp.maximum(jnp.asarray(move.source), 0), axis)
+
+    owners = _owners(tx, old_params)
+    moved = _mapped(taken, owners, state)
+    new_owners = _owners(tx, new_params)
+    fresh = _fresh(tx, new_params, moved, masks, second)
+    return _mapped(lambda i, old, new: jnp.where(masks[i], new, old), new_owners, moved, fresh)
+
+
+def adapt(tx: optax.GradientTransformation, state: State, old_params: PyTree, new_params: PyTree) -> State:
+    """The state for parameters of another structure: leaves of equal path and shape keep theirs, others begin.
+
+    ::
+
+        state = surgery.adapt(tx, state, params, {**params, "adapter": adapter})
+
+    A leaf that is new begins as at the first step, but with the count of the others: its first step is
+    ``(1-β₁)/√(1-β₂) · √w₂/w₁`` times what it would be, w the bias weights ``1 - βᵗ``; that is 3.2 late in a run, and .6
+    at its smallest. Where that matters, give new leaves a transformation of their own by `optax.partition`.
+
+    Args:
+      tx: the transformation.
+      state: its state for `old_params`.
+      old_params: the parameters before; shapes and dtypes would do.
+      new_params: those after.
+    """
+    old, new = Leaves(old_params), Leaves(new_params)
+    check_distinct(old.names)
+    check_distinct(new.names)
+    held: dict[str, list[jax.Array]] = {}
+    others: list[jax.Array] = []
+
+    def hold(i: int, x: jax.Array) -> jax.Array:
+        held.setdefault(old.names[i], []).append(x)
+        return x
+
+    def other(x: jax.Array) -> jax.Array:
+        others.append(x)
+        return x
+
+    _mapped(hold, _owners(tx, old_params), state, other=other)
+    fresh = tx.init(new_params)
+    blanks: list[jax.Array] = []
+    _mapped(lambda _, x: x, owners := _owners(tx, new_params), fresh, other=lambda x: blanks.append(x) or x)
+    if [(x.shape, x.dtype) for x in blanks] != [(x.shape, x.dtype) for x in others]:
+        raise ValueError("what the state holds beside moments is not the same for the new parameters")
+
+    def kept(i: int, x: jax.Array) -> jax.Array:
+        own = held.get(new.names[i])
+        if own and (own[0].shape, own[0].dtype) == (x.shape, x.dtype):
+            return own.pop(0)
+        return x
+
+    return _mapped(kept, owners, fresh, other=lambda _: others.pop(0))
+
+
+def _along(row: jax.Array, axis: int, rank: int) -> jax.Array:
+    """An array with an axis for each of a leaf's, from one for its rows."""
+    return jnp.expand_dims(row, tuple(i for i in range(rank) if i != axis % rank))
+
+
+def _masks(leaves: Leaves, params: PyTree, where: PyTree) -> list[jax.Array]:
+    """A boolean, or an array that broadcasts, for each leaf."""
+    if isinstance(where, str):
+        return [jnp.asarray(hit[0]) for _, hit in matches([where], params)]
+    found = leaves.match(where(params) if callable(where) else where, "where", "the parameters")
+    for path, p, x in zip(leaves.paths, leaves.leaves, found, strict=True):
+        if p is None or x is None:
+            continue
+        if not jnp.issubdtype(jnp.result_type(x), jnp.bool_):
+            raise ValueError(f"where of {path} is {jnp.result_type(x)}, expected booleans")
+        try:
+            fits = np.broadcast_shapes(jnp.shape(x), jnp.shape(p)) == jnp.shape(p)
+        except ValueError:
+            fits = False
+        if not fits:
+            raise ValueError(f"where of {path} has shape {jnp.shape(x)}, which does not broadcast to {jnp.shape(p)}")
+    return [jnp.zeros((), bool) if x is None else jnp.asarray(x) for x in found]
+
+
+def _inside(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """What `zero1` and `offload` wrap: they change where a state lives and not its structure."""
+    while (wrapper := getattr(method_of(tx.init), "wrapper", None)) is not None and hasattr(wrapper, "state_shardings"):
+        tx = wrapper.tx
+    return tx
+
+
+def _owners(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
+    """The state with the number of the parameter in the place of each array that belongs to one, and else -1."""
+    slots = Slots(_inside(tx), params)
+    if not slots.is_known:
+        raise ValueError(f"{tx!r} does not keep an array for each parameter (as under optax.flatten)")
+    return slots.map(lambda i, _: i, lambda _: -1)
+
+
+def _mapped(
+    function: Callable[..., jax.Array],
+    owners: PyTree,
+    *states: PyTree,
+    other: Callable[[jax.Array], jax.Array] = lambda x: x,
+) -> PyTree:
+    """`function` of the number of the parameter and of each array that belongs to one; of the others `other`."""
+
+    def each(i: int, *arrays: jax.Array) -> jax.Array:
+        return other(arrays[0]) if i < 0 else function(i, *arrays)
+
+    return jax.tree.map(each, owners, *states)
+
+
+def _fresh(
+    tx: optax.GradientTransformation,
+    params: PyTree,
+    state: PyTree,
+    masks: Sequence[jax.Array],
+    second: Second,
+) -> PyTree:
+    """The state with which elements begin where `masks` say so."""
+    if second not in ("mean", "zero"):
+        raise ValueError(f'second must be "mean" or "zero", got {second!r}')
+    leaves = Leaves(params)
+
+    def begun(spec: Spec, new: PyTree, old: PyTree) -> PyTree:
+        if not spec.codecs:
+            return new
+        kept = Part(spec, old).kept(params)
+        inside = Leaves(kept)
+        places = [i for i, x in enumerate(leaves.match(kept, "the parameters", "the state")) if not _is_masked(x)]
+        slots = {
+            name: inside.match(tree, f"the state's {name}", "the parameters")
+            for name, tree in Update(spec).decoded(old, kept).items()
+        }
+        values = [
+            None if p is None else _first_slots(spec, p, masks[i], {name: x[k] for name, x in slots.items()}, second)
+            for k, (i, p) in enumerate(zip(places, inside.leaves, strict=True))
+        ]
+        memory = spec.form.read(new)
+        stored = coded(spec, inside, kept, values, spec.form.read(old).steps)
+        return spec.form.made(memory._replace(slots={name: stored.get(name, x) for name, x in memory.slots.items()}))
+
+    return located(_inside(tx), params).map(begun, tx.init(params), state)
+
+
+def _is_masked(x: object) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
+def _first_slots(
+    spec: Spec, p: jax.Array, mask: jax.Array, old: Mapping[str, jax.Array], second: Second
+) -> dict[str, jax.Array]:
+    """The slots of a leaf as new elements begin with them."""
+    zeros = zeros_like(p)
+    averages = [x for part, names in spec.rule.named_parts() if isinstance(part, Average) for x in names.values()]
+    known = jnp.broadcast_to(~mask, zeros.shape)
+    found: dict[str, jax.Array] = {}
+    for name, slot in spec.rule.slots.items():
+        if name in averages:
+            found[name] = as_real(p).astype(zeros.dtype)
+            continue
+        if slot.signed or second == "zero":
+            found[name] = zeros + slot.initial
+            continue
+        # Of a leaf that begins as a whole, its own.
+        number = jnp.sum(known)
+        mean = jnp.where(number > 0, jnp.sum(jnp.where(known, old[name], 0)) / jnp.maximum(number, 1), old[name].mean())
+        found[name] = zeros + mean
+    return found

@@ -1,0 +1,61 @@
+"""What a state of this package holds, wherever it is in a chain's."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import adam_fn
+from adam_fn.bias import BiasWeights, Weight, advanced, is_kept, weights_of
+from adam_fn.rule import Clock
+
+
+def _is_state(x: object) -> bool:
+    fields = getattr(x, "_fields", ())  # That of `stochastic_rounding` has a count as well.
+    return "count" in fields and len(fields) > 1 and "inner" not in fields
+
+
+def moments_of(state: Any) -> Any:
+    """The named tuple of the count and the moments."""
+    return next(x for x in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(x))
+
+
+def slots_of(state: Any) -> dict[str, Any]:
+    """What is stored of each moment, by name."""
+    found = moments_of(state)._asdict()
+    return {name: tree for name, tree in found.items() if not name.startswith("count")}
+
+
+def stored_of(tx: Any, state: Any) -> dict[str, Any]:
+    """What is stored of each moment, by the names that the rule and its codecs have for it."""
+    return tx.update.spec.form.read(state).slots
+
+
+def count_of(state: Any) -> Any:
+    return moments_of(state).count
+
+
+def clock_at(rule: adam_fn.Rule, count: int) -> Clock:
+    """What a rule knows at a zero-based step: for one whose decay rates follow schedules too."""
+    zero = jnp.zeros(())
+    weights: list[jax.Array] = []
+    for part in rule.parts():
+        kept = [Weight(zero, zero)] * sum(map(is_kept, part.betas))
+        for t in range(count + 1 if kept else 0):
+            betas = part.at(jnp.int32(t)).betas
+            kept = advanced(part.betas, [beta(jnp.int32(t)) if callable(beta) else beta for beta in betas], kept)
+        weights += weights_of(part.betas, kept, jnp.int32(count + 1), jnp.dtype(jnp.float32))
+    return Clock(jnp.int32(count), tuple(weights))
+
+
+def bias_weights(tx: Any, state: Any) -> np.ndarray:
+    """The bias weights of all decay rates, kept or computed from the count, as the last step had them."""
+    spec = tx.update.spec
+    return np.asarray(spec.weights(spec.form.read(state), jnp.dtype(jnp.float32)), np.float64)
+
+
+def kept_weights(state: Any) -> np.ndarray:
+    """The bias weights that a state keeps: of each its value and what the last rounding dropped."""
+    assert isinstance(state[-1], BiasWeights)
+    return np.asarray(state[-1].weights, np.float64)

@@ -1,0 +1,313 @@
+"""What users of other libraries run into at the edges: names, kinds of leaves and numbers, and JAX's settings."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import equinox.internal as eqxi
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.core import freeze
+from helpers.runs import full_jit
+
+import adam_fn
+from adam_fn import Cast, Group, checkpoint, diagnostics, interop, masks
+from adam_fn.leaves import Leaves
+
+MEMBERS = (
+    *("adam", "adamw", "nadam", "nadamw", "amsgrad", "adamax", "adamaxw", "radam", "yogi", "adabelief", "laprop"),
+    *("ademamix", "adan", "adopt", "lion", "adam_atan2", "lamb", "swats"),
+)
+FAMILY: dict[str, Callable[[], Any]] = {
+    **{name: lambda name=name: getattr(adam_fn, name)(1e-3) for name in MEMBERS},
+    "masters": lambda: adam_fn.master_weights(adam_fn.adamw(1e-3)),
+    "rounding": lambda: adam_fn.stochastic_rounding(adam_fn.adamw(1e-3)),
+    "guard": lambda: adam_fn.skip_nonfinite(adam_fn.adamw(1e-3)),
+    "cautious": lambda: adam_fn.cautious(adam_fn.adamw(1e-3)),
+    "clip": lambda: optax.chain(adam_fn.clip_by_global_norm(1.0), adam_fn.adamw(1e-3)),
+    "average": lambda: optax.chain(adam_fn.adamw(1e-3), adam_fn.average_params(0.9)),
+    "stored": lambda: optax.chain(adam_fn.stored(optax.trace(0.9)), optax.scale(-1e-3)),
+    "16bit": lambda: adam_fn.adamw(1e-3, storage="16bit"),
+    "24bit": lambda: adam_fn.adamw(1e-3, storage="24bit"),
+    "schedules": lambda: adam_fn.adam(lambda count: 1e-3, b1=lambda count: 0.9),
+    "nadam's schedule": lambda: adam_fn.nadam(1e-3, momentum_decay=0.004),
+    "groups": lambda: adam_fn.adamw(1e-3, groups={"w": Group(rate=0.5)}),
+    "l2": lambda: adam_fn.adamw(1e-3, decay="l2"),
+    "proximal": lambda: adam_fn.adamw(1e-3, decay="proximal"),
+    "independent": lambda: adam_fn.adamw(1e-3, decay="independent"),
+}
+
+
+# Names of leaves.
+
+
+class Attention(NamedTuple):
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Pair:
+    key: jax.Array
+    value: jax.Array
+
+
+class Module(eqx.Module):
+    key: jax.Array
+    value: jax.Array
+
+
+@pytest.mark.parametrize("kind", [Attention, Pair, Module])
+def test_a_field_called_value_keeps_its_name(kind: Any) -> None:
+    number = len(dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else len(kind._fields)
+    params = {"attn": kind(*[jnp.ones(3)] * number), "w": jnp.ones(3)}
+    assert "attn/value" in Leaves(params).names
+    grads = jax.tree.map(jnp.ones_like, params)
+    for tx in (
+        adam_fn.adam(1e-2, frozen=masks.path("attn/*")),
+        adam_fn.adam(1e-2, groups={"attn/*": Group(frozen=True)}),
+        adam_fn.adam(1e-2, groups={"attn/value": Group(frozen=True), "attn/[kq]*": Group(rate=0.0)}),
+    ):
+        updates, _ = tx.update(grads, tx.init(params), params)
+        assert [float(x[0]) for x in jax.tree.leaves(updates["attn"])] == [0] * number
+        assert float(updates["w"][0]) != 0
+
+
+def test_at_the_root_too() -> None:
+    params = Pair(jnp.ones(3), jnp.full(2, 2.0))
+    tx = adam_fn.adam(1e-2)
+    found = diagnostics.summary(tx, tx.init(params), params, per_leaf=True)
+    assert {"signal_to_noise", "signal_to_noise/key", "signal_to_noise/value"} <= set(found)
+
+
+def test_the_value_in_a_framework_s_box_has_no_name() -> None:
+    assert Leaves({"k": nn.Partitioned(jnp.ones(3), names=("a",))}).names == ["k"]
+    assert Leaves({"k": nn.LogicallyPartitioned({"a": jnp.ones(3)}, names=("a",))}).names == ["k/a"]
+    assert Leaves(nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))).names == ["bias", "kernel"]
+    assert Leaves(nnx.Linear(2, 3, rngs=nnx.Rngs(0))).names == ["bias", "kernel"]
+
+
+def test_leaves_of_one_path_are_not_merged() -> None:
+    params = {"a": {"b": jnp.ones(3)}, "a/b": jnp.ones(3)}
+    old, new = adam_fn.adam(1e-3), adam_fn.adam(1e-3, storage=Cast("bfloat16"))
+    state: Any = old.init(params)
+    peer = optax.adam(1e-3).init(params)
+    for call in (
+        lambda: interop.change_storage(old, new, params, state),
+        lambda: interop.from_optax(old, params, peer),
+        lambda: interop.to_optax(old, params, state, peer),
+        lambda: checkpoint.describe(old, params),
+        lambda: diagnostics.summary(old, state, params, per_leaf=True),
+        lambda: adam_fn.surgery.adapt(old, state, params, params),
+    ):
+        with pytest.raises(ValueError, match="two leaves have the same path, a/b"):
+            call()
+    updates, _ = old.update(params, state, params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+
+
+# Kinds of leaves.
+
+
+@pytest.mark.parametrize("name", ["adam", "swats", "lamb", "cautious", "masters"])
+def test_an_integer_leaf_with_a_floating_gradient(name: str) -> None:
+    params = {"w": jnp.ones(3), "i": jnp.arange(3)}
+    tx = optax.chain(optax.scale(0.5), FAMILY[name]())
+    for zeros in (jnp.zeros(3), jnp.zeros(3, jnp.int32)):
+        updates, _ = tx.update({"w": jnp.ones(3), "i": zeros}, tx.init(params), params)
+        np.testing.assert_array_equal(optax.apply_updates(params, updates)["i"], params["i"])
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "cautious", "swats", "guard", "clip", "average"])
+def test_float8_leaves(name: str) -> None:
+    params = {"w": jnp.ones(3, jnp.float8_e4m3fn)}
+    tx = FAMILY[name]()
+    updates, state = tx.update(params, tx.init(params), params)
+    assert updates["w"].dtype == jnp.float8_e4m3fn
+    after, _ = adam_fn.make_step(tx)(jax.tree.map(jnp.copy, params), state, params)
+    assert after["w"].dtype == jnp.float8_e4m3fn
+
+
+@pytest.mark.parametrize("name", ["adamw", "masters", "guard", "lamb", "16bit"])
+def test_an_equinox_model_with_its_functions(name: str) -> None:
+    """As params of `init` and `update`, as optax takes it: what is no array passes through."""
+    model = eqx.nn.MLP(2, 2, 4, 1, key=jax.random.key(0))
+    grads = eqx.filter_grad(lambda model: jnp.sum(model(jnp.ones(2))))(model)
+    arrays, tx = eqx.filter(model, eqx.is_inexact_array), FAMILY[name]()
+    expected, _ = tx.update(grads, tx.init(arrays), arrays)
+    for start in (model, arrays):
+        updates, _ = tx.update(grads, tx.init(start), model)
+        assert eqx.tree_equal(updates, expected)
+    eqx.apply_updates(model, updates)
+
+
+def test_keys_of_random_streams_get_no_update() -> None:
+    params = {"w": jnp.ones(2), "key": jax.random.key(0)}
+    grads = {"w": jnp.ones(2), "key": np.zeros((), jax.dtypes.float0)}
+    tx = adam_fn.adam(1e-3)
+    updates, state = tx.update(grads, tx.init(params), params)
+    assert updates["key"] is None
+    after, _ = adam_fn.make_step(tx)(jax.tree.map(jnp.copy, params), state, grads)
+    assert after["key"] == params["key"]
+
+
+# Kinds of numbers.
+
+
+def test_hyperparameters_are_real_numbers() -> None:
+    for wrong in (jnp.asarray(True), jnp.asarray(1j), np.asarray(False)):
+        with pytest.raises(TypeError, match="learning_rate must be a real number, got an array of"):
+            adam_fn.adam(wrong)
+    with pytest.raises(ValueError, match=r"learning_rate must be in \[0, inf\), got -0.1"):
+        optax.inject_hyperparams(adam_fn.adam)(-0.1).init(jnp.ones(2))
+    with pytest.raises(ValueError, match=r"threshold must be in \[4, inf\), got 3.5"):
+        adam_fn.radam(1e-3, threshold=3.5)
+
+
+def test_radam_at_its_least_threshold() -> None:
+    tx = adam_fn.radam(1e-2, threshold=4.0)
+    state = tx.init(jnp.ones(2))
+    for _ in range(8):
+        updates, state = tx.update(jnp.ones(2), state)
+        assert np.isfinite(updates).all()
+
+
+@pytest.mark.parametrize("name", ["nadam's schedule", "average", "schedules", "radam"])
+def test_the_last_count(name: str) -> None:
+    """Nothing is computed from the count that follows the largest one, which is negative."""
+    tx, params = FAMILY[name](), jnp.ones(2)
+    state = tx.init(params)
+    for _ in range(3):
+        _, state = tx.update(params, state, params)
+    last = jnp.asarray(2**31 - 2, jnp.int32)
+    state = jax.tree.map(lambda x: last if x.dtype == jnp.int32 else x, state)
+    for _ in range(3):
+        updates, state = tx.update(params, state, params)
+        assert np.isfinite(updates).all()
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("name", ["lamb", "adan", "lion", "adamw"])
+@pytest.mark.parametrize("options", [{"mask": {"w": True}}, {"decay": "l2"}, {"groups": {"w": Group(decay=2.0)}}])
+def test_options_of_a_decay_that_there_is_not(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="weight_decay"):
+        getattr(adam_fn, name)(1e-3, weight_decay=None, **options)
+
+
+def test_a_decay_on_the_wrong_side_of_the_rate() -> None:
+    adam, rate = adam_fn.Adam(), adam_fn.Rate(0.1)
+    for wrong in (
+        lambda: adam >> adam_fn.ProximalDecay(0.1, 0.1) >> rate,
+        lambda: adam >> rate >> adam_fn.Decay(0.1),
+        lambda: adam >> adam_fn.Decay(0.1, independent=True) >> rate,
+    ):
+        with pytest.raises(ValueError, match="would make the weights grow"):
+            wrong()
+
+
+# JAX's settings.
+
+
+def step(tx: Any, params: Any) -> None:
+    grads = jax.tree.map(lambda x: x * jnp.asarray(0.5, x.dtype), params)
+    _, state = tx.update(grads, tx.init(params), params)
+    adam_fn.make_step(tx)(jax.tree.map(jnp.copy, params), state, grads)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_strict_promotion_and_leaked_tracers(name: str) -> None:
+    for dtype in (jnp.float32, jnp.bfloat16):
+        with jax.numpy_dtype_promotion("strict"), jax.checking_leaks():
+            step(FAMILY[name](), {"w": jnp.ones((2, 3), dtype)})
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_without_jit(name: str) -> None:
+    tx, params = FAMILY[name](), {"w": jnp.ones((2, 3))}
+    expected, _ = full_jit(tx.update)(params, tx.init(params), params)
+    with jax.disable_jit():
+        found, _ = tx.update(params, tx.init(params), params)
+    np.testing.assert_allclose(found["w"], expected["w"], rtol=1e-5)
+
+
+def test_numbers_without_jit() -> None:
+    tx = adam_fn.adam(1e-3)
+    with jax.disable_jit():
+        state = tx.init({"w": 1.0})
+        updates, _ = tx.update({"w": 1.0}, state, {"w": 1.0}, learning_rate=0.1)
+        assert float(updates["w"]) == pytest.approx(-0.1)
+        assert diagnostics.summary(tx, state, {"w": jnp.ones(())}, learning_rate=0.1)["learning_rate"] == np.float32(
+            0.1
+        )
+
+
+# Arrays in a transformation, and what looks for them.
+
+
+def test_equinox_finds_arrays_and_flax_does_not() -> None:
+    """Three rates trace once, optimizers can be mapped over, and `nnx.Optimizer` takes them."""
+    traced = []
+
+    @eqx.filter_jit
+    def first(tx: Any, params: jax.Array) -> jax.Array:
+        traced.append(tx)
+        return tx.update(params, tx.init(params), params)[0]
+
+    for wrap in (lambda tx: tx, adam_fn.master_weights, lambda tx: optax.chain(tx, optax.identity())):
+        traced.clear()
+        for rate in (1e-3, 1e-2, 1e-1):
+            tx = eqxi.closure_to_pytree(wrap(adam_fn.adam(jnp.asarray(rate))))
+            np.testing.assert_allclose(first(tx, jnp.ones(3)), -rate, rtol=1e-5)
+        assert len(traced) == 1
+
+    many = eqx.filter_vmap(lambda rate: eqxi.closure_to_pytree(adam_fn.adam(rate)))(jnp.asarray([0.1, 0.2]))
+    np.testing.assert_allclose(eqx.filter_vmap(lambda tx: first(tx, jnp.ones(3)))(many)[:, 0], [-0.1, -0.2], rtol=1e-5)
+
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    nnx.Optimizer(model, adam_fn.adam(jnp.asarray(1e-2)), wrt=nnx.Param)
+
+
+# What errors say.
+
+
+def test_messages() -> None:
+    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    tx = adam_fn.adam(1e-3)
+    with pytest.raises(ValueError, match="the tree is a dict, not a FrozenDict"):
+        tx.update(params, tx.init(freeze(params)), freeze(params))
+    for wrapper in (adam_fn.stochastic_rounding, adam_fn.master_weights, adam_fn.cautious, adam_fn.skip_nonfinite):
+        name = wrapper.__name__
+        with pytest.raises(TypeError, match=rf"{name} wraps a transformation, as in {name}\(adam_fn.adamw\(1e-3\)\)"):
+            wrapper(42)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"lamb expected the state that tx\.init"):
+        adam_fn.lamb(1e-3).update(params, (), params)
+
+
+def test_summary_where_updates_are_wider_than_the_parameters() -> None:
+    short = {"w": jnp.ones(3, jnp.bfloat16)}
+    tx = optax.apply_if_finite(adam_fn.stochastic_rounding(adam_fn.adam(1e-3)), 2)
+    _, state = tx.update({"w": jnp.ones(3)}, tx.init(short), short)
+    assert diagnostics.summary(tx, state, short)["learning_rate"] == np.float32(1e-3)
+
+
+def test_a_state_without_an_array_for_each_parameter() -> None:
+    """`optax.flatten` makes one array of all parameters: it is whole everywhere, and cannot be edited by parameter."""
+    mesh = jax.make_mesh((8,), ("data",))
+    params = {"w": jnp.ones((16, 8)), "b": jnp.ones(8)}
+    params = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
+    tx = optax.flatten(adam_fn.adam(1e-3))
+    state = tx.init(params)
+    assert {x.spec for x in jax.tree.leaves(adam_fn.state_shardings(tx, params))} == {jax.P()}
+    divided = adam_fn.zero1(tx, params, mesh, "data")
+    updates, _ = divided.update(params, divided.init(params), params)
+    np.testing.assert_allclose(updates["w"], -1e-3, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"does not keep an array for each parameter \(as under optax.flatten\)"):
+        adam_fn.surgery.reset(tx, state, params, "w")
