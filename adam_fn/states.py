@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -76,9 +76,9 @@ class _Link(NamedTuple):
 
     def made(self, count: jax.Array | None, slots: Mapping[str, PyTree], others: Mapping[str, jax.Array]) -> State:
         # Each an array of its own: a program that donates the state must not get one buffer twice.
-        counts = {
-            field: count if i == 0 else others.get(field, jnp.add(count, 0)) for i, field in enumerate(self.counts)
-        }
+        counts: dict[str, Any] = {}
+        for field in self.counts:
+            counts[field] = others.get(field, jnp.add(cast(jax.Array, count), 0)) if counts else count
         values = counts | {field: slots[name] for name, field in self.fields.items()}
         inner = self.kind(**values)
         return optax.MaskedState(inner) if self.masked else inner

@@ -67,7 +67,7 @@ class Module(eqx.Module):
 
 @pytest.mark.parametrize("kind", [Attention, Pair, Module])
 def test_a_field_called_value_keeps_its_name(kind: Any) -> None:
-    number = len(dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else len(kind._fields)
+    number = {Attention: 3, Pair: 2, Module: 2}[kind]
     params = {"attn": kind(*[jnp.ones(3)] * number), "w": jnp.ones(3)}
     assert "attn/value" in Leaves(params).names
     grads = jax.tree.map(jnp.ones_like, params)
@@ -123,7 +123,8 @@ def test_an_integer_leaf_with_a_floating_gradient(name: str) -> None:
     tx = optax.chain(optax.scale(0.5), FAMILY[name]())
     for zeros in (jnp.zeros(3), jnp.zeros(3, jnp.int32)):
         updates, _ = tx.update({"w": jnp.ones(3), "i": zeros}, tx.init(params), params)
-        np.testing.assert_array_equal(optax.apply_updates(params, updates)["i"], params["i"])
+        after: Any = optax.apply_updates(params, updates)
+        np.testing.assert_array_equal(after["i"], params["i"])
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb", "cautious", "swats", "guard", "clip", "average"])
@@ -307,7 +308,7 @@ def test_a_state_without_an_array_for_each_parameter() -> None:
     state = tx.init(params)
     assert {x.spec for x in jax.tree.leaves(adam_fn.state_shardings(tx, params))} == {jax.P()}
     divided = adam_fn.zero1(tx, params, mesh, "data")
-    updates, _ = divided.update(params, divided.init(params), params)
+    updates: Any = divided.update(params, divided.init(params), params)[0]
     np.testing.assert_allclose(updates["w"], -1e-3, rtol=1e-5)
     with pytest.raises(ValueError, match=r"does not keep an array for each parameter \(as under optax.flatten\)"):
         adam_fn.surgery.reset(tx, state, params, "w")

@@ -110,7 +110,7 @@ def test_a_checkpoint_of_optax_is_restored_as_it_is(how: str, tmp_path: Any) -> 
 
 def test_a_running_train_state_and_optimizer_change_their_transformation() -> None:
     theirs, ours = pair("adamw")
-    run = train_state.TrainState.create(apply_fn=lambda: None, params={"w": P["w"]}, tx=theirs)
+    run: Any = train_state.TrainState.create(apply_fn=lambda: None, params={"w": P["w"]}, tx=theirs)
     grads = {"w": jnp.ones((3, 4))}
     run = run.apply_gradients(grads=grads)
     other = run.replace(tx=ours).apply_gradients(grads=grads)

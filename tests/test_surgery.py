@@ -204,7 +204,8 @@ def test_muon_and_adam_in_two_bytes() -> None:
 def test_stored_averages_are_right_on_average() -> None:
     """A slow trace of a steady signal, which rounding to the nearest would stop early."""
     tx = adam_fn.stored(optax.trace(0.999))
-    state, update = tx.init(jnp.zeros(256)), jax.jit(tx.update)
+    state: Any = tx.init(jnp.zeros(256))
+    update = jax.jit(tx.update)
     for _ in range(3000):
         _, state = update(jnp.ones(256), state)
     expected = (1 - 0.999**3000) / (1 - 0.999)

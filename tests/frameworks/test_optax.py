@@ -176,7 +176,8 @@ def test_the_state_is_that_of_optax(case: Case) -> None:
     """Its types, fields and counts; with a schedule too, before and after a step."""
     for rate in (0.1, optax.constant_schedule(0.1)):
         tx, peer = case.make(rate), case.make_peer(rate)
-        state, theirs = tx.init(PARAMS), peer.init(PARAMS)
+        state: Any = tx.init(PARAMS)
+        theirs: Any = peer.init(PARAMS)
         for g in GRADS[:2]:
             if case.alias is adam_fn.amsgrad or "mu" not in case.member.slots:
                 # Another maximum; and with β₁ = 0 there is no m.

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
+from flax.linen import spmd
 from flax.training import train_state
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -212,7 +213,7 @@ def test_boxes_in_a_train_state(logical: bool) -> None:
         with jax.set_mesh(mesh):
             specs = nn.get_partition_spec(jax.eval_shape(create))
             if logical:
-                homes = nn.logical_to_mesh_sharding(specs, mesh, [(axis, axis) for axis in AXES])
+                homes = spmd.logical_to_mesh_sharding(specs, mesh, [(axis, axis) for axis in AXES])
             else:
                 homes = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
             state = jax.jit(create, out_shardings=homes)()
