@@ -184,7 +184,7 @@ def test_rules_without_a_memory_have_no_empty_arrays() -> None:
     for rate in (0.1, 0.2):
         updates, state = tx.update(jnp.ones(3), state)
         np.testing.assert_allclose(updates, -rate, rtol=1e-6)
-    assert type(state) is optax.ScaleByScheduleState and int(state.count) == 2
+    assert type(state) is optax.ScaleByScheduleState and int(jnp.asarray(state.count)) == 2
 
 
 def test_python_scalars_and_numpy_arrays_are_parameters() -> None:
