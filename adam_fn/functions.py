@@ -12,7 +12,20 @@ import jax
 import optax
 
 
-class Method:
+class ByValue:
+    """A pytree that is compared by value, but its leaves by identity: arrays may be tracers."""
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        (ours, treedef), (theirs, other_treedef) = jax.tree.flatten(self), jax.tree.flatten(other)
+        return treedef == other_treedef and all(a is b for a, b in zip(ours, theirs, strict=True))
+
+    def __hash__(self) -> int:
+        return hash(jax.tree.structure(self))
+
+
+class Method(ByValue):
     """An `init` or `update` as a frozen dataclass that is a pytree."""
 
 

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from adam_fn.bias import is_kept, weights_of
 from adam_fn.codec import Cast, Codec
 from adam_fn.execute.body import as_real, compute_dtype
+from adam_fn.functions import ByValue
 from adam_fn.groups import Groups
 from adam_fn.leaves import Leaves, PyTree
 from adam_fn.rule import Rule
@@ -19,11 +20,8 @@ from adam_fn.states import Form, Memory, form_of
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Spec:
-    """Everything that defines a transformation. A pytree: its leaves are the hyperparameters given as arrays.
-
-    Compared by value, but arrays by identity: they may be tracers.
-    """
+class Spec(ByValue):
+    """Everything that defines a transformation. A pytree: its leaves are the hyperparameters given as arrays."""
 
     rule: Rule
     codecs: tuple[tuple[str, Codec], ...] = dataclasses.field(metadata={"static": True})
@@ -31,15 +29,6 @@ class Spec:
     frozen: Hashable = dataclasses.field(metadata={"static": True})
     storage_mask: Hashable = dataclasses.field(metadata={"static": True})
     groups: Groups | None = dataclasses.field(metadata={"static": True})
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Spec):
-            return NotImplemented
-        (ours, treedef), (theirs, other_treedef) = jax.tree.flatten(self), jax.tree.flatten(other)
-        return treedef == other_treedef and all(a is b for a, b in zip(ours, theirs, strict=True))
-
-    def __hash__(self) -> int:
-        return hash(jax.tree.structure(self))
 
     @property
     def form(self) -> Form:

@@ -256,7 +256,7 @@ def rate_of_step(learning_rate: ArrayLike | None) -> jax.Array | None:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Init(Method):
     """``init(params) -> state``: the state before the first step, sharded like the parameters."""
 
@@ -268,7 +268,7 @@ class Init(Method):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Update(Method):
     """``update(grads, state, params) -> (updates, state)``; `learning_rate` replaces the rate for this step."""
 

@@ -44,7 +44,7 @@ class Wrapper(abc.ABC):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Method(Method):
     """A bound method that compares by value."""
 
