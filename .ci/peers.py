@@ -2,8 +2,8 @@
 
     python .ci/peers.py
 
-Needs NumPyro, optimistix, blackjax and haliax beside adam_fn. Each training runs in a process of its own, once as the
-library is and once with ``optax.adam`` and the others replaced before the library is imported.
+Needs NumPyro, optimistix, blackjax, haliax and NetKet beside adam_fn. Each training runs in a process of its own, once
+as the library is and once with ``optax.adam`` and the others replaced before the library is imported.
 """
 
 import json
@@ -108,11 +108,30 @@ def haliax() -> dict[str, Any]:
     return {"values": layer.weight.array.ravel(), "traces": len(traced)}
 
 
+def netket() -> dict[str, Any]:
+    """The ground state of a spin chain, by a wave function with complex parameters."""
+    import jax
+    import jax.numpy as jnp
+    import netket as nk
+    import optax
+
+    ours = optax.adam.__module__.startswith("adam_fn")
+    graph = nk.graph.Chain(length=6)
+    space = nk.hilbert.Spin(s=0.5, N=graph.n_nodes)
+    state = nk.vqs.FullSumState(space, nk.models.RBM(alpha=1, param_dtype=complex), seed=1)
+    tx = optax.adam(1e-2, **({"complex": "magnitude"} if ours else {}))
+    driver = nk.driver.VMC(nk.operator.IsingJax(space, graph, h=1.0), tx, variational_state=state)
+    driver.run(60, show_progress=False, out=None)
+    values = jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(state.parameters)])
+    return {"values": jnp.concatenate([values.real, values.imag]), "traces": 0}
+
+
 TRAININGS: dict[str, Callable[[], dict[str, Any]]] = {
     "numpyro": numpyro,
     "optimistix": optimistix,
     "blackjax": blackjax,
     "haliax": haliax,
+    "netket": netket,
 }
 
 

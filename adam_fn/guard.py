@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from adam_fn.leaves import PyTree
-from adam_fn.wrapper import Wrapper, check_state, check_transformation, is_trained, written
+from adam_fn.wrapper import COUNT, Wrapper, check_state, check_transformation, is_trained, written
 
 
 class GuardState(NamedTuple):
@@ -40,12 +40,12 @@ class SkipNonfinite(Wrapper):
     def update(
         self, updates: PyTree, state: GuardState, params: PyTree = None, **extra_args: PyTree
     ) -> tuple[PyTree, GuardState]:
-        check_state(state, GuardState, "skip_nonfinite")
+        check_state(state, GuardState, "skip_nonfinite", skipped=COUNT, consecutive=COUNT)
         new, inner = optax.with_extra_args_support(self.tx).update(updates, state.inner, params, **extra_args)
         return _guarded(self.max_consecutive, updates, state, inner, new)
 
     def write(self, grads: PyTree, state: GuardState, params: PyTree) -> tuple[PyTree, GuardState]:
-        check_state(state, GuardState, "skip_nonfinite")
+        check_state(state, GuardState, "skip_nonfinite", skipped=COUNT, consecutive=COUNT)
         new, inner = written(self.tx, grads, state.inner, params)
         return _guarded(self.max_consecutive, grads, state, inner, new, params)
 

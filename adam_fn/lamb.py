@@ -11,7 +11,7 @@ import optax
 from adam_fn.arithmetic import safe_sqrt
 from adam_fn.execute.body import compute_dtype
 from adam_fn.leaves import Mask, PyTree
-from adam_fn.options import MuOptions, alias, check_decay, codecs, links
+from adam_fn.options import MuOptions, alias, check_decay, codecs, links, with_complex
 from adam_fn.rule import Hyper, Rule, WeightDecay
 from adam_fn.rules.adam import Adam
 from adam_fn.transform import Transformation, transform
@@ -97,7 +97,7 @@ def lamb(
     """
     decay, groups, frozen = options.get("decay", "scaled"), options.get("groups"), options.get("frozen")
     check_decay(weight_decay, mask, decay, groups)
-    rule = Adam(b1, b2, eps, eps_root)
+    rule = with_complex(Adam(b1, b2, eps, eps_root), options.get("complex", "parts"))
     direction, step = links(rule, learning_rate, weight_decay, decay)
     stored = codecs(rule, options.get("mu_dtype"), options.get("nu_dtype"), options.get("storage"))
 

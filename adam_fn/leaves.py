@@ -106,14 +106,23 @@ def fixed_mask(name: str, mask: Mask | None) -> Hashable:
 
 
 def arrays_of(tree: PyTree) -> PyTree:
-    """The tree with None in the place of what is no array, such as the functions in an Equinox model."""
+    """The tree with the arrays of Flax's mutable variables, and with None in the place of other things.
+
+    Such as the functions in an Equinox model. A variable of Flax is a leaf where it is one of JAX's mutable types
+    (``hijax=True``); elsewhere it is a container.
+    """
 
     def is_array(x: object) -> bool:
-        return hasattr(x, "dtype") or isinstance(x, (bool, int, float, complex))
+        return isinstance(x, (jax.Array, np.ndarray, bool, int, float, complex))
+
+    def array(x: Any) -> Any:  # noqa: ANN401
+        if hasattr(x, "get_value"):
+            return x.get_value()
+        return x if hasattr(x, "dtype") else None
 
     if all(map(is_array, jax.tree.leaves(tree))):
         return tree
-    return jax.tree.map(lambda x: x if is_array(x) else None, tree)
+    return jax.tree.map(lambda x: x if is_array(x) else array(x), tree)
 
 
 class Leaves:

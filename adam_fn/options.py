@@ -12,18 +12,22 @@ from adam_fn.codec import Cast, Codec
 from adam_fn.codes import WORD, StorageLike, StorageName, named
 from adam_fn.groups import Group, Groups
 from adam_fn.leaves import Mask
-from adam_fn.rule import Decay, Hyper, ProximalDecay, Rate, Rule
+from adam_fn.rule import Decay, Hyper, ProximalDecay, Rate, Rule, with_values
 from adam_fn.transform import Transformation, transform
 
 #: What `weight_decay` means; see `CommonOptions`.
 Meaning: TypeAlias = Literal["scaled", "independent", "l2", "proximal"]
+#: What the square of a complex gradient is; see `Options`.
+Complex: TypeAlias = Literal["parts", "magnitude"]
 P = ParamSpec("P")
+R = TypeVar("R", bound=Rule)
 T = TypeVar("T")
 
 
 class DirectionOptions(TypedDict, total=False):
     """What is kept between steps, and for which leaves; see `Options`."""
 
+    complex: Complex
     frozen: Mask | None
     nu_dtype: DTypeLike | None
     storage: StorageLike | None
@@ -89,6 +93,8 @@ class Options(MuOptions, DecayOptions, total=False):
       storage_mask: the leaves to which `storage` applies, as a mask, such as
         ``masks.path("*embedding*", invert=True)``; the others are stored in float32 (float64 for float64 parameters).
         All by default. Not with ``"16bit"``.
+      complex: what the square of a complex gradient is: ``"parts"``, that of the real and that of the imaginary part,
+        each for its own second moment, as in torch (the default); or ``"magnitude"``, ``|g|²`` for both, as in optax.
       groups: multipliers of the rate and of the decay, and frozen leaves, by path: a `Groups`, or the mapping that it
         is made from, ``{"embedding/*": Group(frozen=True), "*bias": Group(decay=0.0)}``.
     """
@@ -106,14 +112,27 @@ def optimizer(
     nu_dtype: DTypeLike | None = None,
     storage: StorageLike | None = None,
     storage_mask: Mask | None = None,
+    complex: Complex = "parts",
     groups: Groups | Mapping[str, Group] | None = None,
 ) -> Transformation:
     """The transformation of `rule` with a learning rate and the options that all optimizers share (see `Options`)."""
     check_decay(weight_decay, mask, decay, groups)
+    rule = with_complex(rule, complex)
     direction, step = links(rule, learning_rate, weight_decay, decay)
     stored = codecs(rule, mu_dtype, nu_dtype, storage)
     kept = {"mask": mask, "frozen": frozen, "storage_mask": storage_mask}
     return transform(direction >> step, storage=stored, **kept, groups=groups)
+
+
+def with_complex(rule: R, complex: Complex) -> R:
+    """The rule with the square that the option asks for."""
+    if complex not in typing.get_args(Complex):
+        raise ValueError(f"complex must be one of {list(typing.get_args(Complex))}, got {complex!r}")
+    if complex == "parts":
+        return rule
+    if not hasattr(rule, "magnitude"):
+        raise ValueError(f'complex="magnitude" is for the second moment of Adam, which {type(rule).__name__} has not')
+    return with_values(rule, {"magnitude": True})
 
 
 def check_decay(

@@ -14,7 +14,7 @@ from adam_fn.execute.body import PARAMETERS, UPDATES, Inputs, Write
 from adam_fn.functions import method_of
 from adam_fn.leaves import PyTree
 from adam_fn.transform import Update
-from adam_fn.wrapper import Wrapper, check_state, check_transformation
+from adam_fn.wrapper import COUNT, Wrapper, check_state, check_transformation
 from adam_fn.write import LARGEST, Params, as_float, bits_of, landing
 
 
@@ -72,7 +72,7 @@ class StochasticRounding(Wrapper):
     def update(
         self, updates: PyTree, state: RoundingState, params: PyTree = None, **extra_args: PyTree
     ) -> tuple[PyTree, RoundingState]:
-        check_state(state, RoundingState, "stochastic_rounding")
+        check_state(state, RoundingState, "stochastic_rounding", count=COUNT)
         if isinstance(method_of(self.tx.update), Update):
             return self._inside(updates, state, params, Rounded(), **extra_args)
         tree = Params("stochastic_rounding", params)
@@ -83,7 +83,7 @@ class StochasticRounding(Wrapper):
     def write(self, grads: PyTree, state: RoundingState, params: PyTree) -> tuple[PyTree, RoundingState]:
         if not isinstance(method_of(self.tx.update), Update):
             return super().write(grads, state, params)
-        check_state(state, RoundingState, "stochastic_rounding")
+        check_state(state, RoundingState, "stochastic_rounding", count=COUNT)
         return self._inside(grads, state, params, Rounded(parameters=True))
 
     def _inside(

@@ -181,7 +181,11 @@ class Rule(abc.ABC):
                 value = checked(f"{name}(count)", value(count), bounds)
                 # What a rule remembers may depend on a number that is 0, but not on what a schedule returns.
                 now[name] = jnp.zeros(()) if isinstance(value, float) and value == 0 else value
-        return _with(self, now)
+        return with_values(self, now)
+
+    def of_real(self) -> "Rule":
+        """The rule for leaves that are not complex."""
+        return self
 
     def check_arrays(self) -> None:
         """Raises for an array whose value is known and out of range, as under `optax.inject_hyperparams`."""
@@ -204,7 +208,7 @@ class Rule(abc.ABC):
         parts: list[Rule] = []
         for part in self.parts():
             own = factors.keys() & _ranges(type(part))
-            parts.append(_with(part, {name: jnp.asarray(getattr(part, name) * factors[name]) for name in own}))
+            parts.append(with_values(part, {name: jnp.asarray(getattr(part, name) * factors[name]) for name in own}))
         return Chain(tuple(parts))
 
     def parts(self) -> tuple["Rule", ...]:
@@ -229,7 +233,7 @@ class Rule(abc.ABC):
 R = TypeVar("R", bound=Rule)
 
 
-def _with(rule: R, values: Mapping[str, object]) -> R:
+def with_values(rule: R, values: Mapping[str, object]) -> R:
     """A copy with some fields replaced, unchecked: inside a transformation they may be any object."""
     copy = object.__new__(type(rule))
     for field in dataclasses.fields(rule):
@@ -308,6 +312,9 @@ class Chain(Rule):
     def signal_to_noise(self, slots: Slots, clock: Clock) -> jax.Array | None:
         found = (part.signal_to_noise(own, now) for part, _, own, now in self._own(slots, clock))
         return next((ratio for ratio in found if ratio is not None), None)
+
+    def of_real(self) -> "Chain":
+        return Chain(tuple(part.of_real() for part in self.chained))
 
     def at(self, count: jax.Array | Sequence[jax.Array]) -> "Chain":
         return Chain(tuple(part.at(_of_part(count, i)) for i, part in enumerate(self.chained)))

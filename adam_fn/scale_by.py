@@ -6,15 +6,15 @@ For code that builds its chain from these::
         adam_fn.scale_by_adam(storage="16bit"), optax.add_decayed_weights(0.1), optax.scale_by_learning_rate(1e-3)
     )
 
-The states are optax's where optax has the same optimizer. Each takes the options ``frozen``, ``nu_dtype``, ``storage``
-and ``storage_mask`` of `adam_fn.options.Options` as well.
+The states are optax's where optax has the same optimizer. Each takes the options ``complex``, ``frozen``, ``nu_dtype``,
+``storage`` and ``storage_mask`` of `adam_fn.options.Options` as well.
 """
 
 from typing import Literal, Unpack
 
 from jax.typing import DTypeLike
 
-from adam_fn.options import DirectionOptions, alias, codecs
+from adam_fn.options import DirectionOptions, alias, codecs, with_complex
 from adam_fn.rule import Hyper, Rule
 from adam_fn.rules.adam import Adam
 from adam_fn.rules.adamax import AdaMax
@@ -25,6 +25,7 @@ from adam_fn.transform import Transformation, transform
 
 
 def _direction(rule: Rule, options: DirectionOptions, mu_dtype: DTypeLike | None = None) -> Transformation:
+    rule = with_complex(rule, options.get("complex", "parts"))
     stored = codecs(rule, mu_dtype, options.get("nu_dtype"), options.get("storage"))
     return transform(rule, storage=stored, frozen=options.get("frozen"), storage_mask=options.get("storage_mask"))
 

@@ -118,7 +118,7 @@ class Form:
 
     def _check_numbers(self, state: object) -> None:
         memory = self.read(state)
-        for count in memory.counts:
+        for count in (*memory.counts, *memory.others.values()):
             if count is not None and jnp.result_type(count) != jnp.int32:
                 raise TypeError(f"the state's count is {jnp.result_type(count)}, expected int32: was the state cast?")
         for weight in jax.tree.leaves(memory.weights):

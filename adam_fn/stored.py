@@ -12,7 +12,7 @@ from adam_fn import noise
 from adam_fn.codec import narrowed
 from adam_fn.leaves import Leaves, PyTree
 from adam_fn.sharding import Slots
-from adam_fn.wrapper import Wrapper, check_state, check_transformation
+from adam_fn.wrapper import COUNT, Wrapper, check_state, check_transformation
 
 
 class StoredState(NamedTuple):
@@ -43,10 +43,10 @@ class Stored(Wrapper):
     def update(
         self, updates: PyTree, state: StoredState, params: PyTree = None, **extra_args: PyTree
     ) -> tuple[PyTree, StoredState]:
-        check_state(state, StoredState, "stored")
+        check_state(state, StoredState, "stored", count=COUNT)
         like = updates if params is None else params
         marks = self._marks(like)
-        wide = jax.tree.map(lambda mark, x: x if mark < 0 else x.astype(jnp.float32), marks, state.inner)
+        wide = jax.tree.map(_widened, marks, state.inner)
         new, inner = optax.with_extra_args_support(self.tx).update(updates, wide, params, **extra_args)
         count = jnp.asarray(optax.safe_increment(state.count))
         return new, StoredState(count, _narrow(inner, marks, count))
@@ -64,6 +64,14 @@ class Stored(Wrapper):
             return numbers[i] - 1
 
         return slots.map(own, lambda _: -1)
+
+
+def _widened(mark: int, x: jax.Array) -> jax.Array:
+    if mark < 0:
+        return x
+    if x.dtype != jnp.bfloat16:
+        raise TypeError(f"stored: a moment of the state is {x.dtype}, expected bfloat16: was the state cast?")
+    return x.astype(jnp.float32)
 
 
 def _narrow(inner: PyTree, marks: PyTree, count: jax.Array) -> PyTree:

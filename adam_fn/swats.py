@@ -15,13 +15,13 @@ from adam_fn.codec import Slot, Slots
 from adam_fn.functions import method_of
 from adam_fn.leaves import Leaves, PyTree
 from adam_fn.observe import Call, note, unobserved
-from adam_fn.options import MomentOptions, alias, optimizer
+from adam_fn.options import MomentOptions, alias, optimizer, with_complex
 from adam_fn.rule import Beta, Clock, Hyper, Rate, Rule
 from adam_fn.rules.adam import Adam
 from adam_fn.spec import Spec
 from adam_fn.states import Memory, State
 from adam_fn.transform import Transformation, Update, rate_of_step, weight_dtype
-from adam_fn.wrapper import Wrapper, alike_over_devices, check_state, inner, is_trained
+from adam_fn.wrapper import WIDE, Wrapper, alike_over_devices, check_state, inner, is_trained
 
 
 class SwatsState(NamedTuple):
@@ -40,6 +40,9 @@ class SwatsState(NamedTuple):
     switched: jax.Array
     sgd_rate: jax.Array
     adam_rate: jax.Array
+
+
+_DTYPES = {"average": WIDE, "switched": (bool,), "sgd_rate": WIDE, "adam_rate": WIDE}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,12 +107,12 @@ class Swats(Wrapper):
         **extra_args: PyTree,
     ) -> tuple[PyTree, SwatsState]:
         del extra_args  # Meant for other links of a chain.
-        check_state(state, SwatsState, "swats")
+        check_state(state, SwatsState, "swats", **_DTYPES)
         note(Call(self._spec, updates, state.adam, params))
         return self._step(_Call(updates, state, params, rate_of_step(learning_rate)), write=False)
 
     def write(self, grads: PyTree, state: SwatsState, params: PyTree) -> tuple[PyTree, SwatsState]:
-        check_state(state, SwatsState, "swats")
+        check_state(state, SwatsState, "swats", **_DTYPES)
         return self._step(_Call(grads, state, params, None), write=True)
 
     def _step(self, call: _Call, *, write: bool) -> tuple[PyTree, SwatsState]:
@@ -273,7 +276,7 @@ def swats(
     """
     if isinstance(tolerance, (int, float)) and not tolerance > 0:
         raise ValueError(f"tolerance must be positive, got {tolerance}")
-    rule = Switching(b1, b2, eps, eps_hat=eps_hat)
+    rule = with_complex(Switching(b1, b2, eps, eps_hat=eps_hat), options.get("complex", "parts"))
     if "mu" not in rule.slots:
         raise ValueError(f"b1 must be in (0, 1), because swats needs a momentum; got {b1}")
     rate = Rate(learning_rate)

@@ -2,12 +2,13 @@
 
 import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from adam_fn import fields
 from adam_fn.execute.body import as_real, compute_dtype
@@ -103,10 +104,19 @@ def check_transformation(tx: object, name: str) -> None:
         raise TypeError(f"{name} wraps a transformation, as in {name}(adam_fn.adamw(1e-3)), got {tx!r}")
 
 
-def check_state(state: object, expected: type, name: str) -> None:
-    """Raises if `state` is not one that the transformation `name` made."""
+def check_state(state: object, expected: type, name: str, **dtypes: Sequence[DTypeLike]) -> None:
+    """Raises if `state` is not one that the transformation `name` made, or if a number in it was cast."""
     if not isinstance(state, expected):
         raise TypeError(f"{name} expected its own state, {expected.__name__}, got a {type(state).__name__}")
+    for field, expected_dtypes in dtypes.items():
+        found = jnp.result_type(getattr(state, field))
+        if found not in expected_dtypes:
+            wanted = " or ".join(str(jnp.dtype(dtype)) for dtype in expected_dtypes)
+            raise TypeError(f"{name}: the state's {field} is {found}, expected {wanted}: was the state cast?")
+
+
+#: The dtypes of counts, and of other numbers.
+COUNT, WIDE = (jnp.int32,), (jnp.float32, jnp.float64)
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:

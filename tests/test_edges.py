@@ -214,6 +214,32 @@ def test_a_decay_on_the_wrong_side_of_the_rate() -> None:
             wrong()
 
 
+def test_mutable_variables_of_flax() -> None:
+    """In a model of such variables; `nnx.grad` cannot differentiate it yet, with optax either."""
+    with nnx.var_defaults(hijax=True):
+        model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+        grads = jax.tree.map(jnp.ones_like, nnx.as_pure(nnx.state(model, nnx.Param)))
+        found = []
+        for tx in (adam_fn.adam(1e-2), optax.adam(1e-2)):
+            optimizer = nnx.Optimizer(nnx.clone(model), tx, wrt=nnx.Param)
+            found.append(tx.update(grads, nnx.as_pure(optimizer.opt_state)))
+            jax.jit(tx.init)(nnx.state(model, nnx.Param))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), *found)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_every_array_of_a_state_is_checked(name: str) -> None:
+    """A training state that was cast to bfloat16 would count to 256 and stay there."""
+    tx, params = FAMILY[name](), {"w": jnp.ones(2)}
+    if name != "stored":  # What is not stored in it is another one's, here `optax.trace`'s.
+        params["short"] = jnp.ones(2, jnp.bfloat16)
+    leaves, treedef = jax.tree.flatten(tx.init(params))
+    for i, x in enumerate(leaves):
+        cast = x.astype(jnp.float32 if x.dtype == jnp.bfloat16 else jnp.bfloat16)
+        with pytest.raises((TypeError, ValueError), match="state"):
+            tx.update(params, treedef.unflatten([*leaves[:i], cast, *leaves[i + 1 :]]), params)
+
+
 # JAX's settings.
 
 

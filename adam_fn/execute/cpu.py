@@ -81,7 +81,7 @@ def _order(
     """The stored arrays, each after all others whose new value depends on its old one, where that can be."""
 
     def step(p: jax.Array | None, stored: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
-        number = jax.tree.map(lambda x: jnp.zeros((), x.dtype), inputs._replace(p=None))
+        number = jax.tree.map(lambda x: jnp.zeros(2, x.dtype), inputs._replace(p=None))
         return body(rule, codecs, write, number._replace(p=p), stored, clock, times).stored
 
     left = sorted(stored)

@@ -29,6 +29,8 @@ def run_leaf(
 ) -> Done:
     """A step of one leaf. Jitted, so that it is traced and lowered once per distinct leaf and not once per leaf."""
     dtype = (inputs.p if write.parameters and inputs.p is not None else inputs.g).dtype
+    if not jnp.iscomplexobj(inputs.g):
+        rule = rule.of_real()
     inputs = jax.tree.map(as_real, inputs)
     ways = {"default": body}
     if suits(inputs, stored):

@@ -17,9 +17,9 @@ def sources(
 ) -> dict[str, set[str]]:
     """For each stored array those whose old values its new value depends on, and `PARAMETER` where it depends on that.
 
-    `step` makes the new ones of the parameter and the old ones; it is traced with numbers in the place of arrays.
+    `step` makes the new ones of the parameter and the old ones; it is traced with two numbers in the place of arrays.
     """
-    number, old = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype), (p, dict(stored)))
+    number, old = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2,), x.dtype), (p, dict(stored)))
     names = sorted(old)
     jaxpr = jax.make_jaxpr(step)(number, old).jaxpr
     labels: list[str] = [*([] if p is None else [PARAMETER]), *names]

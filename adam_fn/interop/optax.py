@@ -86,8 +86,8 @@ def from_optax(tx: optax.GradientTransformation, params: PyTree, optax_state: St
 
     Raises:
       ValueError: if moments are missing, have another shape or kind, or belong to no parameter (the error lists all of
-        them); if two places count steps differently; or if a complex parameter has a second moment, since optax has one
-        for both parts.
+        them); if two places count steps differently; or if a complex parameter has a second moment and `tx` has not
+        ``complex="magnitude"``, as optax has.
       TypeError: if `tx` has no counterpart in optax.
     """
     target, form = _target(tx, params)
@@ -117,12 +117,14 @@ def from_optax(tx: optax.GradientTransformation, params: PyTree, optax_state: St
     if len(set(counts.values())) > 1:
         fail((f"{where}: {count}" for where, count in counts.items()), "the state of optax counts steps differently")
     slots: dict[str, ByPath] = {}
+    both = target.complex if getattr(target.rule, "magnitude", False) else []
     for name, field in form.slots.items():
         trees = [by_path(getattr(node, field)) for node in found]
         merged = {path: x for tree in trees for path, x in tree.items()}
         twice = [path for path in merged if sum(path in tree for tree in trees) > 1]
         fail((f"{path}: more than once" for path in twice), f"the state of optax has {field} of one parameter twice")
-        slots[name] = merged
+        pairs = both if name.startswith("nu") else []
+        slots[name] = {path: _for_both(x) if path in pairs else x for path, x in merged.items()}
     count = next(iter(counts.values()))
     if "nu_max" in slots:
         weight = _corrected(target, count)
@@ -168,6 +170,8 @@ def to_optax(tx: optax.GradientTransformation, params: PyTree, state: State, opt
             problems.append(f"{shown(path)}: {name} is not in the state")
             return old
         new = slots[name][path]
+        if name.startswith("nu") and jnp.iscomplexobj(new):
+            new = jax.lax.complex((new.real + new.imag) / 2, jnp.zeros_like(new.real))
         if new.shape != jnp.shape(old) or jnp.iscomplexobj(new) != jnp.iscomplexobj(old):
             theirs = f"{jnp.result_type(old)}{list(jnp.shape(old))}"
             problems.append(f"{shown(path)}: {name} is {new.dtype}{list(new.shape)}, optax's {theirs}")
@@ -192,8 +196,17 @@ def _target(tx: optax.GradientTransformation, params: PyTree) -> tuple[Target, _
     target = Target(tx, params)
     form: _Form = target.form(_FORMS, "optax")
     if "nu" in form.slots:
-        fail(target.complex, "optax has one second moment, |g|², for a complex parameter; here each part has its own")
+        fail(
+            () if getattr(target.rule, "magnitude", False) else target.complex,
+            "optax has one second moment, |g|², for a complex parameter; here each part has its own without "
+            'complex="magnitude"',
+        )
     return target, form
+
+
+def _for_both(x: jax.Array) -> jax.Array:
+    """The real number that optax has for both parts of a complex one, for each of them."""
+    return jax.lax.complex(jnp.real(x), jnp.real(x))
 
 
 def _corrected(target: Target, count: int) -> float:

@@ -24,7 +24,7 @@ from adam_fn.arithmetic import (
 from adam_fn.codec import Slot, Slots, Unit
 from adam_fn.leaves import Mask
 from adam_fn.options import CommonOptions, DecayOptions, alias, optimizer
-from adam_fn.rule import Beta, Clock, Hyper, NonNegative, Rule
+from adam_fn.rule import Beta, Clock, Hyper, NonNegative, Rule, with_values
 from adam_fn.schedules import nadam_momentum
 from adam_fn.transform import Transformation
 
@@ -33,11 +33,12 @@ from adam_fn.transform import Transformation
 class Moments(Rule):
     """The two moving averages of the family, ``m ← β₁m + (1-β₁)g``, ``v ← β₂v + (1-β₂)g²``, and their bias weights.
 
-    If `b1` is the number 0, m is g and is not stored.
+    If `b1` is the number 0, m is g and is not stored. With `magnitude` the g² of a complex g is |g|², for both parts.
     """
 
     b1: Beta = 0.9
     b2: Beta = 0.999
+    magnitude: bool = dataclasses.field(default=False, kw_only=True)
 
     squares: ClassVar[float] = 1.0
     state_type: ClassVar[Any] = optax.ScaleByAdamState
@@ -70,9 +71,17 @@ class Moments(Rule):
         mu = ema(self.b1, slots["mu"], g)
         return mu, {"mu": mu}
 
+    def of_real(self) -> Rule:
+        return with_values(self, {"magnitude": False})
+
+    def square(self, g: jax.Array) -> jax.Array:
+        """g²; of the two parts of a complex g, which are stacked in front, their sum if there is `magnitude`."""
+        squared = square(g)
+        return squared + jnp.flip(squared, 0) if self.magnitude else squared
+
     def second_moment(self, nu: jax.Array, g: jax.Array, mu: jax.Array) -> jax.Array:
         """The new v, from the old one and the new m."""
-        return ema(self.b2, nu, square(g))
+        return ema(self.b2, nu, self.square(g))
 
     def signal_to_noise(self, slots: Slots, clock: Clock) -> jax.Array | None:
         if "mu" not in slots:

@@ -180,7 +180,7 @@ class Adan(Adam):
         difference = jnp.where(clock.count == 0, 0, g - slots["grad"])
         mu, stored = self.first_moment(slots, g)
         delta = ema(self.b2, slots["delta"], difference)
-        nu = ema(self.b3, slots["nu"], square(g + plain(self.b2) * difference))
+        nu = ema(self.b3, slots["nu"], self.square(g + plain(self.b2) * difference))
         ahead = self.direction(mu, g, clock) + plain(self.b2) / clock.weights[2] * delta
         return self.scaled(ahead, nu, clock), {**stored, "nu": nu, "delta": delta, "grad": g}
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adam_fn.arithmetic import ema, one_minus, square
+from adam_fn.arithmetic import ema, one_minus
 from adam_fn.bias import Lagged
 from adam_fn.codec import Slot, Slots
 from adam_fn.options import Options, alias, optimizer
@@ -110,7 +110,7 @@ class AdaBelief(Adam):
         return Slot()  # Of a steady gradient s is 0, and m is not.
 
     def second_moment(self, nu: jax.Array, g: jax.Array, mu: jax.Array) -> jax.Array:
-        return ema(self.b2, nu, square(self.clipped(g) - mu)) + self.eps_each
+        return ema(self.b2, nu, self.square(self.clipped(g) - mu)) + self.eps_each
 
 
 @alias
@@ -154,7 +154,7 @@ class Yogi(Adam):
         return {name: slot._replace(initial=self.initial) for name, slot in super().slots.items()}
 
     def second_moment(self, nu: jax.Array, g: jax.Array, mu: jax.Array) -> jax.Array:
-        squared = square(g)
+        squared = self.square(g)
         return nu - one_minus(self.b2) * jnp.sign(nu - squared) * squared
 
 
