@@ -16,6 +16,10 @@ NAMES = ("adam", "adamw", "nadam", "nadamw", "adamax", "adamaxw", "radam", "yogi
 NAMES += tuple(f"scale_by_{name}" for name in ("adam", "adamax", "belief", "yogi", "radam", "lion"))
 
 
+def _is_ours(function: Any) -> bool:
+    return function.__module__.startswith("adam_fn")
+
+
 def numpyro() -> dict[str, Any]:
     """Stochastic variational inference of a regression."""
     import jax
@@ -82,30 +86,47 @@ def blackjax() -> dict[str, Any]:
 
 
 def haliax() -> dict[str, Any]:
-    """A linear layer with named axes, in Equinox."""
+    """A linear layer with named axes, in Equinox, divided over a mesh of eight devices."""
     import equinox as eqx
     import haliax as hax
     import haliax.nn as hnn
     import jax
     import optax
 
+    jax.config.update("jax_num_cpu_devices", 8)
     traced = []
-    batch, inside, outside = hax.make_axes(batch=16, inside=8, outside=4)
-    layer = hnn.Linear.init(inside, outside, key=jax.random.key(0))
-    x = hax.random.normal(jax.random.key(1), (batch, inside))
-    tx = optax.adamw(1e-2)
-    state = tx.init(eqx.filter(layer, eqx.is_inexact_array))
+    batch, inside, outside = hax.make_axes(batch=16, inside=16, outside=8)
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
-    @eqx.filter_jit
-    def step(layer: Any, state: Any) -> Any:
-        traced.append(1)
-        grads = eqx.filter_grad(lambda layer: hax.mean(hax.square(layer(x) - 1)).scalar())(layer)
-        updates, state = tx.update(grads, state, layer)
-        return eqx.apply_updates(layer, updates), state
+    def train(tx: Any) -> Any:
+        layer = hax.shard(hnn.Linear.init(inside, outside, key=jax.random.key(0)))
+        x = hax.random.normal(jax.random.key(1), (batch, inside))
+        state = hax.named_jit(tx.init)(layer)
 
-    for _ in range(50):
-        layer, state = step(layer, state)
-    return {"values": layer.weight.array.ravel(), "traces": len(traced)}
+        @hax.named_jit
+        def step(layer: Any, state: Any) -> Any:
+            traced.append(1)
+            grads = eqx.filter_grad(lambda layer: hax.mean(hax.square(layer(x) - 1)).scalar())(layer)
+            updates, state = tx.update(grads, state, layer)
+            return eqx.apply_updates(layer, updates), state
+
+        for _ in range(30):
+            layer, state = step(layer, state)
+        weight = layer.weight.array
+        for moment in (x for x in jax.tree.leaves(state) if x.shape == weight.shape):
+            assert moment.sharding == weight.sharding, (moment.sharding, weight.sharding)
+        return weight.ravel()
+
+    with hax.axis_mapping({"inside": "fsdp", "outside": "tp"}), jax.set_mesh(mesh):
+        values = train(optax.adamw(1e-2))
+        if _is_ours(optax.adamw):
+            import adam_fn
+
+            for storage in ("24bit", "16bit"):
+                near = train(adam_fn.master_weights(adam_fn.adamw(1e-2, storage=storage)))
+                assert abs(near - values).max() < 0.02, storage
+            traced = traced[: len(traced) // 3]
+    return {"values": values, "traces": len(traced)}
 
 
 def netket() -> dict[str, Any]:
@@ -115,11 +136,10 @@ def netket() -> dict[str, Any]:
     import netket as nk
     import optax
 
-    ours = optax.adam.__module__.startswith("adam_fn")
     graph = nk.graph.Chain(length=6)
     space = nk.hilbert.Spin(s=0.5, N=graph.n_nodes)
     state = nk.vqs.FullSumState(space, nk.models.RBM(alpha=1, param_dtype=complex), seed=1)
-    tx = optax.adam(1e-2, **({"complex": "magnitude"} if ours else {}))
+    tx = optax.adam(1e-2, **({"complex": "magnitude"} if _is_ours(optax.adam) else {}))
     driver = nk.driver.VMC(nk.operator.IsingJax(space, graph, h=1.0), tx, variational_state=state)
     driver.run(60, show_progress=False, out=None)
     values = jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(state.parameters)])
