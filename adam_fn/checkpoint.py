@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adam_fn.codec import Cast
-from adam_fn.execute.body import compute_dtype
-from adam_fn.leaves import PyTree, check_distinct, joined, named_leaves
-from adam_fn.observe import Marked, located
+from adam_fn.algebra.dtypes import compute_dtype
+from adam_fn.storage.codec import Cast
+from adam_fn.trees.leaves import PyTree, check_distinct, join_keys, named_leaves
+from adam_fn.trees.recording import Marked, located
 
 _FORMAT = "adam_fn.checkpoint"
 
@@ -34,9 +34,9 @@ def _forms(name: str, tree: PyTree, like: PyTree = None) -> dict[str, str]:
 
     The ``value`` of a boxed parameter is not part of its path. A box that was restored is a dictionary: `like` tells.
     """
-    full = (joined(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(like)[0])
+    full = (join_keys(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(like)[0])
     boxed = dict(zip(full, (path for path, _ in named_leaves(like)), strict=True))
-    full = (joined(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0])
+    full = (join_keys(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0])
     paths = [boxed.get(key, path) for key, (path, _) in zip(full, named_leaves(tree), strict=True)]
     check_distinct(paths)
     leaves = zip(paths, jax.tree.leaves(tree), strict=True)

@@ -19,7 +19,6 @@ Arrays have the dtype of the arithmetic (float32, float64 for float64 parameters
 neither overflow nor underflow unless the numbers themselves do.
 """
 
-import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -31,12 +30,10 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from adam_fn.codes import codecs_of
-from adam_fn.execute.body import as_real, compute_dtype
-from adam_fn.leaves import Leaves, PyTree, by_path
-from adam_fn.parts import Part, calls_of, earlier, hyperparameter, optimizer_of, parts_of
-from adam_fn.rule import Clock, Rate, WeightDecay
-from adam_fn.transform import Update
+from adam_fn.algebra.links import Rate, WeightDecay
+from adam_fn.algebra.norms import norm, quotient, reals, rms, share
+from adam_fn.trees.leaves import Leaves, PyTree, by_path
+from adam_fn.trees.members import Member, hyperparameter, members_of, optimizer_of, signal_to_noise_of, storage_errors
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -84,7 +81,7 @@ def learning_rate(tx: optax.GradientTransformation, state: PyTree, params: PyTre
     Raises:
       ValueError: if `tx` has no `Rate`, or more than one.
     """
-    found = hyperparameter(parts_of(tx, state, params, ahead), Rate, "learning_rate", ahead)
+    found = hyperparameter(members_of(tx, state, params, ahead), Rate, "learning_rate", ahead)
     if found is None:
         raise ValueError("expected one Rate in the transformation, found 0")
     return found
@@ -97,7 +94,7 @@ def weight_decay(tx: optax.GradientTransformation, state: PyTree, params: PyTree
     The transformation decides whether it is multiplied by the rate, and which leaves decay. The arguments are those of
     `learning_rate`.
     """
-    found = hyperparameter(parts_of(tx, state, params, ahead), WeightDecay, "weight_decay", ahead)
+    found = hyperparameter(members_of(tx, state, params, ahead), WeightDecay, "weight_decay", ahead)
     return jnp.zeros(()) if found is None else found
 
 
@@ -113,35 +110,13 @@ def moments(tx: optax.GradientTransformation, state: PyTree, params: PyTree) -> 
     in bfloat16. They are the raw averages, without bias correction. `params` are only used for structure, shapes and
     dtypes. See the module for leaves that are not trained, for complex leaves and for errors.
     """
-    part = optimizer_of(parts_of(tx, state, params))
+    part = optimizer_of(members_of(tx, state, params))
     return part.decoded(part.kept(params))
 
 
-def _signal_to_noise(part: Part, params: PyTree) -> PyTree | None:
-    """None where the rule has none."""
-    kept = part.kept(params)
-    leaves, rule = Leaves(kept), part.rule(0)
-    slots = {name: leaves.match(slot, name, "the parameters") for name, slot in part.decoded(kept).items()}
-    memory = part.memory
-    counts = tuple(None if count is None else earlier(count, 0) for count in memory.counts)
-    clock = Clock(counts, part.spec.weights(memory, jnp.result_type(float)))
-    found: list[jax.Array | None] = []
-    for i, p in enumerate(leaves.leaves):
-        if p is None:
-            found.append(None)
-            continue
-        dtype = compute_dtype(jnp.result_type(p))
-        now = dataclasses.replace(clock, weights=[weight.astype(dtype) for weight in clock.weights])
-        ratio = rule.cast(dtype).signal_to_noise({name: slot[i] for name, slot in slots.items()}, now)
-        if ratio is None:
-            return None
-        found.append(jnp.where(memory.steps > 0, ratio, 0))  # All bias weights are 0 before the first step.
-    return leaves.treedef.unflatten(found)
-
-
-def _required(tx_parts: Sequence[Part], params: PyTree) -> PyTree:
+def _required(tx_parts: Sequence[Member], params: PyTree) -> PyTree:
     part = optimizer_of(tx_parts)
-    ratio = _signal_to_noise(part, params)
+    ratio = signal_to_noise_of(part, params)
     if ratio is None:
         raise ValueError(f"{part.spec.rule} has no m̂/√v̂: its slots are {sorted(part.memory.slots)}")
     return ratio
@@ -160,7 +135,7 @@ def signal_to_noise(tx: optax.GradientTransformation, state: PyTree, params: PyT
       ValueError: for Lion, which stores no second moment, and for ``b1 = 0``, where no first moment is stored. See the
         module for the rest.
     """
-    return _required(parts_of(tx, state, params), params)
+    return _required(members_of(tx, state, params), params)
 
 
 @_compiled
@@ -178,11 +153,11 @@ def effective_step(
       params: the parameters, for their structure.
       learning_rate: α, if ``update(..., learning_rate=x)`` set it; the transformation's rate by default.
     """
-    parts = parts_of(tx, state, params)
+    parts = members_of(tx, state, params)
     return _scaled(_required(parts, params), _rate(parts, learning_rate, required=True))
 
 
-def _rate(parts: Sequence[Part], given: ArrayLike | None, *, required: bool = False) -> jax.Array | None:
+def _rate(parts: Sequence[Member], given: ArrayLike | None, *, required: bool = False) -> jax.Array | None:
     if given is not None:
         return jnp.asarray(given, float)
     found = hyperparameter(parts, Rate, "learning_rate", 0)
@@ -195,44 +170,6 @@ def _scaled(ratio: PyTree, rate: jax.Array | None) -> PyTree:
     return jax.tree.map(lambda x: x * cast(jax.Array, rate).astype(x.dtype), ratio)
 
 
-def _norm(arrays: Sequence[jax.Array]) -> jax.Array:
-    """The L2 norm of some arrays as one; a scalar of their dtype."""
-    largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(x), initial=0) for x in arrays], jnp.zeros(()))
-    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-    squares = sum((jnp.sum((x / scale.astype(x.dtype)) ** 2) for x in arrays), jnp.zeros_like(scale))
-    return scale * jnp.sqrt(squares)
-
-
-def _size(arrays: Sequence[jax.Array]) -> int:
-    return max(sum(x.size for x in arrays), 1)
-
-
-def _rms(arrays: Sequence[jax.Array]) -> jax.Array:
-    return _norm(arrays) / _size(arrays) ** 0.5
-
-
-def _share(arrays: Sequence[jax.Array], threshold: float) -> jax.Array:
-    """Of the elements that are at least `threshold` in size."""
-    return sum((jnp.sum(jnp.abs(x) >= threshold, dtype=x.dtype) for x in arrays), jnp.zeros(())) / _size(arrays)
-
-
-def _quotient(x: jax.Array, y: jax.Array) -> jax.Array:
-    """``x/y`` of norms; 0 where both are 0."""
-    return jnp.where(x == 0, x, x / jnp.where((x == 0) & (y == 0), 1, y))
-
-
-def _reals(tree: PyTree) -> PyTree:
-    """The arrays of a tree in the dtype of the arithmetic, complex ones as two reals; no integers and no None."""
-
-    def real(x: ArrayLike) -> jax.Array | optax.MaskedNode:
-        array = jnp.asarray(x)
-        if not jnp.issubdtype(array.dtype, jnp.inexact):
-            return optax.MaskedNode()
-        return as_real(array).astype(compute_dtype(array.dtype))
-
-    return jax.tree.map(real, tree)
-
-
 @_compiled
 def at_bound(tx: optax.GradientTransformation, state: PyTree, params: PyTree, *, threshold: float = 0.99) -> PyTree:
     """The share of each leaf's elements at the step bound, ``|m̂|/√v̂ ≥ threshold``, a tree of scalars in [0, 1].
@@ -241,7 +178,7 @@ def at_bound(tx: optax.GradientTransformation, state: PyTree, params: PyTree, *,
     sparse exceeds it. The share is 1 at the first step, and 0 for an empty leaf. A share that stays high suggests that
     the rate could be larger: the gradients keep pointing the same way.
     """
-    return jax.tree.map(lambda x: _share([x], threshold), _required(parts_of(tx, state, params), params))
+    return jax.tree.map(lambda x: share([x], threshold), _required(members_of(tx, state, params), params))
 
 
 @jax.jit
@@ -251,30 +188,7 @@ def update_to_weight(updates: PyTree, params: PyTree) -> PyTree:
     About 1e-3 is common. It is 0 if the update is 0, and inf if only the parameter is 0; integers have
     `optax.MaskedNode`. `params` may be the parameters before or after the step.
     """
-    return jax.tree.map(lambda u, p: _quotient(_norm([u]), _norm([p])), _reals(updates), _reals(params))
-
-
-def _lost(
-    tx: optax.GradientTransformation, grads: PyTree, state: PyTree, params: PyTree
-) -> dict[str, tuple[PyTree, PyTree]]:
-    """By slot that is stored in another form: what the slots become, and what storing them takes away."""
-    found = [call for call in calls_of(tx, grads, state, params) if Part(call.spec, call.state).has_moments]
-    if len(found) != 1:
-        optimizer_of([Part(call.spec, call.state) for call in found])
-    spec, grads, before, params = found[0]
-    exact_ones = codecs_of(None, spec.rule.slots)
-    coded = [slot for name, codec in spec.codecs if (name, codec) not in exact_ones for slot in codec.slots]
-    if not coded:
-        return {}
-    reference = grads if params is None else params
-    plain = dataclasses.replace(spec, codecs=exact_ones, storage_mask=None)
-    slots = Part(spec, before).decoded(reference)
-    memory = spec.form.read(before)
-    _, exact = Update(plain)(grads, plain.form.made(memory._replace(slots=slots)), params)
-    exact = plain.form.read(exact).slots
-    _, after = Update(spec)(grads, before, params)
-    stored = Update(spec).decoded(after, reference)
-    return {name: (exact[name], jax.tree.map(jnp.subtract, stored[name], exact[name])) for name in coded}
+    return jax.tree.map(lambda u, p: quotient(norm([u]), norm([p])), reals(updates), reals(params))
 
 
 @_compiled
@@ -299,8 +213,8 @@ def quantisation_error(
         module for the rest.
     """
     return {
-        name: jax.tree.map(lambda s, e: _quotient(_norm([e]), _norm([s])), exact, error)
-        for name, (exact, error) in _lost(tx, grads, state, params).items()
+        name: jax.tree.map(lambda s, e: quotient(norm([e]), norm([s])), exact, error)
+        for name, (exact, error) in storage_errors(tx, grads, state, params).items()
     }
 
 
@@ -345,7 +259,7 @@ def summary(
       learning_rate: α, if ``update(..., learning_rate=x)`` set it.
       per_leaf: adds the same for each leaf, as ``signal_to_noise/layers/0/kernel``, with the paths of `adam_fn.masks`.
     """
-    parts = parts_of(tx, state, params)
+    parts = members_of(tx, state, params)
     optimizer = optimizer_of(parts)
     found: dict[str, jax.Array] = {}
 
@@ -357,29 +271,29 @@ def summary(
     rate = _rate(parts, learning_rate)
     if rate is not None:
         found["learning_rate"] = rate
-        ahead = hyperparameter(parts_of(tx, state, params, 1), Rate, "learning_rate", 1)
+        ahead = hyperparameter(members_of(tx, state, params, 1), Rate, "learning_rate", 1)
         found["next_learning_rate"] = rate if ahead is None else ahead
     decay = hyperparameter(parts, WeightDecay, "weight_decay", 0)
     found["weight_decay"] = jnp.zeros(()) if decay is None else decay
-    ratio = _signal_to_noise(optimizer, params)
+    ratio = signal_to_noise_of(optimizer, params)
     if ratio is not None:
-        add("signal_to_noise", _rms, ratio)
+        add("signal_to_noise", rms, ratio)
         if rate is not None:
-            add("effective_step", _rms, _scaled(ratio, rate))
-        add("at_bound", lambda x: _share(x, 0.99), ratio)
+            add("effective_step", rms, _scaled(ratio, rate))
+        add("at_bound", lambda x: share(x, 0.99), ratio)
     if updates is not None:
         kept = optimizer.kept(params)
-        add("update_to_weight", lambda u, p: _quotient(_norm(u), _norm(p)), _reals(_like(updates, kept)), _reals(kept))
+        add("update_to_weight", lambda u, p: quotient(norm(u), norm(p)), reals(_like(updates, kept)), reals(kept))
     if grads is not None:
-        for name, (exact, error) in _lost(tx, grads, state, params).items():
-            add(f"quantisation_error/{name}", lambda s, e: _quotient(_norm(e), _norm(s)), exact, error)
+        for name, (exact, error) in storage_errors(tx, grads, state, params).items():
+            add(f"quantisation_error/{name}", lambda s, e: quotient(norm(e), norm(s)), exact, error)
     return {key: x.astype(np.float32) for key, x in found.items()}
 
 
 def _like(updates: PyTree, kept: PyTree) -> PyTree:
     """The updates of the parameters that are kept."""
     leaves = Leaves(updates)
-    there = leaves.match(kept, "the parameters", "the updates")
+    there = leaves.align(kept, "the parameters", "the updates")
     return leaves.treedef.unflatten(
         p if isinstance(p, optax.MaskedNode) else u for p, u in zip(there, leaves.leaves, strict=True)
     )

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from adam_fn.leaves import matches
+from adam_fn.trees.leaves import match_patterns
 
 PyTree: TypeAlias = Any
 
@@ -62,5 +62,5 @@ class path:
     def __call__(self, params: PyTree) -> PyTree:
         _check_tree(self, params)
         leaves, treedef = jax.tree.flatten(params, is_leaf=lambda x: x is None)
-        hits = [any(hit) != self.invert for _, hit in matches(self.patterns, params)]
+        hits = [any(hit) != self.invert for _, hit in match_patterns(self.patterns, params)]
         return treedef.unflatten(None if leaf is None else hit for leaf, hit in zip(leaves, hits, strict=True))

@@ -8,15 +8,17 @@ from typing import Literal, ParamSpec, TypeAlias, TypedDict, TypeVar
 
 from jax.typing import DTypeLike
 
-from adam_fn.codec import Cast, Codec
-from adam_fn.codes import WORD, StorageLike, StorageName, named
-from adam_fn.groups import Group, Groups
-from adam_fn.leaves import Mask
-from adam_fn.rule import Decay, Hyper, ProximalDecay, Rate, Rule, with_values
-from adam_fn.transform import Transformation, transform
+from adam_fn.algebra.hyper import Hyper
+from adam_fn.algebra.links import Decay, ProximalDecay, Rate
+from adam_fn.algebra.rule import Rule, with_values
+from adam_fn.storage.codec import Cast, Codec
+from adam_fn.storage.codes import WORD, StorageLike, StorageName, named
+from adam_fn.trees.groups import Group, Groups
+from adam_fn.trees.leaves import Mask
+from adam_fn.trees.transform import Transformation, transform
 
 #: What `weight_decay` means; see `CommonOptions`.
-Meaning: TypeAlias = Literal["scaled", "independent", "l2", "proximal"]
+DecayKind: TypeAlias = Literal["scaled", "independent", "l2", "proximal"]
 #: What the square of a complex gradient is; see `Options`.
 Complex: TypeAlias = Literal["parts", "magnitude"]
 P = ParamSpec("P")
@@ -49,7 +51,7 @@ class MomentOptions(StateOptions, total=False):
 class CommonOptions(StateOptions, total=False):
     """`StateOptions` and `decay`; see `Options`."""
 
-    decay: Meaning
+    decay: DecayKind
 
 
 class MuOptions(CommonOptions, total=False):
@@ -106,7 +108,7 @@ def optimizer(
     *,
     weight_decay: Hyper | None = None,
     mask: Mask | None = None,
-    decay: Meaning = "scaled",
+    decay: DecayKind = "scaled",
     frozen: Mask | None = None,
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = None,
@@ -118,8 +120,8 @@ def optimizer(
     """The transformation of `rule` with a learning rate and the options that all optimizers share (see `Options`)."""
     check_decay(weight_decay, mask, decay, groups)
     rule = with_complex(rule, complex)
-    direction, step = links(rule, learning_rate, weight_decay, decay)
-    stored = codecs(rule, mu_dtype, nu_dtype, storage)
+    direction, step = direction_and_step(rule, learning_rate, weight_decay, decay)
+    stored = codecs_by_slot(rule, mu_dtype, nu_dtype, storage)
     kept = {"mask": mask, "frozen": frozen, "storage_mask": storage_mask}
     return transform(direction >> step, storage=stored, **kept, groups=groups)
 
@@ -136,7 +138,7 @@ def with_complex(rule: R, complex: Complex) -> R:
 
 
 def check_decay(
-    weight_decay: Hyper | None, mask: Mask | None, decay: Meaning, groups: Groups | Mapping[str, Group] | None
+    weight_decay: Hyper | None, mask: Mask | None, decay: DecayKind, groups: Groups | Mapping[str, Group] | None
 ) -> None:
     """Raises if an option changes a weight decay that there is not."""
     if weight_decay is not None:
@@ -147,13 +149,13 @@ def check_decay(
         Groups.made_of(groups).check_no_decay()
 
 
-def links(
-    rule: Rule, learning_rate: Hyper, weight_decay: Hyper | None = None, decay: Meaning = "scaled"
+def direction_and_step(
+    rule: Rule, learning_rate: Hyper, weight_decay: Hyper | None = None, decay: DecayKind = "scaled"
 ) -> tuple[Rule, Rule]:
     """The direction and the step that together make an optimizer: the rate is in the second, the decay in either."""
     rate = Rate(learning_rate)
-    if decay not in typing.get_args(Meaning):
-        raise ValueError(f"decay must be one of {list(typing.get_args(Meaning))}, got {decay!r}")
+    if decay not in typing.get_args(DecayKind):
+        raise ValueError(f"decay must be one of {list(typing.get_args(DecayKind))}, got {decay!r}")
     if weight_decay is None:
         return rule, rate
     if decay == "scaled":
@@ -169,7 +171,7 @@ class Storage(dict[str, Codec]):
     """Codecs by slot, ``Storage(mu=MuLaw(), nu=Cast("bfloat16"))``; slots without a codec are stored in float32."""
 
 
-def codecs(
+def codecs_by_slot(
     rule: Rule,
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = None,
@@ -205,7 +207,7 @@ def codecs(
     return found
 
 
-def alias(function: Callable[P, T]) -> Callable[P, T]:
+def lists_options(function: Callable[P, T]) -> Callable[P, T]:
     """Lists the unpacked ``**options`` in the runtime signature, which `optax.inject_hyperparams` and `help` read.
 
     Without the types, which in one line would hide the names.

@@ -19,16 +19,16 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from adam_fn.averaging import Average
-from adam_fn.execute.body import as_real
-from adam_fn.functions import method_of
-from adam_fn.leaves import Leaves, PyTree, check_distinct, matches
-from adam_fn.observe import located
-from adam_fn.parts import Part
-from adam_fn.sharding import Slots, real_shape
-from adam_fn.spec import Spec, zeros_like
-from adam_fn.states import State
-from adam_fn.transform import Update, coded
+from adam_fn.algebra.dtypes import as_real
+from adam_fn.execute.compiler import zeros_like
+from adam_fn.trees.definition import Definition
+from adam_fn.trees.layout import map_owned, owners, real_shape, without_placement
+from adam_fn.trees.leaves import Leaves, PyTree, check_distinct, match_patterns
+from adam_fn.trees.members import Member
+from adam_fn.trees.recording import located
+from adam_fn.trees.states import State
+from adam_fn.trees.transform import Update, coded
+from adam_fn.wrappers.averaging import Average
 
 #: How the second moments of new elements begin.
 Second: TypeAlias = Literal["mean", "zero"]
@@ -86,9 +86,9 @@ def reset(
         whole = jnp.broadcast_to(mask, jnp.shape(p)) if jnp.ndim(mask) else mask
         return jnp.where(whole, new, old)
 
-    owners = _owners(tx, params)
+    own = owners(tx, params)
     fresh = _fresh(tx, params, state, masks, second)
-    return _mapped(chosen, owners, state, fresh)
+    return map_owned(chosen, own, state, fresh)
 
 
 def resize(
@@ -125,8 +125,8 @@ def resize(
         would make it, or if the state has an array of it that has no such axis.
     """
     leaves, new = Leaves(old_params), Leaves(new_params)
-    found = new.match(old_params, "the old parameters", "the new ones")
-    hits = matches(list(rows), new_params)
+    found = new.align(old_params, "the old parameters", "the new ones")
+    hits = match_patterns(list(rows), new_params)
     moves: list[Rows | None] = []
     for path, p, old, (_, hit) in zip(new.paths, new.leaves, found, hits, strict=True):
         own = [Rows(*move) for move, matched in zip(rows.values(), hit, strict=True) if matched]
@@ -152,11 +152,11 @@ def resize(
         axis = move.axis % jnp.ndim(p) + x.ndim - jnp.ndim(p)
         return jnp.take(x, jnp.maximum(jnp.asarray(move.source), 0), axis)
 
-    owners = _owners(tx, old_params)
-    moved = _mapped(taken, owners, state)
-    new_owners = _owners(tx, new_params)
+    own = owners(tx, old_params)
+    moved = map_owned(taken, own, state)
+    new_own = owners(tx, new_params)
     fresh = _fresh(tx, new_params, moved, masks, second)
-    return _mapped(lambda i, old, new: jnp.where(masks[i], new, old), new_owners, moved, fresh)
+    return map_owned(lambda i, old, new: jnp.where(masks[i], new, old), new_own, moved, fresh)
 
 
 def adapt(tx: optax.GradientTransformation, state: State, old_params: PyTree, new_params: PyTree) -> State:
@@ -190,10 +190,10 @@ def adapt(tx: optax.GradientTransformation, state: State, old_params: PyTree, ne
         others.append(x)
         return x
 
-    _mapped(hold, _owners(tx, old_params), state, other=other)
+    map_owned(hold, owners(tx, old_params), state, other=other)
     fresh = tx.init(new_params)
     blanks: list[jax.Array] = []
-    _mapped(lambda _, x: x, owners := _owners(tx, new_params), fresh, other=lambda x: blanks.append(x) or x)
+    map_owned(lambda _, x: x, own := owners(tx, new_params), fresh, other=lambda x: blanks.append(x) or x)
     if [(x.shape, x.dtype) for x in blanks] != [(x.shape, x.dtype) for x in others]:
         raise ValueError("what the state holds beside moments is not the same for the new parameters")
 
@@ -203,7 +203,7 @@ def adapt(tx: optax.GradientTransformation, state: State, old_params: PyTree, ne
             return own.pop(0)
         return x
 
-    return _mapped(kept, owners, fresh, other=lambda _: others.pop(0))
+    return map_owned(kept, own, fresh, other=lambda _: others.pop(0))
 
 
 def _along(row: jax.Array, axis: int, rank: int) -> jax.Array:
@@ -214,8 +214,8 @@ def _along(row: jax.Array, axis: int, rank: int) -> jax.Array:
 def _masks(leaves: Leaves, params: PyTree, where: PyTree) -> list[jax.Array]:
     """A boolean, or an array that broadcasts, for each leaf."""
     if isinstance(where, str):
-        return [jnp.asarray(hit[0]) for _, hit in matches([where], params)]
-    found = leaves.match(where(params) if callable(where) else where, "where", "the parameters")
+        return [jnp.asarray(hit[0]) for _, hit in match_patterns([where], params)]
+    found = leaves.align(where(params) if callable(where) else where, "where", "the parameters")
     for path, p, x in zip(leaves.paths, leaves.leaves, found, strict=True):
         if p is None or x is None:
             continue
@@ -230,35 +230,6 @@ def _masks(leaves: Leaves, params: PyTree, where: PyTree) -> list[jax.Array]:
     return [jnp.zeros((), bool) if x is None else jnp.asarray(x) for x in found]
 
 
-def _inside(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """What `zero1` and `offload` wrap: they change where a state lives and not its structure."""
-    while (wrapper := getattr(method_of(tx.init), "wrapper", None)) is not None and hasattr(wrapper, "state_shardings"):
-        tx = wrapper.tx
-    return tx
-
-
-def _owners(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
-    """The state with the number of the parameter in the place of each array that belongs to one, and else -1."""
-    slots = Slots(_inside(tx), params)
-    if not slots.is_known:
-        raise ValueError(f"{tx!r} does not keep an array for each parameter (as under optax.flatten)")
-    return slots.map(lambda i, _: i, lambda _: -1)
-
-
-def _mapped(
-    function: Callable[..., jax.Array],
-    owners: PyTree,
-    *states: PyTree,
-    other: Callable[[jax.Array], jax.Array] = lambda x: x,
-) -> PyTree:
-    """`function` of the number of the parameter and of each array that belongs to one; of the others `other`."""
-
-    def each(i: int, *arrays: jax.Array) -> jax.Array:
-        return other(arrays[0]) if i < 0 else function(i, *arrays)
-
-    return jax.tree.map(each, owners, *states)
-
-
 def _fresh(
     tx: optax.GradientTransformation,
     params: PyTree,
@@ -271,14 +242,14 @@ def _fresh(
         raise ValueError(f'second must be "mean" or "zero", got {second!r}')
     leaves = Leaves(params)
 
-    def begun(spec: Spec, new: PyTree, old: PyTree) -> PyTree:
+    def begun(spec: Definition, new: PyTree, old: PyTree) -> PyTree:
         if not spec.codecs:
             return new
-        kept = Part(spec, old).kept(params)
+        kept = Member(spec, old).kept(params)
         inside = Leaves(kept)
-        places = [i for i, x in enumerate(leaves.match(kept, "the parameters", "the state")) if not _is_masked(x)]
+        places = [i for i, x in enumerate(leaves.align(kept, "the parameters", "the state")) if not _is_masked(x)]
         slots = {
-            name: inside.match(tree, f"the state's {name}", "the parameters")
+            name: inside.align(tree, f"the state's {name}", "the parameters")
             for name, tree in Update(spec).decoded(old, kept).items()
         }
         values = [
@@ -289,7 +260,7 @@ def _fresh(
         stored = coded(spec, inside, kept, values, spec.form.read(old).steps)
         return spec.form.made(memory._replace(slots={name: stored.get(name, x) for name, x in memory.slots.items()}))
 
-    return located(_inside(tx), params).map(begun, tx.init(params), state)
+    return located(without_placement(tx), params).map(begun, tx.init(params), state)
 
 
 def _is_masked(x: object) -> bool:
@@ -297,7 +268,7 @@ def _is_masked(x: object) -> bool:
 
 
 def _first_slots(
-    spec: Spec, p: jax.Array, mask: jax.Array, old: Mapping[str, jax.Array], second: Second
+    spec: Definition, p: jax.Array, mask: jax.Array, old: Mapping[str, jax.Array], second: Second
 ) -> dict[str, jax.Array]:
     """The slots of a leaf as new elements begin with them."""
     zeros = zeros_like(p)

@@ -30,7 +30,7 @@ from training import char_model
 from training.tasks import POINTS, Data, Params, Workload, characters, images
 
 import adam_fn
-from adam_fn.codes import StorageLike
+from adam_fn import StorageLike
 
 Carry: typing.TypeAlias = tuple[Params, optax.OptState]
 

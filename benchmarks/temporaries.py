@@ -20,7 +20,7 @@ import rich.table
 from measure import machine
 
 import adam_fn
-from adam_fn.codes import StorageName
+from adam_fn import StorageName
 
 SHAPES = ((1 << 24,), (4096, 4096), (50304, 768), (50257, 768))
 COLUMNS = ("make_step", "update")

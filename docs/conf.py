@@ -26,7 +26,7 @@ nitpicky = True
 # Without a network nothing of JAX and optax can be looked up, and arguments in single backticks are no links.
 nitpick_ignore_regex = [("py:.*", r"(?!adam_fn\.).*")]
 # The reference is of what is public.
-nitpick_ignore = [("py:obj", "adam_fn.noise")]
+nitpick_ignore = [("py:obj", "adam_fn.storage.noise")]
 
 default_role = "py:obj"
 add_module_names = False

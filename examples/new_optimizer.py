@@ -27,7 +27,7 @@ class QHAdam(Rule):
     nu2: NonNegative = 1.0
     eps: NonNegative = 1e-8
 
-    squares: ClassVar[float] = 1.0  # `leaf` squares the gradient itself.
+    squared_factor: ClassVar[float] = 1.0  # `leaf` squares the gradient itself.
 
     @property
     def slots(self) -> Mapping[str, Slot]:

@@ -14,16 +14,17 @@ from helpers.states import slots_of
 from jax.typing import DTypeLike
 
 import adam_fn
-from adam_fn import Cast, MuLaw, Slot, Storage, Unit, Word, noise
-from adam_fn.codec import Codec, narrowed
+from adam_fn import Cast, MuLaw, Slot, Storage, Unit, Word
+from adam_fn.storage import noise
+from adam_fn.storage.codec import Codec, narrowed
 
 SLOTS = {"mu": Slot(bound=7.27, unit=Unit("nu")), "nu": Slot(signed=False)}
 CODECS: dict[str, Codec] = {
-    "mu-law": MuLaw().of("mu", SLOTS),
-    "word": Word().of("mu_nu", SLOTS),
-    "bfloat16": Cast("bfloat16").of("mu", SLOTS),
-    "float16": Cast("float16").of("mu", SLOTS),
-    "float8": Cast("float8_e5m2").of("mu", SLOTS),
+    "mu-law": MuLaw().for_slot("mu", SLOTS),
+    "word": Word().for_slot("mu_nu", SLOTS),
+    "bfloat16": Cast("bfloat16").for_slot("mu", SLOTS),
+    "float16": Cast("float16").for_slot("mu", SLOTS),
+    "float8": Cast("float8_e5m2").for_slot("mu", SLOTS),
 }
 #: Dithers that fill their interval evenly, ends included.
 DITHERS = jnp.asarray(np.linspace(-(2**31), 2**31 - 1, 4001).astype(np.int32))

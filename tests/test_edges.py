@@ -18,7 +18,7 @@ from helpers.runs import full_jit
 
 import adam_fn
 from adam_fn import Cast, Group, checkpoint, diagnostics, interop, masks
-from adam_fn.leaves import Leaves
+from adam_fn.trees.leaves import Leaves
 
 MEMBERS = (
     *("adam", "adamw", "nadam", "nadamw", "amsgrad", "adamax", "adamaxw", "radam", "yogi", "adabelief", "laprop"),

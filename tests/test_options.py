@@ -17,7 +17,7 @@ from helpers.runs import compilations, random_gradients, trajectory
 from helpers.states import count_of, slots_of
 
 import adam_fn
-from adam_fn.functions import method_of
+from adam_fn.algebra.values import method_of
 from adam_fn.schedules import inverse_sqrt
 
 ALIASES = tuple(dict.fromkeys(case.alias for case in CASES))  # in order: workers must collect the same
@@ -104,7 +104,7 @@ def test_static_argument_of_jit() -> None:
 
 
 def test_equal_transformations_share_compilations() -> None:
-    from adam_fn.transform import _init, _update
+    from adam_fn.trees.transform import _init, _update
 
     p = jnp.ones(17)
     adam_fn.adam(1e-3).update(p, adam_fn.adam(1e-3).init(p), p)
@@ -251,7 +251,7 @@ def test_decay_forms() -> None:
 
 
 def test_learning_rate_override() -> None:
-    from adam_fn.transform import _update
+    from adam_fn.trees.transform import _update
 
     p, g = jnp.asarray(PARAMS), jnp.asarray(GRADS[0])
     tx = optax.chain(optax.clip(100.0), adam_fn.adamw(1e-3))

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import adam_fn
 from adam_fn import checkpoint, diagnostics, interop, masks
-from adam_fn.leaves import by_path
+from adam_fn.trees.leaves import by_path
 
 
 class Flat(adam_fn.Rule):

@@ -9,7 +9,8 @@ import pytest
 from cases import MEMBERS, Case, name
 
 import adam_fn
-from adam_fn import Cast, Storage, diagnostics, noise
+from adam_fn import Cast, Storage, diagnostics
+from adam_fn.storage import noise
 
 STORAGES = ("bfloat16", "24bit", "16bit")
 SIZE, STEPS, LAST = 256, 1200, 200

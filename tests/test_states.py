@@ -17,7 +17,7 @@ from flax.training import train_state
 from helpers.runs import full_jit
 
 import adam_fn
-from adam_fn.bias import BiasWeights
+from adam_fn.algebra.bias import BiasWeights
 
 P = {"w": jnp.linspace(-1.0, 1.0, 12).reshape(3, 4), "b": [jnp.ones(2), None]}
 MASK = {"w": True, "b": False}

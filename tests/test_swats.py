@@ -12,8 +12,8 @@ from helpers.runs import random_gradients
 from helpers.states import count_of, slots_of
 
 import adam_fn
-from adam_fn.bias import BiasWeights
-from adam_fn.execute.body import as_real
+from adam_fn.algebra.bias import BiasWeights
+from adam_fn.algebra.dtypes import as_real
 
 STORED: dict[str, Any] = {
     "float32": {},
@@ -54,7 +54,7 @@ def test_after_the_switch_all_of_adam_but_the_momentum_stays(stored: str, dtype:
         kept, old = ((slots_of(x.adam)["nu"], x.adam[-1]) for x in (after, before))
         for one, other in zip(*map(jax.tree.leaves, (kept, old)), strict=True):
             np.testing.assert_array_equal(one, other, strict=True)
-        decoded = tx.init.wrapper.adam.update.decoded
+        decoded = tx.init.owner.adam.update.decoded
         old, new = (decoded(each.adam, params)["mu"]["w"] for each in (before, after))
         g, u = (as_real(x).astype(old.dtype) for x in (3 * params["w"], updates["w"]))
         expected = 0.9 * old + 0.1 * g

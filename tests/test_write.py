@@ -13,8 +13,8 @@ from helpers.short import BF16, bits_of, run
 from helpers.states import slots_of
 
 import adam_fn
-from adam_fn import write
-from adam_fn.rounding import round_stochastically
+from adam_fn.storage import bfloat16
+from adam_fn.storage.bfloat16 import round_stochastically
 
 RNG = np.random.default_rng(0)
 LARGEST = 0x7F7F7FFF  # The bits of the largest float32 that bfloat16 does not round to inf.
@@ -49,8 +49,8 @@ def test_split_and_join_are_lossless() -> None:
 
     @full_jit
     def there_and_back(x: jax.Array) -> Any:
-        q = write.visible(x, 16)
-        return q, write.join(q.astype(BF16), write.remainder(x, q, 16), 16)
+        q = bfloat16.visible(x, 16)
+        return q, bfloat16.join(q.astype(BF16), bfloat16.remainder_of(x, q, 16), 16)
 
     q, back = there_and_back(x)
     finite = (patterns & 0x7FFFFFFF) < 0x7F800000
@@ -68,8 +68,8 @@ def test_masters_of_24_bits_are_the_nearest() -> None:
 
     @full_jit
     def there_and_back(x: jax.Array) -> Any:
-        q = write.visible(x, 8)
-        return q, write.join(q.astype(BF16), write.remainder(x, q, 8), 8)
+        q = bfloat16.visible(x, 8)
+        return q, bfloat16.join(q.astype(BF16), bfloat16.remainder_of(x, q, 8), 8)
 
     q, back = there_and_back(_floats(patterns))
     expected = (patterns + 0x80) >> 8 << 8
@@ -84,7 +84,7 @@ def test_any_parameter_joins_any_remainder(bits: int) -> None:
         np.array([0, 0x8000, 0x7F7F, 0xFF7F, 0x7F80, 0xFF80, 1, 0x3F80], np.uint16).view(ml_dtypes.bfloat16)
     )
     low, high = (np.full(8, value, f"int{bits}") for value in (-(1 << (bits - 1)), (1 << (bits - 1)) - 1))
-    down, up = (np.asarray(write.join(q, jnp.asarray(r), bits)) for r in (low, high))
+    down, up = (np.asarray(bfloat16.join(q, jnp.asarray(r), bits)) for r in (low, high))
     assert (bits_of(down)[:2] == np.array([0, 0x80000000])).all()
     assert not np.isnan(down).any() and not np.isnan(up).any()
     assert (down[4:6] == [np.inf, -np.inf]).all() and (up[4:6] == [np.inf, -np.inf]).all()
@@ -106,8 +106,8 @@ def test_training_is_that_of_float32(bits: int) -> None:
         return random.astype(BF16).astype(jnp.float32) - PULL
 
     exact, _ = run(plain, start.astype(jnp.float32), grad, steps)
-    short, states = run(write.master_weights(plain, bits), start, grad, steps)
-    masters = np.asarray(full_jit(lambda p, r: write.join(p, r, bits))(short, states.remainder))
+    short, states = run(adam_fn.master_weights(plain, bits), start, grad, steps)
+    masters = np.asarray(full_jit(lambda p, r: bfloat16.join(p, r, bits))(short, states.remainder))
     expected = np.asarray(exact)
     np.testing.assert_array_equal(bits_of(short), (bits_of(masters).astype(np.uint64) + 0x8000) >> 16)
     if bits == 16:
@@ -124,15 +124,15 @@ def test_the_inner_transformation_sees_float32() -> None:
         return -g, state
 
     make: Any = optax.GradientTransformationExtraArgs
-    tx: Any = write.master_weights(make(lambda p: p, update))
+    tx: Any = adam_fn.master_weights(make(lambda p: p, update))
     p = jnp.ones(3, BF16)
     state = tx.init(p)
     assert state.inner.dtype == jnp.float32
     u, _ = tx.update(p, state, p, value=7)
     assert seen == [(jnp.float32, jnp.float32, 7)] and u.dtype == jnp.float32
-    adam: Any = write.master_weights(adam_fn.adam(1e-3))
+    adam: Any = adam_fn.master_weights(adam_fn.adam(1e-3))
     assert slots_of(adam.init(p).inner)["mu"].dtype == jnp.float32
-    eight: Any = write.master_weights(tx, 8)
+    eight: Any = adam_fn.master_weights(tx, 8)
     assert state.remainder.dtype == jnp.int16 and eight.init(p).remainder.dtype == jnp.int8
 
 
@@ -147,9 +147,9 @@ def test_any_transformation_trains_as_in_float32(storage: Any, alone: bool) -> N
         plain = optax.chain(optax.clip_by_global_norm(1.0), adam_fn.cautious(plain))
     grad = lambda p, t: jax.tree.map(lambda g: g[t], gradients)  # noqa: E731
     exact, _ = run(plain, jax.tree.map(lambda p: p.astype(jnp.float32), start), grad, 20)
-    short, states = run(write.master_weights(plain), start, grad, 20)
+    short, states = run(adam_fn.master_weights(plain), start, grad, 20)
     for key, p in short.items():
-        masters = np.asarray(write.join(p, states.remainder[key], 16))
+        masters = np.asarray(bfloat16.join(p, states.remainder[key], 16))
         np.testing.assert_array_equal(bits_of(masters), bits_of(exact[key]))
 
 
@@ -159,10 +159,10 @@ def test_nothing_drifts_where_float32_cannot_hold_the_difference(bits: int) -> N
     p = jnp.asarray(RNG.uniform(1, 2, 2**16) * RNG.choice([-1, 1], 2**16), BF16)
     wide = np.asarray(p, np.float32)
     aim = (-wide * np.exp2(-RNG.uniform(0, 40, p.shape))).astype(np.float32)
-    tx: Any = write.master_weights(optax.stateless(lambda g, _: g), bits)
+    tx: Any = adam_fn.master_weights(optax.stateless(lambda g, _: g), bits)
     updates, state = full_jit(tx.update)(jnp.asarray(aim - wide), tx.init(p), p)
     after: Any = optax.apply_updates(p, updates)
-    master = np.asarray(write.join(after, state.remainder, bits))
+    master = np.asarray(bfloat16.join(after, state.remainder, bits))
     aim = (wide + (aim - wide)).astype(np.float32)
     missed = bits_of(after) != (bits_of(aim).astype(np.uint64) + 0x8000) >> 16
     error = np.abs(np.float64(master) - aim)
@@ -172,7 +172,7 @@ def test_nothing_drifts_where_float32_cannot_hold_the_difference(bits: int) -> N
 
 def test_a_parameter_that_misses_keeps_a_remainder_that_fits() -> None:
     """From p = 1 with a master below 1 a step of -1 ends at -k 2⁻²⁴; for odd k that minus 1 is not a float32."""
-    tx: Any = write.master_weights(optax.sgd(1.0))
+    tx: Any = adam_fn.master_weights(optax.sgd(1.0))
     p = jnp.ones(3, BF16)
     small = jnp.asarray([1.0, 255.0, 254.0]) * 2.0**-24
     updates, state = tx.update(small, tx.init(p), p)
@@ -181,14 +181,14 @@ def test_a_parameter_that_misses_keeps_a_remainder_that_fits() -> None:
     after: Any = optax.apply_updates(p, updates)
     # The first two land on the even neighbour, and the master is what is nearest to -k 2⁻²⁴ from there.
     np.testing.assert_array_equal(np.float32(after) * 2.0**24, np.array([0, -256, -254], np.float32))
-    master = np.asarray(write.join(after, state.remainder, 16))
+    master = np.asarray(bfloat16.join(after, state.remainder, 16))
     np.testing.assert_array_equal(
         bits_of(master), bits_of(np.array([0, -255.5, -254], np.float32) * np.float32(2.0**-24))
     )
 
 
 def test_changed_parameters_are_taken_as_they_are() -> None:
-    tx: Any = write.master_weights(optax.sgd(1.0))
+    tx: Any = adam_fn.master_weights(optax.sgd(1.0))
     p = jnp.asarray(RNG.standard_normal(1000), BF16)
     state = tx.init(p)
     updates, state = tx.update(jnp.full(1000, 1e-3), state, p)
@@ -196,13 +196,13 @@ def test_changed_parameters_are_taken_as_they_are() -> None:
     for changed in (jnp.clip(p, -0.1, 0.1), jnp.zeros_like(p), -p):
         updates, new = tx.update(jnp.zeros(1000), state, changed)
         np.testing.assert_array_equal(optax.apply_updates(changed, updates), changed)
-        master = np.asarray(write.join(changed, new.remainder, 16))
+        master = np.asarray(bfloat16.join(changed, new.remainder, 16))
         wide = np.asarray(changed, np.float32)
         assert (np.abs(master - wide) <= 2.0**-8 * np.abs(wide) + 1e-40).all()
 
 
 def test_infinite_parameters_stay() -> None:
-    tx: Any = write.master_weights(optax.sgd(1.0))
+    tx: Any = adam_fn.master_weights(optax.sgd(1.0))
     p = jnp.asarray([jnp.inf, -jnp.inf, 1.0], BF16)
     updates, _ = tx.update(jnp.asarray([0.0, 0.0, jnp.nan]), tx.init(p), p)
     np.testing.assert_array_equal(

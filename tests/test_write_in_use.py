@@ -16,7 +16,7 @@ from helpers.short import BF16, WRITES, bits_of, run, step
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import adam_fn
-from adam_fn import write
+from adam_fn.wrappers import masters as write
 
 RNG = np.random.default_rng(0)
 

@@ -1,20 +1,20 @@
 """`body`: the arithmetic of a step, on any array of elements. All ways to run a step call this and nothing else."""
 
-import abc
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import ClassVar, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
-from adam_fn import noise
-from adam_fn.arithmetic import safe_sqrt
-from adam_fn.codec import Codec, Slots, Stored, Unit, ratio
-from adam_fn.rule import Clock, Rule
+from adam_fn.algebra.arithmetic import safe_sqrt
+from adam_fn.algebra.dtypes import compute_dtype
+from adam_fn.algebra.rule import Clock, Rule
+from adam_fn.algebra.slots import Slots, Unit
+from adam_fn.execute.destination import Destination, Inputs
+from adam_fn.storage import noise
+from adam_fn.storage.codec import Codec, Stored, ratio
 
 #: Codecs by the names of the stored arrays.
 Codecs: TypeAlias = Mapping[str, Codec]
@@ -23,95 +23,18 @@ Lattice: TypeAlias = Callable[[], jax.Array]
 
 
 class Times(NamedTuple):
-    """The `noise.times` of a step: of each slot, and of a `Write` that dithers."""
+    """The `noise.times` of a step: of each slot, and of a `Destination` that dithers."""
 
     slots: Mapping[str, jax.Array]
     write: jax.Array | None = None
 
 
-class Inputs(NamedTuple):
-    """What a step of a leaf starts from beside its state, all of one shape.
-
-    Attributes:
-      g: the gradient.
-      p: the parameter, if there is one.
-      low: what is stored of the parameter beside it: see `adam_fn.write`.
-    """
-
-    g: jax.Array
-    p: jax.Array | None
-    low: jax.Array | None = None
-
-
-class Write(abc.ABC):
-    """What a step of a leaf makes of its update, element by element. Static: compared by value.
-
-    Attributes:
-      parameters: whether the results are new parameters.
-      has_low: whether something is stored beside the parameter.
-    """
-
-    parameters: bool = False
-    has_low: ClassVar[bool] = False
-
-    def of(self, dtype: np.dtype) -> "Write":
-        """What it does with a parameter of a dtype."""
-        return self
-
-    def enter(self, inputs: Inputs) -> Inputs:
-        """What the rule sees."""
-        return inputs
-
-    @abc.abstractmethod
-    def leave(self, inputs: Inputs, u: jax.Array, dither: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-        """The result, and what `low` becomes."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Updates(Write):
-    """The update is the result."""
-
-    def leave(self, inputs: Inputs, u: jax.Array, dither: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-        return u, inputs.low
-
-
-@dataclasses.dataclass(frozen=True)
-class Parameters(Write):
-    """The new parameter is, as `optax.apply_updates` has it: no update is ever stored."""
-
-    parameters = True
-
-    def leave(self, inputs: Inputs, u: jax.Array, dither: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-        assert inputs.p is not None
-        # The sum is rounded once either way; a TPU makes a conversion at the end part of the pass over the state.
-        wide = compute_dtype(inputs.p.dtype)
-        return (inputs.p.astype(wide) + u.astype(wide)).astype(inputs.p.dtype), inputs.low
-
-
-UPDATES, PARAMETERS = Updates(), Parameters()
-
-
-class Done(NamedTuple):
-    """What a step of a leaf gives: the update or the new parameter, what `low` becomes, and what is stored."""
+class LeafResult(NamedTuple):
+    """What a step of a leaf gives: the update or the new parameter, what `remainder` becomes, and what is stored."""
 
     result: jax.Array
-    low: jax.Array | None
+    remainder: jax.Array | None
     stored: dict[str, jax.Array]
-
-
-def compute_dtype(dtype: np.dtype) -> np.dtype:
-    """The dtype of the arithmetic for a parameter's dtype: float64 for float64 and complex128, else float32."""
-    return jnp.dtype(jnp.float64 if jnp.finfo(dtype).bits == 64 else jnp.float32)
-
-
-def as_real(x: jax.Array) -> jax.Array:
-    """A complex array as two reals, stacked in front; a real array as it is."""
-    return jnp.stack([x.real, x.imag]) if jnp.iscomplexobj(x) else x
-
-
-def as_dtype(x: jax.Array, dtype: np.dtype) -> jax.Array:
-    """The inverse of `as_real`, in `dtype`."""
-    return (jax.lax.complex(x[0], x[1]) if jnp.issubdtype(dtype, jnp.complexfloating) else x).astype(dtype)
 
 
 def lattice_of(like: jax.Array) -> Lattice:
@@ -138,7 +61,7 @@ def decode(codecs: Codecs, stored: Stored, dtype: DTypeLike) -> dict[str, jax.Ar
 
 
 def encode(codecs: Codecs, slots: Slots, lattice: Lattice, times: Slots) -> dict[str, jax.Array]:
-    """What is stored of the slots of a leaf; `times`: those of `adam_fn.noise`, of each slot that is rounded."""
+    """What is stored of the slots of a leaf; `times`: those of `storage.noise`, of each slot that is rounded."""
 
     def measured(slot: str, unit: Unit | None) -> jax.Array:
         if unit is None:
@@ -153,15 +76,17 @@ def encode(codecs: Codecs, slots: Slots, lattice: Lattice, times: Slots) -> dict
     return found
 
 
-def body(rule: Rule, codecs: Codecs, write: Write, inputs: Inputs, stored: Stored, clock: Clock, times: Times) -> Done:
+def body(
+    rule: Rule, codecs: Codecs, destination: Destination, inputs: Inputs, stored: Stored, clock: Clock, times: Times
+) -> LeafResult:
     """One step of real elements: decode, then the rule, then write and encode."""
-    g, p, _ = write.enter(inputs)
+    g, p, _ = destination.read(inputs)
     dtype = compute_dtype((g if p is None else p).dtype)
     rule = rule.cast(dtype)
     clock = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, clock)
     gradient, param = g.astype(dtype), None if p is None else p.astype(dtype)
     slots = decode(codecs, stored, dtype)
-    u, new = rule.leaf(rule.bounded(gradient), param, slots, clock)
+    u, new = rule.leaf(rule.clipped_gradient(gradient), param, slots, clock)
     found = {"update": u.shape} | {name: x.shape for name, x in new.items()}
     expected = {"update": gradient.shape} | {name: x.shape for name, x in slots.items()}
     if found != expected:
@@ -169,4 +94,4 @@ def body(rule: Rule, codecs: Codecs, write: Write, inputs: Inputs, stored: Store
         raise ValueError(f"{names}.leaf returned shapes {found}, expected {expected}")
     lattice = lattice_of(gradient)
     dither = None if times.write is None else noise.dither(lattice(), times.write)
-    return Done(*write.leave(inputs, u.astype(g.dtype), dither), encode(codecs, new, lattice, times.slots))
+    return LeafResult(*destination.write(inputs, u.astype(g.dtype), dither), encode(codecs, new, lattice, times.slots))

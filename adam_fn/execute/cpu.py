@@ -6,30 +6,33 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from adam_fn.codec import Stored
-from adam_fn.execute.body import Codecs, Done, Inputs, Times, Write, body, compute_dtype
+from adam_fn.algebra.dtypes import compute_dtype
+from adam_fn.algebra.rule import Clock, Rule
+from adam_fn.execute.body import Codecs, LeafResult, Times, body
+from adam_fn.execute.compiler import one_after
+from adam_fn.execute.destination import Destination, Inputs
 from adam_fn.execute.sources import sources
-from adam_fn.rule import Clock, Rule
+from adam_fn.storage.codec import Stored
 
 #: Smaller leaves stay in the caches, whatever is done with them.
 LARGE = 2**16
 
 
-def alone() -> bool:
+def single_device() -> bool:
     """Whether there is one device. What is shared by several cannot be ordered by one of its elements."""
     return jax.device_count() == 1
 
 
-def suits(inputs: Inputs, stored: Stored) -> bool:
+def cpu_needs_order(inputs: Inputs, stored: Stored) -> bool:
     """Whether a leaf is large and stored in another way than as float32 arrays, whose order XLA finds by itself."""
     dtype = compute_dtype((inputs.g if inputs.p is None else inputs.p).dtype)
-    narrow = inputs.low is not None or any(x.dtype != dtype for x in stored.values())
-    return inputs.g.size >= LARGE and alone() and narrow
+    narrow = inputs.remainder is not None or any(x.dtype != dtype for x in stored.values())
+    return inputs.g.size >= LARGE and single_device() and narrow
 
 
-def in_order(
-    rule: Rule, codecs: Codecs, write: Write, inputs: Inputs, stored: Stored, clock: Clock, times: Times
-) -> Done:
+def ordered(
+    rule: Rule, codecs: Codecs, destination: Destination, inputs: Inputs, stored: Stored, clock: Clock, times: Times
+) -> LeafResult:
     """The result, then what is stored, one array after the other, each after all that read its old value.
 
     XLA on a CPU makes one pass over the memory for each output. What several of them need, such as the decoded moments,
@@ -37,21 +40,21 @@ def in_order(
     value, it copies that first; fresh memory costs more than the arithmetic. A factor of 1 that it cannot foresee, and
     that depends on the output before, makes the order known and each pass compute from inputs of its own.
     """
-    step = functools.partial(body, rule, codecs, write)
+    step = functools.partial(body, rule, codecs, destination)
     result = step(inputs, stored, clock, times).result
-    last, low = result, inputs.low
-    if low is not None:
-        low = last = step(*_after(last, inputs, stored, clock), clock, times).low
+    last, remainder = result, inputs.remainder
+    if remainder is not None:
+        remainder = last = step(*_after(last, inputs, stored, clock), clock, times).remainder
     found: dict[str, jax.Array] = {}
-    for name in _order(rule, codecs, write, inputs, stored, clock, times):
+    for name in _order(rule, codecs, destination, inputs, stored, clock, times):
         assert last is not None
         found[name] = last = step(*_after(last, inputs, stored, clock), clock, times).stored[name]
-    return Done(result, low, {name: found[name] for name in stored})
+    return LeafResult(result, remainder, {name: found[name] for name in stored})
 
 
 def _after(last: jax.Array, inputs: Inputs, stored: Stored, clock: Clock) -> tuple[Inputs, Stored]:
     """The same numbers, but known only after `last` is; floats in float32 at least, where a product is not rounded."""
-    one = _one_after(last, clock)
+    one = one_after(last, jax.tree.leaves(clock.count)[0])
 
     def later(x: jax.Array) -> jax.Array:
         if jnp.issubdtype(x.dtype, jnp.floating):
@@ -62,27 +65,14 @@ def _after(last: jax.Array, inputs: Inputs, stored: Stored, clock: Clock) -> tup
     return jax.tree.map(later, (inputs, stored))
 
 
-def _one_after(x: jax.Array, clock: Clock) -> jax.Array:
-    """1, but known only after `x` is."""
-
-    def first(x: jax.Array) -> jax.Array:
-        return jax.lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(()).astype(jnp.float32)
-
-    def one(x: jax.Array) -> jax.Array:
-        return jnp.where(first(x) > 0, jnp.float32(1), 1)  # Of the same type, inside `shard_map` too.
-
-    # Always true, which XLA does not see.
-    return jax.lax.cond(jax.tree.leaves(clock.count)[0] | 1 != 0, one, first, jax.lax.stop_gradient(x))
-
-
 def _order(
-    rule: Rule, codecs: Codecs, write: Write, inputs: Inputs, stored: Stored, clock: Clock, times: Times
+    rule: Rule, codecs: Codecs, destination: Destination, inputs: Inputs, stored: Stored, clock: Clock, times: Times
 ) -> list[str]:
     """The stored arrays, each after all others whose new value depends on its old one, where that can be."""
 
     def step(p: jax.Array | None, stored: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
         number = jax.tree.map(lambda x: jnp.zeros(2, x.dtype), inputs._replace(p=None))
-        return body(rule, codecs, write, number._replace(p=p), stored, clock, times).stored
+        return body(rule, codecs, destination, number._replace(p=p), stored, clock, times).stored
 
     left = sorted(stored)
     reads = sources(step, inputs.p, stored)

@@ -5,41 +5,46 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from adam_fn.codec import Stored
-from adam_fn.execute.body import Codecs, Done, Inputs, Times, Write, as_dtype, as_real, body
-from adam_fn.execute.cpu import in_order, suits
-from adam_fn.rule import Clock, Rule
+from adam_fn.algebra.dtypes import as_dtype, as_real
+from adam_fn.algebra.rule import Clock, Rule
+from adam_fn.execute.body import Codecs, LeafResult, Times, body
+from adam_fn.execute.compiler import opaque
+from adam_fn.execute.cpu import cpu_needs_order, ordered
+from adam_fn.execute.destination import Destination, Inputs
+from adam_fn.storage.codec import Stored
 
 
-def apart(rule: Rule, codecs: Codecs, write: Write, inputs: Inputs, stored: Stored, clock: Clock, times: Times) -> Done:
+def apart(
+    rule: Rule, codecs: Codecs, destination: Destination, inputs: Inputs, stored: Stored, clock: Clock, times: Times
+) -> LeafResult:
     """What suits a TPU where a parameter has a remainder: that is computed again from the gradient, times 1.
 
     Else XLA would store, as float32, the new master that both are made of, and make another pass for one of them. It
     cannot see that the factor is 1.
     """
-    done = body(rule, codecs, write, inputs, stored, clock, times)
-    one = jax.lax.optimization_barrier(jnp.ones((1,) * inputs.g.ndim, inputs.g.dtype))
-    again = body(rule, codecs, write, inputs._replace(g=inputs.g * one), stored, clock, times)
-    return done._replace(low=again.low)
+    done = body(rule, codecs, destination, inputs, stored, clock, times)
+    one = opaque(jnp.ones((1,) * inputs.g.ndim, inputs.g.dtype))
+    again = body(rule, codecs, destination, inputs._replace(g=inputs.g * one), stored, clock, times)
+    return done._replace(remainder=again.remainder)
 
 
-@functools.partial(jax.jit, static_argnames="write")
-def run_leaf(
-    rule: Rule, codecs: Codecs, inputs: Inputs, stored: Stored, clock: Clock, times: Times, *, write: Write
-) -> Done:
+@functools.partial(jax.jit, static_argnames="destination")
+def step_leaf(
+    rule: Rule, codecs: Codecs, inputs: Inputs, stored: Stored, clock: Clock, times: Times, *, destination: Destination
+) -> LeafResult:
     """A step of one leaf. Jitted, so that it is traced and lowered once per distinct leaf and not once per leaf."""
-    dtype = (inputs.p if write.parameters and inputs.p is not None else inputs.g).dtype
+    dtype = (inputs.p if destination.parameters and inputs.p is not None else inputs.g).dtype
     if not jnp.iscomplexobj(inputs.g):
         rule = rule.of_real()
     inputs = jax.tree.map(as_real, inputs)
     ways = {"default": body}
-    if suits(inputs, stored):
-        ways["cpu"] = in_order
-    if inputs.low is not None:
+    if cpu_needs_order(inputs, stored):
+        ways["cpu"] = ordered
+    if inputs.remainder is not None:
         ways["tpu"] = apart
 
-    def step(way: str, rule: Rule, inputs: Inputs, stored: Stored, clock: Clock, times: Times) -> Done:
-        return ways[way](rule, codecs, write, inputs, stored, clock, times)
+    def step(way: str, rule: Rule, inputs: Inputs, stored: Stored, clock: Clock, times: Times) -> LeafResult:
+        return ways[way](rule, codecs, destination, inputs, stored, clock, times)
 
     bound = {way: functools.partial(step, way) for way in ways}
     arrays = rule, inputs, stored, clock, times

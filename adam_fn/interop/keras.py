@@ -7,14 +7,14 @@ import numpy as np
 import optax
 from numpy.typing import NDArray
 
+from adam_fn.algebra.rule import Rule
+from adam_fn.family.adam import Adam
+from adam_fn.family.adamax import AdaMax
+from adam_fn.family.amsgrad import AMSGrad
+from adam_fn.family.lion import Lion
 from adam_fn.interop.moments import Axes, Moments, Paths, Target, Transpose, as_array, fail, in_order
-from adam_fn.leaves import PyTree
-from adam_fn.rule import Rule
-from adam_fn.rules.adam import Adam
-from adam_fn.rules.adamax import AdaMax
-from adam_fn.rules.amsgrad import AMSGrad
-from adam_fn.rules.momentum import Lion
-from adam_fn.states import State
+from adam_fn.trees.leaves import PyTree
+from adam_fn.trees.states import State
 
 #: ``optimizer.variables``, or the arrays that ``optimizer.save_own_variables(store)`` stores, by number.
 Variables: TypeAlias = Sequence[Any] | Mapping[str, Any]

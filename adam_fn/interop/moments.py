@@ -14,21 +14,23 @@ import numpy as np
 import optax
 from numpy.typing import NDArray
 
-from adam_fn.bias import Weight, is_kept
-from adam_fn.execute.body import as_dtype, as_real
-from adam_fn.functions import method_of
-from adam_fn.leaves import Leaves, PyTree, check_distinct, named, shown
-from adam_fn.rule import Rule
-from adam_fn.spec import Spec, zeros_like
-from adam_fn.states import Memory, State
-from adam_fn.transform import Update, advanced, coded
-from adam_fn.write import MasterState, MasterWeights
+from adam_fn.algebra.bias import Weight, is_kept
+from adam_fn.algebra.dtypes import as_dtype, as_real
+from adam_fn.algebra.rule import Rule
+from adam_fn.algebra.values import method_of
+from adam_fn.execute.compiler import zeros_like
+from adam_fn.trees.definition import Definition, advanced
+from adam_fn.trees.functions import owner_of
+from adam_fn.trees.leaves import Leaves, PyTree, check_distinct, display_path, leaf_in_errors
+from adam_fn.trees.states import Memory, State
+from adam_fn.trees.transform import Update, coded
+from adam_fn.wrappers.masters import MasterState, MasterWeights
 
 #: An array of any framework.
 Array: TypeAlias = Any
 #: Arrays by the path of their parameter.
 ByPath: TypeAlias = Mapping[str, Array]
-#: The paths here of another framework's parameters, in its order. See `in_order`.
+#: The paths here of another framework's parameters, in its order. See `ordered`.
 Paths: TypeAlias = Sequence[str | None] | Mapping[str, str | None] | Callable[[str], str | None]
 #: By patterns of paths, the axes of the other framework's arrays, in the order in which they are here.
 Transpose: TypeAlias = Mapping[str, Sequence[int]]
@@ -61,9 +63,9 @@ class Target:
 
     def __init__(self, tx: optax.GradientTransformation, params: PyTree) -> None:
         self.tx, self.params = tx, params
-        wrapper = getattr(method_of(tx.update), "wrapper", None)
-        self.masters = isinstance(wrapper, MasterWeights)
-        update = method_of((wrapper.tx if isinstance(wrapper, MasterWeights) else tx).update)
+        owner = owner_of(tx)
+        self.masters = isinstance(owner, MasterWeights)
+        update = method_of((owner.tx if isinstance(owner, MasterWeights) else tx).update)
         if not isinstance(update, Update):
             raise TypeError(
                 "expected an optimizer of adam_fn, such as adam_fn.adam(1e-3), or adam_fn.master_weights around one; "
@@ -150,8 +152,8 @@ class Target:
     def uncovered(self, paths: Iterable[str | None]) -> Iterable[str]:
         """What differs between some paths and those of the parameters that are trained."""
         known = {path: None for path in paths if path is not None}
-        yield from (f"{shown(path)}: is not a trained parameter" for path in known if path not in self.trained)
-        yield from (f"{shown(path)}: is not among paths" for path in self.trained if path not in known)
+        yield from (f"{display_path(path)}: is not a trained parameter" for path in known if path not in self.trained)
+        yield from (f"{display_path(path)}: is not among paths" for path in self.trained if path not in known)
 
     def _joined(self, path: str, x: jax.Array) -> jax.Array:
         dtype = jnp.result_type(self._leaves[path])
@@ -163,24 +165,25 @@ class Target:
         stored = list(self.update.spec.rule.slots)
         for path in self.trained:
             if missing := [name for name in stored if path not in moments.slots.get(name, {})]:
-                yield f"{shown(path)}: no {', '.join(missing)}"
+                yield f"{display_path(path)}: no {', '.join(missing)}"
             for name in stored:
                 if path in moments.slots.get(name, {}):
                     yield from self._misfit(path, name, moments.slots[name][path])
         given = {path: None for name in stored for path in moments.slots.get(name, {})}
-        yield from (f"{shown(path)}: is not a parameter" for path in given if path not in self._leaves)
+        yield from (f"{display_path(path)}: is not a parameter" for path in given if path not in self._leaves)
 
     def _misfit(self, path: str, name: str, x: Array) -> Iterable[str]:
         if jnp.shape(x) != self.shape(path):
-            yield f"{shown(path)}: {name} has shape {jnp.shape(x)}, the parameter {self.shape(path)}"
+            yield f"{display_path(path)}: {name} has shape {jnp.shape(x)}, the parameter {self.shape(path)}"
         kinds = [jnp.issubdtype(jnp.result_type(y), jnp.complexfloating) for y in (x, self._leaves[path])]
         if not jnp.issubdtype(jnp.result_type(x), jnp.inexact) or kinds[0] != kinds[1]:
-            yield f"{shown(path)}: {name} is {jnp.result_type(x)}, the parameter {jnp.result_type(self._leaves[path])}"
+            found, wanted = jnp.result_type(x), jnp.result_type(self._leaves[path])
+            yield f"{display_path(path)}: {name} is {found}, the parameter {wanted}"
 
 
 @jax.jit
 def _stored(
-    spec: Spec, values: Sequence[Mapping[str, Array] | None], params: PyTree, count: jax.Array
+    spec: Definition, values: Sequence[Mapping[str, Array] | None], params: PyTree, count: jax.Array
 ) -> dict[str, PyTree]:
     """The slots of a state, from arrays for each leaf that is trained; they get the parameters' shardings."""
     leaves = Leaves(params)
@@ -189,18 +192,18 @@ def _stored(
         if own is None:
             found.append(None)
             continue
-        with named(path):
+        with leaf_in_errors(path):
             zeros = zeros_like(jnp.asarray(p))
             found.append({name: zeros + as_real(jnp.asarray(x)).astype(zeros.dtype) for name, x in own.items()})
     return coded(spec, leaves, params, found, count)
 
 
 @jax.jit
-def _run(spec: Spec, count: jax.Array, memory: Memory) -> Memory:
+def _run(spec: Definition, count: jax.Array, memory: Memory) -> Memory:
     return jax.lax.fori_loop(0, count, lambda _, memory: advanced(spec, memory)[1], memory)
 
 
-def _memory(spec: Spec, count: int) -> Memory:
+def _memory(spec: Definition, count: int) -> Memory:
     """What a state has after `count` steps but for the slots, in JAX's default dtype."""
     zero = jnp.zeros((), float)
     weights = (Weight(zero, zero),) * sum(map(is_kept, spec.rule.betas))

@@ -10,15 +10,21 @@ import numpy as np
 import optax
 import optax.contrib
 
+from adam_fn.algebra.rule import Rule
+from adam_fn.family.adabelief import AdaBelief
+from adam_fn.family.adam import Adam
+from adam_fn.family.adam_atan2 import AdamAtan2
+from adam_fn.family.adamax import AdaMax
+from adam_fn.family.adan import Adan
+from adam_fn.family.ademamix import AdEMAMix
+from adam_fn.family.adopt import ADOPT
+from adam_fn.family.amsgrad import AMSGrad
+from adam_fn.family.lion import Lion
+from adam_fn.family.radam import RAdam
+from adam_fn.family.yogi import Yogi
 from adam_fn.interop.moments import ByPath, Moments, Target, fail
-from adam_fn.leaves import PyTree, by_path, joined, map_named, shown
-from adam_fn.rule import Rule
-from adam_fn.rules.adam import Adam
-from adam_fn.rules.adamax import AdaMax
-from adam_fn.rules.amsgrad import AMSGrad
-from adam_fn.rules.momentum import ADOPT, AdamAtan2, Adan, AdEMAMix, Lion
-from adam_fn.rules.variance import AdaBelief, RAdam, Yogi
-from adam_fn.states import State
+from adam_fn.trees.leaves import PyTree, by_path, display_path, join_keys, map_named
+from adam_fn.trees.states import State
 
 S = TypeVar("S")
 
@@ -97,7 +103,7 @@ def from_optax(tx: optax.GradientTransformation, params: PyTree, optax_state: St
 
     def look(keys: jax.tree_util.KeyPath, node: Any) -> Any:  # noqa: ANN401
         for field in _counted(node, form):
-            counts[f"{joined(keys)} {type(node).__name__}.{field}".strip()] = int(getattr(node, field))
+            counts[f"{join_keys(keys)} {type(node).__name__}.{field}".strip()] = int(getattr(node, field))
         if isinstance(node, form.state):
             found.append(node)
         elif isinstance(node, Mapping) and set(form.state._fields) <= set(node):
@@ -167,14 +173,14 @@ def to_optax(tx: optax.GradientTransformation, params: PyTree, state: State, opt
         if name not in slots:  # Of β₁ = 0: optax keeps a first moment that counts for nothing.
             return jnp.zeros_like(old)
         if path not in slots[name]:
-            problems.append(f"{shown(path)}: {name} is not in the state")
+            problems.append(f"{display_path(path)}: {name} is not in the state")
             return old
         new = slots[name][path]
         if name.startswith("nu") and jnp.iscomplexobj(new):
             new = jax.lax.complex((new.real + new.imag) / 2, jnp.zeros_like(new.real))
         if new.shape != jnp.shape(old) or jnp.iscomplexobj(new) != jnp.iscomplexobj(old):
             theirs = f"{jnp.result_type(old)}{list(jnp.shape(old))}"
-            problems.append(f"{shown(path)}: {name} is {new.dtype}{list(new.shape)}, optax's {theirs}")
+            problems.append(f"{display_path(path)}: {name} is {new.dtype}{list(new.shape)}, optax's {theirs}")
             return old
         return new.astype(jnp.result_type(old))
 
@@ -187,7 +193,7 @@ def to_optax(tx: optax.GradientTransformation, params: PyTree, state: State, opt
         return node._replace(**new) if new else node
 
     result = _map_nodes(replaced, optax_state, form)
-    problems += [f"{shown(path)}: has no moments in optax's" for path in target.trained if path not in used]
+    problems += [f"{display_path(path)}: has no moments in optax's" for path in target.trained if path not in used]
     fail(problems, "the state does not fit the optax state")
     return result
 

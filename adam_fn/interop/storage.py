@@ -2,11 +2,11 @@
 
 import optax
 
-from adam_fn.functions import method_of
 from adam_fn.interop.moments import Target
-from adam_fn.leaves import PyTree
-from adam_fn.states import State
-from adam_fn.write import MasterState, MasterWeights
+from adam_fn.trees.functions import owner_of
+from adam_fn.trees.leaves import PyTree
+from adam_fn.trees.states import State
+from adam_fn.wrappers.masters import MasterState, MasterWeights
 
 
 def change_storage(
@@ -62,5 +62,5 @@ def change_storage(
 
 def _bits(tx: optax.GradientTransformation) -> int:
     """The bits of what masters keep beside a bfloat16 parameter; 0 without masters."""
-    wrapper = getattr(method_of(tx.update), "wrapper", None)
-    return wrapper.bits if isinstance(wrapper, MasterWeights) else 0
+    owner = owner_of(tx)
+    return owner.bits if isinstance(owner, MasterWeights) else 0

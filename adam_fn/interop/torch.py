@@ -9,14 +9,14 @@ import jax
 import numpy as np
 import optax
 
+from adam_fn.algebra.rule import Rule
+from adam_fn.family.adam import Adam
+from adam_fn.family.adamax import AdaMax
+from adam_fn.family.amsgrad import AMSGrad
+from adam_fn.family.radam import RAdam
 from adam_fn.interop.moments import Axes, Moments, Paths, Target, Transpose, as_array, fail, in_order
-from adam_fn.leaves import PyTree
-from adam_fn.rule import Rule
-from adam_fn.rules.adam import Adam
-from adam_fn.rules.adamax import AdaMax
-from adam_fn.rules.amsgrad import AMSGrad
-from adam_fn.rules.variance import RAdam
-from adam_fn.states import State
+from adam_fn.trees.leaves import PyTree
+from adam_fn.trees.states import State
 
 #: What ``optimizer.state_dict()`` returns, of tensors or of other arrays.
 StateDict: TypeAlias = Mapping[str, Any]

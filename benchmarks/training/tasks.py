@@ -17,7 +17,7 @@ from measure import workloads
 from training import char_model
 
 import adam_fn
-from adam_fn.codes import StorageLike
+from adam_fn import StorageLike
 
 sys.path.insert(1, str(pathlib.Path(__file__).resolve().parents[2] / "examples"))
 from loaders import mnist

@@ -19,12 +19,13 @@ LOGGER = logging.getLogger(__name__)
 TYPES = {
     name: f"adam_fn.{module}.{name}"
     for module, names in {
-        "rule": ("Hyper", "Schedule", "Slots", "Beta", "NonNegative"),
-        "arithmetic": ("Scalar",),
-        "leaves": ("Mask", "PyTree"),
-        "codec": ("Stored",),
-        "codes": ("StorageLike", "StorageName"),
-        "options": ("Meaning",),
+        "algebra.hyper": ("Hyper", "Schedule", "Beta", "NonNegative"),
+        "algebra.arithmetic": ("Scalar",),
+        "algebra.slots": ("Slots",),
+        "trees.leaves": ("Mask", "PyTree"),
+        "storage.codec": ("Stored",),
+        "storage.codes": ("StorageLike", "StorageName"),
+        "options": ("DecayKind",),
         "surgery": ("Second",),
         "interop.moments": ("Paths", "Transpose"),
         "interop.torch": ("StateDict",),

@@ -36,7 +36,7 @@ def _public() -> dict[str, Any]:
     found |= {f"adam_fn.interop.{name}": getattr(interop, name) for name in interop.__all__}
     for module in (checkpoint, diagnostics, masks, presets, schedules):
         for name, thing in vars(module).items():
-            own = (inspect.isclass(thing) or inspect.isfunction(thing)) and thing.__module__ == module.__name__
+            own = (inspect.isclass(thing) or inspect.isfunction(thing)) and thing.__module__.startswith(module.__name__)
             if own and not name.startswith("_"):
                 found[f"{module.__name__}.{name}"] = thing
     return found

@@ -16,37 +16,44 @@ from helpers.states import clock_at, count_of, slots_of, stored_of
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import adam_fn
-from adam_fn.codes import codecs_of
+from adam_fn.algebra.rule import Clock
 from adam_fn.execute import cpu, run
-from adam_fn.execute.body import PARAMETERS, UPDATES, Inputs, Times, Write, body
+from adam_fn.execute.body import Times, body
+from adam_fn.execute.destination import PARAMETERS, UPDATES, Destination, Inputs
 from adam_fn.execute.sources import PARAMETER, sources
-from adam_fn.noise import times
-from adam_fn.rounding import Rounded
-from adam_fn.rule import Clock
-from adam_fn.write import Masters
+from adam_fn.storage.codes import codecs_of
+from adam_fn.storage.noise import times
+from adam_fn.wrappers.masters import MasterDestination
+from adam_fn.wrappers.rounding import RoundedDestination
 
 STORAGES = ("bfloat16", "24bit", "16bit", "float32")
-WRITES: tuple[Write, ...] = (PARAMETERS, UPDATES, Masters(16, parameters=True), Masters(8), Rounded(parameters=True))
+WRITES: tuple[Destination, ...] = (
+    PARAMETERS,
+    UPDATES,
+    MasterDestination(16, parameters=True),
+    MasterDestination(8),
+    RoundedDestination(parameters=True),
+)
 #: Every storage with every write; the members of the family take them in turn.
 KINDS = list(itertools.product(STORAGES, WRITES))
-WAYS = {"body": body, "order": cpu.in_order, "apart": run.apart}
+WAYS = {"body": body, "order": cpu.ordered, "apart": run.apart}
 TX = adam_fn.adamw(1e-2, storage="24bit", weight_decay=0.1)
 
 
-def stepped(tx: adam_fn.Transformation, shape: tuple[int, ...], write: Write, steps: int = 3) -> list[Any]:
+def stepped(tx: adam_fn.Transformation, shape: tuple[int, ...], write: Destination, steps: int = 3) -> list[Any]:
     """Some steps of a leaf, each by every way from what the first way left."""
     rule, codecs = rule_of(tx), dict(tx.update.spec.codecs)
-    narrow = write.of(np.dtype(jnp.bfloat16)) is write and write not in (PARAMETERS, UPDATES)
+    narrow = write.for_dtype(np.dtype(jnp.bfloat16)) is write and write not in (PARAMETERS, UPDATES)
     p = jax.random.normal(jax.random.key(0), shape).astype(jnp.bfloat16 if narrow else jnp.float32)
-    low = jnp.zeros(shape, f"int{write.bits}") if isinstance(write, Masters) else None
+    low = jnp.zeros(shape, f"int{write.bits}") if isinstance(write, MasterDestination) else None
     stored = stored_of(tx, tx.init(p))
 
     def every(count: jax.Array, clock: Clock, p: jax.Array, low: Any, stored: Any) -> Any:
         g = jax.random.normal(jax.random.key(count), shape) * jnp.exp(jax.random.normal(jax.random.key(7), shape))
         inputs = Inputs(jax.lax.optimization_barrier(g.astype(p.dtype)), p, low)
         starts = times(count, [*rule.slots, "parameters"])
-        now = Times(starts, starts["parameters"] if isinstance(write, Rounded) else None)
-        ways = WAYS if low is not None else {"body": body, "order": cpu.in_order}
+        now = Times(starts, starts["parameters"] if isinstance(write, RoundedDestination) else None)
+        ways = WAYS if low is not None else {"body": body, "order": cpu.ordered}
         arrays = rule.at(count), codecs, write, inputs, stored, clock, now
         return [way(*arrays) for way in ways.values()]
 

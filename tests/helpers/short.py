@@ -11,7 +11,7 @@ import optax
 from helpers.runs import full_jit
 
 import adam_fn
-from adam_fn import write
+from adam_fn.wrappers import masters as write
 
 BF16 = jnp.bfloat16
 WRITES: dict[str, Callable[[Any], Any]] = {

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import adam_fn
-from adam_fn.bias import BiasWeights, Weight, advanced, is_kept, weights_of
-from adam_fn.rule import Clock
+from adam_fn.algebra.bias import BiasWeights, Weight, advance_weights, is_kept, weights_of
+from adam_fn.algebra.rule import Clock
 
 
 def _is_state(x: object) -> bool:
@@ -44,7 +44,7 @@ def clock_at(rule: adam_fn.Rule, count: int) -> Clock:
         kept = [Weight(zero, zero)] * sum(map(is_kept, part.betas))
         for t in range(count + 1 if kept else 0):
             betas = part.at(jnp.int32(t)).betas
-            kept = advanced(part.betas, [beta(jnp.int32(t)) if callable(beta) else beta for beta in betas], kept)
+            kept = advance_weights(part.betas, [beta(jnp.int32(t)) if callable(beta) else beta for beta in betas], kept)
         weights += weights_of(part.betas, kept, jnp.int32(count + 1), jnp.dtype(jnp.float32))
     return Clock(jnp.int32(count), tuple(weights))
 

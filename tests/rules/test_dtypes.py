@@ -12,7 +12,7 @@ from helpers.runs import relative_error, together
 from helpers.states import slots_of
 
 import adam_fn
-from adam_fn.bias import BiasWeights
+from adam_fn.algebra.bias import BiasWeights
 
 STORAGES = pytest.mark.parametrize("storage", [None, "bfloat16", "24bit", "16bit"])
 MAGNITUDES = (0.0, 1e-8, 1e-4, 1.0, 300.0, 6e4)
@@ -183,7 +183,7 @@ def test_meta_gradient_at_zero_is_finite() -> None:
 
 
 def test_safe_sqrt_is_sqrt() -> None:
-    from adam_fn.arithmetic import safe_sqrt
+    from adam_fn.algebra.arithmetic import safe_sqrt
 
     x = jnp.asarray([0.0, 1e-30, 0.25, 3.0])
     np.testing.assert_array_equal(safe_sqrt(x), jnp.sqrt(x))

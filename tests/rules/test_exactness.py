@@ -14,7 +14,7 @@ from helpers.runs import full_jit
 from helpers.states import slots_of
 
 import adam_fn
-from adam_fn.bias import Weight, lagged_after, weigh, weight_after
+from adam_fn.algebra.bias import Weight, lagged_after, weigh, weight_after
 
 BETAS = (0.999, 0.9999, 0.99999, 0.999999)
 

@@ -14,10 +14,11 @@ from helpers.runs import full_jit, random_gradients, trajectories, trajectory
 from helpers.states import clock_at
 
 import adam_fn
-from adam_fn.codes import codecs_of
-from adam_fn.execute.body import UPDATES, Inputs, Times, body
-from adam_fn.execute.run import run_leaf
-from adam_fn.rule import Clock
+from adam_fn.algebra.rule import Clock
+from adam_fn.execute.body import Times, body
+from adam_fn.execute.destination import UPDATES, Inputs
+from adam_fn.execute.run import step_leaf
+from adam_fn.storage.codes import codecs_of
 
 SIZE = 64
 GRADS = random_gradients(8, SIZE)
@@ -87,7 +88,7 @@ def test_executors_agree() -> None:
     @full_jit
     def compiled(g: jax.Array, stored: list[Any], clocks: list[Clock]) -> list[Any]:
         found = [
-            step(run_leaf, *each, write=UPDATES) for each in zip(CASES, [g] * len(CASES), stored, clocks, strict=True)
+            step(step_leaf, *each, write=UPDATES) for each in zip(CASES, [g] * len(CASES), stored, clocks, strict=True)
         ]
         return [(done.result, done.stored) for done in found]
 

@@ -1,0 +1,1 @@
+"""The arithmetic of one array: rules, how they compose, and their hyperparameters."""

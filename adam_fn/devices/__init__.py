@@ -1,0 +1,1 @@
+"""States over many devices, and in the host's memory."""

@@ -1,0 +1,107 @@
+"""Where `zero1` puts the parameters and their state: planned once, from shapes and shardings."""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from adam_fn.trees.layout import Division, Shape, StateLayout, check_mesh, devices, divided, division
+from adam_fn.trees.leaves import PyTree, display_path
+
+#: Leaves of fewer elements are not worth a warning.
+SMALL = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a parameter lives.
+
+    Attributes:
+      path: its name in errors.
+      shape: of the whole.
+      own: between the steps.
+      spread: during a step; equal to `own` where the leaf is not divided further.
+      axis: the one along which it is divided further.
+    """
+
+    path: str
+    shape: Shape
+    own: NamedSharding
+    spread: NamedSharding
+    axis: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """A tree of hashable leaves, compared by value."""
+
+    leaves: tuple[Any, ...]
+    treedef: Any  # JAX has no public type for it.
+
+    def tree(self) -> PyTree:
+        return self.treedef.unflatten(self.leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What `zero1` does with each leaf.
+
+    Attributes:
+      places: a `Place` for each parameter, or None.
+      state: the shardings of the state.
+      whole: of the parameters whose state is not divided, path and number of elements.
+    """
+
+    places: Tree
+    state: Tree
+    whole: tuple[tuple[str, int], ...]
+
+
+def plan(tx: optax.GradientTransformation, params: PyTree, mesh: Mesh, names: Sequence[str]) -> Plan:
+    """Plans to divide the state of `tx` over axes of a mesh; warns of large leaves that stay whole."""
+    slots = StateLayout(tx, params)
+    stored = [False] * len(slots.shapes)
+    slots.map(lambda i, _: stored.__setitem__(i, True), lambda _: None)
+    places: list[Place | None] = []
+    whole: dict[str, Shape] = {}
+    for path, x, p, kept in zip(slots.leaves.names, slots.leaves.leaves, slots.shapes, stored, strict=True):
+        if p is None:
+            places.append(None)
+            continue
+        sharding = getattr(x, "sharding", None)
+        if isinstance(sharding, NamedSharding):
+            check_mesh("zero1", display_path(path), sharding, mesh)
+        own = division(sharding, len(p.shape))
+        free = not any(set(names) & set(other) for other in own)
+        place = divided(mesh, own)
+        found = first_axis(mesh, names, own, p.shape) if kept and free else None
+        if found is None:
+            places.append(Place(display_path(path), p.shape, place, place))
+            if kept and free:
+                whole[path] = p.shape
+        else:
+            spread = divided(mesh, (*own[:found], (*own[found], *names), *own[found + 1 :]))
+            places.append(Place(display_path(path), p.shape, place, spread, found))
+    large = [f"{display_path(path)} of shape {shape}" for path, shape in whole.items() if math.prod(shape) >= SMALL]
+    if large:
+        warnings.warn(
+            f"zero1: the state of {', '.join(large)} stays whole on each of the {devices(mesh, names)} devices of "
+            f"{' and '.join(map(repr, names))}: no axis can be divided evenly among them",
+            stacklevel=3,
+        )
+    over = [() if place is None else division(place.spread, len(place.shape)) for place in places]
+    leaves, treedef = jax.tree.flatten(slots.shardings(mesh, over))
+    sizes = tuple((path, math.prod(shape)) for path, shape in whole.items())
+    tree = Tree(tuple(places), slots.leaves.treedef)
+    return Plan(tree, Tree(tuple(leaves), treedef), sizes)
+
+
+def first_axis(mesh: Mesh, names: Sequence[str], own: Division, shape: Shape) -> int | None:
+    """The first axis along which a leaf can be divided further."""
+    parts = (devices(mesh, (*own[axis], *names)) for axis in range(len(shape)))
+    return next((axis for axis, n in enumerate(parts) if shape[axis] and shape[axis] % n == 0), None)

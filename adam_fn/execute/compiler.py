@@ -1,0 +1,58 @@
+"""What is done for a compiler alone. Each function says what XLA does otherwise."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from adam_fn.algebra.dtypes import as_real, compute_dtype
+
+T = TypeVar("T")
+
+
+def opaque(x: T) -> T:
+    """`x`, whose value XLA does not see: it would compute with a constant before the program runs."""
+    return jax.lax.optimization_barrier(x)
+
+
+def zeros_like(p: jax.Array) -> jax.Array:
+    """Zeros of the parameter's (real) shape and arithmetic dtype that live where the parameter lives.
+
+    They are computed from its bits. A constant would be placed on one device under `jit`, would not vary over the mesh
+    inside `shard_map`, and XLA would merge the equal constants of leaves that are laid out differently.
+    """
+    p = as_real(p)
+    bits = jax.lax.bitcast_convert_type(p, f"uint{jnp.finfo(p.dtype).bits}")
+    return (bits ^ opaque(bits)).astype(compute_dtype(p.dtype))
+
+
+def one_after(x: jax.Array, count: jax.Array) -> jax.Array:
+    """1, but known only after `x` is; `count` is any int32 number that is not constant.
+
+    XLA for CPUs copies an array that a later output still reads, and stores what several outputs need. A factor that
+    comes from the output before makes it compute one output after the other, each from inputs of its own.
+    """
+
+    def first(x: jax.Array) -> jax.Array:
+        return jax.lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(()).astype(jnp.float32)
+
+    def one(x: jax.Array) -> jax.Array:
+        return jnp.where(first(x) > 0, jnp.float32(1), 1)  # Of the same type, inside `shard_map` too.
+
+    # Always true, which XLA does not see.
+    return jax.lax.cond(count | 1 != 0, one, first, jax.lax.stop_gradient(x))
+
+
+def run_at_most_once(todo: jax.Array, function: Callable[[T], T], x: T) -> T:
+    """`function` of `x` where there is something to do, written in its place.
+
+    XLA copies whatever leaves a conditional; what a loop carries is changed in its place.
+    """
+    return jax.lax.while_loop(lambda c: c[0], lambda c: (jnp.zeros_like(c[0]), function(c[1])), (todo, x))[1]
+
+
+def fetched_after(grads: Any, state: T) -> T:  # noqa: ANN401
+    """Ties the state to the gradients: XLA would fetch it to the device while activations still fill the memory."""
+    wanted = [x for x in jax.tree.leaves(grads) if isinstance(x, jax.Array)]
+    return opaque((state, wanted))[0]

@@ -1,0 +1,111 @@
+"""LAMB: Adam with the step of each leaf scaled to the norm of its parameter, times the rate."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Unpack
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adam_fn.algebra.arithmetic import safe_sqrt
+from adam_fn.algebra.dtypes import compute_dtype
+from adam_fn.algebra.hyper import Hyper
+from adam_fn.algebra.links import WeightDecay
+from adam_fn.algebra.rule import Rule
+from adam_fn.family.adam import Adam
+from adam_fn.options import MuOptions, check_decay, codecs_by_slot, direction_and_step, lists_options, with_complex
+from adam_fn.trees.leaves import Mask, PyTree
+from adam_fn.trees.transform import Transformation, transform
+from adam_fn.wrappers.base import TreeTransformation, inner, map_trained
+
+
+@dataclasses.dataclass(frozen=True)
+class Lamb(TreeTransformation):
+    """Transformations before the trust ratio of each leaf and after it. The state is that of optax's chain."""
+
+    direction: tuple[Transformation, ...]
+    step: tuple[Transformation, ...]
+
+    def init(self, params: PyTree) -> tuple[PyTree, ...]:
+        before, after = (tuple(link.init(params) for link in links) for links in (self.direction, self.step))
+        return *before, optax.EmptyState(), *after
+
+    def update(
+        self, updates: PyTree, state: tuple[PyTree, ...], params: PyTree = None, **extra_args: PyTree
+    ) -> tuple[PyTree, tuple[PyTree, ...]]:
+        first = len(self.direction)
+        if type(state) is not tuple or len(state) != first + 1 + len(self.step):
+            raise TypeError(f"lamb expected the state that tx.init(params) makes, got a {type(state).__name__}")
+        if params is None:
+            raise ValueError("lamb needs the parameters: call update(grads, state, params)")
+        # Everything in float32 at least, and rounded to the gradients' dtype once.
+        wide, before = _applied(self.direction, _widened(updates), state[:first], params)
+        wide, after = _applied(self.step, _trusted(wide, params), state[first + 1 :], params, **extra_args)
+        return _rounded(wide, updates), (*before, state[first], *after)
+
+
+def _applied(
+    links: Sequence[Transformation], updates: PyTree, states: Sequence[PyTree], params: PyTree, **extra_args: PyTree
+) -> tuple[PyTree, list[PyTree]]:
+    """One transformation after the other."""
+    new: list[PyTree] = []
+    for link, state in zip(links, states, strict=True):
+        updates, after = link.update(updates, state, params, **extra_args)
+        new.append(after)
+    return updates, new
+
+
+@jax.jit
+def _widened(grads: PyTree) -> PyTree:
+    return map_trained(lambda g: g if jnp.iscomplexobj(g) else g.astype(compute_dtype(g.dtype)), grads)
+
+
+@jax.jit
+def _trusted(updates: PyTree, params: PyTree) -> PyTree:
+    """Each leaf of the updates, times ``‖p‖/‖u‖``, or 1 where either is 0."""
+
+    def trusted(u: jax.Array, p: jax.Array) -> jax.Array:
+        of_u, of_p = safe_sqrt(inner(u, u)), safe_sqrt(inner(p, p))
+        ratio = jnp.where((of_u == 0) | (of_p == 0), 1, of_p / jnp.where(of_u == 0, 1, of_u))
+        return u * ratio.astype(u.real.dtype)
+
+    return map_trained(trusted, updates, params)
+
+
+@jax.jit
+def _rounded(updates: PyTree, grads: PyTree) -> PyTree:
+    return map_trained(lambda u, g: u.astype(g.dtype), updates, grads)
+
+
+@lists_options
+def lamb(
+    learning_rate: Hyper,
+    b1: Hyper = 0.9,
+    b2: Hyper = 0.999,
+    eps: Hyper = 1e-6,
+    eps_root: Hyper = 0.0,
+    weight_decay: Hyper = 0.0,
+    mask: Mask | None = None,
+    **options: Unpack[MuOptions],
+) -> optax.GradientTransformationExtraArgs:
+    """LAMB (You et al., arXiv 1904.00962): ``p ← p - α (‖p‖/‖r‖) r``, ``r = m̂/(√v̂ + ε) + λp``, norms of each leaf.
+
+    The ratio is 1 where either norm is 0. With ``decay="independent"`` (and the rate in λ) the decay is outside the
+    ratio, as in Keras. The norms are computed in float32 (float64 for float64), for a complex leaf from its two reals.
+    They are norms of whole leaves, so use `lamb` outside `shard_map`.
+
+    The arguments are those of `adamw`; the state is that of `optax.lamb`.
+    """
+    decay, groups, frozen = options.get("decay", "scaled"), options.get("groups"), options.get("frozen")
+    check_decay(weight_decay, mask, decay, groups)
+    rule = with_complex(Adam(b1, b2, eps, eps_root), options.get("complex", "parts"))
+    direction, step = direction_and_step(rule, learning_rate, weight_decay, decay)
+    stored = codecs_by_slot(rule, options.get("mu_dtype"), options.get("nu_dtype"), options.get("storage"))
+
+    def link(part: Rule) -> Transformation:
+        own = {"storage": stored, "storage_mask": options.get("storage_mask")} if part.slots else {}
+        masked = mask if isinstance(part, WeightDecay) else None
+        return transform(part, mask=masked, frozen=frozen, groups=groups, **own)
+
+    return Lamb(tuple(map(link, direction.parts())), tuple(map(link, step.parts()))).transformation()

@@ -1,1 +1,0 @@
-"""The family: each rule with its aliases beside it, one file a branch."""

@@ -1,0 +1,1 @@
+"""How moments and parameters are stored in few bits."""

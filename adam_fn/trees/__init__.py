@@ -1,0 +1,1 @@
+"""From one leaf to pytrees: optax transformations, their states and what they contain."""

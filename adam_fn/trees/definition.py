@@ -1,0 +1,95 @@
+"""What defines a transformation, and how what is stored of each leaf becomes the trees of its state."""
+
+import dataclasses
+import itertools
+from collections.abc import Hashable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import DTypeLike
+
+from adam_fn.algebra.bias import Weight, advance_weights, is_kept, weights_of
+from adam_fn.algebra.dtypes import compute_dtype
+from adam_fn.algebra.rule import Chain, Rule
+from adam_fn.algebra.values import ByValue
+from adam_fn.storage.codec import Cast, Codec
+from adam_fn.trees.groups import Groups
+from adam_fn.trees.leaves import Leaves, PyTree
+from adam_fn.trees.states import Form, Memory, form_of
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Definition(ByValue):
+    """Everything that defines a transformation. A pytree: its leaves are the hyperparameters given as arrays."""
+
+    rule: Rule
+    codecs: tuple[tuple[str, Codec], ...] = dataclasses.field(metadata={"static": True})
+    mask: Hashable = dataclasses.field(metadata={"static": True})
+    frozen: Hashable = dataclasses.field(metadata={"static": True})
+    storage_mask: Hashable = dataclasses.field(metadata={"static": True})
+    groups: Groups | None = dataclasses.field(metadata={"static": True})
+
+    @property
+    def form(self) -> Form:
+        """The form of the state."""
+        return form_of(self.rule, self.codecs, masked=self.mask is not None)
+
+    def weights(self, memory: Memory, dtype: DTypeLike) -> tuple[jax.Array, ...]:
+        """The bias weights of all decay rates after the steps that a memory counts."""
+        found: list[jax.Array] = []
+        left = list(memory.weights)
+        for part, count in zip(self.rule.parts(), memory.counts, strict=True):
+            number = sum(map(is_kept, part.betas))
+            found += weights_of(part.betas, left[:number], memory.steps if count is None else count, dtype)
+            left = left[number:]
+        return tuple(found)
+
+    def trained(self, leaves: Leaves, tree: PyTree) -> list[bool]:
+        """Which leaves are trained: floating or complex, and not frozen."""
+        frozen = (
+            leaves.broadcast_mask("frozen", self.frozen, tree)
+            if self.frozen is not None
+            else [False] * len(leaves.leaves)
+        )
+        if self.groups is not None:
+            frozen = [fixed or group.frozen for fixed, group in zip(frozen, self.groups.per_leaf(tree), strict=True)]
+        return [
+            x is not None and not fixed and jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+            for x, fixed in zip(leaves.leaves, frozen, strict=True)
+        ]
+
+    def codecs_of(self, leaves: Leaves, tree: PyTree) -> list[dict[str, Codec]]:
+        """The codecs of each leaf."""
+        coded = dict(self.codecs)
+        if self.storage_mask is None:
+            return [coded] * len(leaves.leaves)
+        kinds = {True: coded, False: {name: Cast().for_slot(name, self.rule.slots) for name in coded}}
+        return [kinds[kept] for kept in leaves.broadcast_mask("storage_mask", self.storage_mask, tree)]
+
+
+def tree_from_leaves(leaves: Leaves, stored: Sequence[jax.Array | None]) -> PyTree:
+    """A tree of the parameters' structure, of what is stored of each leaf; `optax.MaskedNode` where nothing is."""
+    blank = [None if x is None else optax.MaskedNode() for x in leaves.leaves]
+    return leaves.treedef.unflatten(b if x is None else x for b, x in zip(blank, stored, strict=True))
+
+
+def weight_dtype(leaves: Leaves, trained: Sequence[bool]) -> np.dtype:
+    """The dtype of the bias weights: the widest one of the arithmetic."""
+    kinds = [compute_dtype(jnp.result_type(p)) for p in itertools.compress(leaves.leaves, trained)]
+    return jnp.dtype(jnp.float64 if jnp.float64 in kinds else jnp.float32)
+
+
+def advanced(spec: Definition, memory: Memory) -> tuple[Rule, Memory]:
+    """The rule of a step, and the memory after it but for the slots."""
+    counts = tuple(jnp.zeros((), jnp.int32) if count is None else count for count in memory.counts)
+    rule = Chain(spec.rule.parts()).at(counts)
+    new = tuple(None if count is None else jnp.asarray(optax.safe_increment(count)) for count in memory.counts)
+    kept: list[Weight] = []
+    for part, now, count in zip(spec.rule.parts(), rule.parts(), counts, strict=True):
+        betas = [beta(count) if callable(beta) else beta for beta in now.betas]
+        kept += advance_weights(part.betas, betas, memory.weights[len(kept) :])
+    others = {field: jnp.asarray(optax.safe_increment(count)) for field, count in memory.others.items()}
+    return rule, Memory(new, tuple(kept), {}, others)

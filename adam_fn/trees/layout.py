@@ -1,0 +1,150 @@
+"""Which arrays of a state belong to which parameter, and how arrays are divided over a mesh."""
+
+import contextvars
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+
+from adam_fn.trees.functions import owner_of
+from adam_fn.trees.leaves import Leaves, PyTree
+
+Shape: TypeAlias = tuple[int, ...]
+#: The axes of a mesh that each axis of an array is divided over.
+Division: TypeAlias = tuple[tuple[str, ...], ...]
+T = TypeVar("T")
+
+#: Whether the state is asked for to find where its parts belong.
+finding_layout: contextvars.ContextVar[bool] = contextvars.ContextVar("finding_layout", default=False)
+
+
+def division(sharding: Sharding | None, rank: int) -> Division:
+    """How an array is divided; what is not on a mesh counts as whole."""
+    spec = sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()
+    found = [() if x is None else (x,) if isinstance(x, str) else tuple(x) for x in spec]
+    return tuple(found + [()] * (rank - len(found)))
+
+
+def divided(mesh: Mesh, over: Division) -> NamedSharding:
+    """The inverse of `division`."""
+    spec = (None if not names else names[0] if len(names) == 1 else names for names in over)
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def devices(mesh: Mesh, names: Sequence[str]) -> int:
+    """How many devices there are along axes of the mesh."""
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def check_mesh(who: str, path: str, sharding: NamedSharding, mesh: Mesh) -> None:
+    """Raises if a leaf lives on another mesh."""
+    if dict(sharding.mesh.shape) != dict(mesh.shape):
+        raise ValueError(f"{who}: {path} lives on the mesh {dict(sharding.mesh.shape)}, expected {dict(mesh.shape)}")
+
+
+def real_shape(p: jax.ShapeDtypeStruct) -> Shape:
+    """The shape of what is remembered of a parameter: that of two reals where it is complex."""
+    return (2, *p.shape) if jnp.issubdtype(p.dtype, jnp.complexfloating) else p.shape
+
+
+class StateLayout:
+    """The state of a transformation as shapes and dtypes, and which of its arrays belong to which parameter.
+
+    Attributes:
+      leaves: the parameters.
+      shapes: of the parameters.
+      state: shapes and dtypes of the state.
+      is_known: whether optax can tell which arrays belong to a parameter; not where `optax.flatten` made one of all.
+    """
+
+    def __init__(self, tx: optax.GradientTransformation, params: PyTree) -> None:
+        self.leaves = Leaves(params)
+        self.shapes = [
+            None if x is None else jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in self.leaves.leaves
+        ]
+        self._tx = tx
+        token = finding_layout.set(True)
+        try:
+            self.state = jax.eval_shape(tx.init, self.leaves.treedef.unflatten(self.shapes))
+            self.is_known = self._is_known()
+        finally:
+            finding_layout.reset(token)
+
+    def _is_known(self) -> bool:
+        try:
+            optax.tree_utils.tree_map_params(self._tx, lambda x: x, self.state, is_leaf=_is_blank)
+        except (TypeError, ValueError):
+            return False
+        return True
+
+    def map(self, own: Callable[[int, jax.ShapeDtypeStruct], T], other: Callable[[Any], T]) -> PyTree:
+        """The state with `own` of each array of a parameter, which a number tells, and `other` of what has none."""
+        if not self.is_known:
+            return jax.tree.map(other, self.state)
+        numbers = self.leaves.treedef.unflatten(None if x is None else i for i, x in enumerate(self.shapes))
+        token = finding_layout.set(True)
+        try:
+            return optax.tree_utils.tree_map_params(
+                self._tx,
+                lambda x, number: x if _is_blank(x) else own(number, x),
+                self.state,
+                numbers,
+                transform_non_params=other,
+                is_leaf=_is_blank,
+            )
+        finally:
+            finding_layout.reset(token)
+
+    def shardings(self, mesh: Mesh, over: Sequence[Division]) -> PyTree:
+        """The shardings of the state, each array as its parameter is divided.
+
+        Along an axis that does not divide evenly it is whole; one of another rank is whole altogether.
+        """
+
+        def beside(i: int, x: jax.ShapeDtypeStruct) -> NamedSharding:
+            p = self.shapes[i]
+            assert p is not None
+            if len(x.shape) != len(real_shape(p)):
+                return NamedSharding(mesh, PartitionSpec())
+            wanted = ((),) * (len(x.shape) - len(p.shape)) + over[i]
+            even = (names if n % devices(mesh, names) == 0 else () for n, names in zip(x.shape, wanted, strict=True))
+            return divided(mesh, tuple(even))
+
+        return self.map(beside, lambda _: NamedSharding(mesh, PartitionSpec()))
+
+
+def _is_blank(x: object) -> bool:
+    return x is None or isinstance(x, optax.MaskedNode)
+
+
+def without_placement(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """What `zero1` and `offload` wrap: they change where a state lives and not its structure."""
+    while hasattr(owner := owner_of(tx), "state_shardings"):
+        tx = owner.tx
+    return tx
+
+
+def owners(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
+    """The state with the number of the parameter in the place of each array that belongs to one, and else -1."""
+    slots = StateLayout(without_placement(tx), params)
+    if not slots.is_known:
+        raise ValueError(f"{tx!r} does not keep an array for each parameter (as under optax.flatten)")
+    return slots.map(lambda i, _: i, lambda _: -1)
+
+
+def map_owned(
+    function: Callable[..., jax.Array],
+    owners: PyTree,
+    *states: PyTree,
+    other: Callable[[jax.Array], jax.Array] = lambda x: x,
+) -> PyTree:
+    """`function` of the number of the parameter and of each array that belongs to one; of the others `other`."""
+
+    def each(i: int, *arrays: jax.Array) -> jax.Array:
+        return other(arrays[0]) if i < 0 else function(i, *arrays)
+
+    return jax.tree.map(each, owners, *states)

@@ -1,0 +1,157 @@
+"""The transformations of this package inside of any transformation, with their states and hyperparameters."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adam_fn.algebra.dtypes import compute_dtype
+from adam_fn.algebra.rule import Chain, Clock, Rule
+from adam_fn.storage.codes import codecs_of
+from adam_fn.trees.leaves import Leaves, PyTree
+from adam_fn.trees.recording import UpdateCall, located, recorded
+from adam_fn.trees.states import Memory
+from adam_fn.trees.transform import Update
+
+
+class Member(NamedTuple):
+    """A transformation of this package that another one contains, with its state after a step."""
+
+    spec: Any
+    state: Any
+
+    @property
+    def memory(self) -> Memory:
+        return self.spec.form.read(self.state)
+
+    @property
+    def has_moments(self) -> bool:
+        return any(rule.has_moments for rule in self.spec.rule.parts())
+
+    def rule(self, ahead: int) -> Rule:
+        """With the values of the schedules; `ahead`: 0 at the last step, 1 at the next."""
+        counts = self.memory.counts
+        then = (jnp.zeros((), jnp.int32) if count is None else earlier(count, ahead) for count in counts)
+        return Chain(self.spec.rule.parts()).at(tuple(then))
+
+    def kept(self, params: PyTree) -> PyTree:
+        """The parameters that have slots, and `optax.MaskedNode` in the place of the others."""
+        name, _ = self.spec.codecs[0]
+        leaves = Leaves(params)
+        slots = leaves.align(self.memory.slots[name], f"the state's {name}", "the parameters")
+        blank = [isinstance(x, optax.MaskedNode) for x in slots]
+        return leaves.treedef.unflatten(
+            optax.MaskedNode() if no else p for no, p in zip(blank, leaves.leaves, strict=True)
+        )
+
+    def decoded(self, params: PyTree) -> dict[str, PyTree]:
+        """The slots as arrays in the dtype of the arithmetic."""
+        return Update(self.spec).decoded(self.state, params)
+
+
+def earlier(count: jax.Array, ahead: int) -> jax.Array:
+    """The zero-based number of the last step, or with ``ahead=1`` of the next, from the count after the last."""
+    return jnp.maximum(count - 1 + ahead, 0)
+
+
+def calls_of(tx: optax.GradientTransformation, grads: PyTree, state: PyTree, params: PyTree) -> list[UpdateCall]:
+    """The updates that `tx` calls. What they compute is not used, so no compiled program contains it."""
+    with recorded() as seen:
+        try:
+            tx.update(grads, state, params)
+        except TypeError:  # Inside of `lax.cond` updates must have the gradients' dtype, which may be a wider one.
+            seen.clear()
+            tx.update(jax.tree.map(_widened, grads), state, params)
+    calls = [call for call in seen if isinstance(call, UpdateCall)]
+    # The last of equal ones: `MultiSteps` traces two branches. Hyperparameters that are arrays do not count.
+    return list({jax.tree.structure(call.spec): call for call in calls}.values())
+
+
+def _widened(g: jax.Array) -> jax.Array:
+    return g.astype(jnp.float32) if g.dtype in (jnp.bfloat16, jnp.float16) else g
+
+
+def members_of(tx: optax.GradientTransformation, state: PyTree, params: PyTree, ahead: int = 0) -> list[Member]:
+    """All parts, with the hyperparameters that `optax.inject_hyperparams` gives them at the step that is meant."""
+
+    def moved(path: jax.tree_util.KeyPath, x: Any) -> Any:  # noqa: ANN401
+        is_count = path and path[-1] == jax.tree_util.GetAttrKey("count") and jnp.issubdtype(x.dtype, jnp.integer)
+        return earlier(x, ahead) if is_count else x
+
+    then = jax.tree_util.tree_map_with_path(moved, state)
+    # Where `init` puts it and not what was called with: inside of `lax.cond` (`MultiSteps`) that is of another program.
+    states = located(tx, params).states(state)
+    return [
+        Member(call.spec, found)
+        for call in calls_of(tx, jax.tree.map(jnp.zeros_like, params), then, params)
+        for spec, found in states
+        if jax.tree.structure(spec) == jax.tree.structure(call.spec)
+    ]
+
+
+def optimizer_of(parts: Sequence[Member]) -> Member:
+    """The part that has moments."""
+    found = [part for part in parts if part.has_moments]
+    if len(found) != 1:
+        raise ValueError(
+            f"expected a transformation that contains exactly one adam_fn optimizer, found {len(found)}: pass the one "
+            "you mean, and its state"
+        )
+    return found[0]
+
+
+def hyperparameter(parts: Sequence[Member], kind: type[Rule], name: str, ahead: int) -> jax.Array | None:
+    """What the part of a kind has; None where there is no such part."""
+    own = {id(part.spec): part for part in parts}.values()  # Many states may have the slots of one part.
+    found = [rule for part in own for rule in part.rule(ahead).parts() if isinstance(rule, kind)]
+    if len(found) > 1:
+        raise ValueError(f"expected one {kind.__name__} in the transformation, found {len(found)}: {found}")
+    return jnp.asarray(getattr(found[0], name), float) if found else None
+
+
+def signal_to_noise_of(part: Member, params: PyTree) -> PyTree | None:
+    """None where the rule has none."""
+    kept = part.kept(params)
+    leaves, rule = Leaves(kept), part.rule(0)
+    slots = {name: leaves.align(slot, name, "the parameters") for name, slot in part.decoded(kept).items()}
+    memory = part.memory
+    counts = tuple(None if count is None else earlier(count, 0) for count in memory.counts)
+    clock = Clock(counts, part.spec.weights(memory, jnp.result_type(float)))
+    found: list[jax.Array | None] = []
+    for i, p in enumerate(leaves.leaves):
+        if p is None:
+            found.append(None)
+            continue
+        dtype = compute_dtype(jnp.result_type(p))
+        now = dataclasses.replace(clock, weights=[weight.astype(dtype) for weight in clock.weights])
+        ratio = rule.cast(dtype).signal_to_noise({name: slot[i] for name, slot in slots.items()}, now)
+        if ratio is None:
+            return None
+        found.append(jnp.where(memory.steps > 0, ratio, 0))  # All bias weights are 0 before the first step.
+    return leaves.treedef.unflatten(found)
+
+
+def storage_errors(
+    tx: optax.GradientTransformation, grads: PyTree, state: PyTree, params: PyTree
+) -> dict[str, tuple[PyTree, PyTree]]:
+    """By slot that is stored in another form: what the slots become, and what storing them takes away."""
+    found = [call for call in calls_of(tx, grads, state, params) if Member(call.spec, call.state).has_moments]
+    if len(found) != 1:
+        optimizer_of([Member(call.spec, call.state) for call in found])
+    spec, grads, before, params = found[0]
+    exact_ones = codecs_of(None, spec.rule.slots)
+    coded = [slot for name, codec in spec.codecs if (name, codec) not in exact_ones for slot in codec.slots]
+    if not coded:
+        return {}
+    reference = grads if params is None else params
+    plain = dataclasses.replace(spec, codecs=exact_ones, storage_mask=None)
+    slots = Member(spec, before).decoded(reference)
+    memory = spec.form.read(before)
+    _, exact = Update(plain)(grads, plain.form.made(memory._replace(slots=slots)), params)
+    exact = plain.form.read(exact).slots
+    _, after = Update(spec)(grads, before, params)
+    stored = Update(spec).decoded(after, reference)
+    return {name: (exact[name], jax.tree.map(jnp.subtract, stored[name], exact[name])) for name in coded}

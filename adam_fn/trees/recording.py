@@ -1,0 +1,121 @@
+"""Which transformations a transformation contains: chains and wrappers, of any package, close over them."""
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from adam_fn.trees.leaves import PyTree
+
+
+class UpdateCall(NamedTuple):
+    """A call of an update of this package: what defines the transformation, and the call's arguments."""
+
+    spec: Any
+    grads: PyTree
+    state: Any
+    params: PyTree | None
+
+
+_seen: contextvars.ContextVar[list[object] | None] = contextvars.ContextVar("adam_fn_seen", default=None)
+_marked: contextvars.ContextVar[list[object] | None] = contextvars.ContextVar("adam_fn_marked", default=None)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[object]]:
+    """Lists what is noted inside, by this thread: the `UpdateCall` of every `update`."""
+    seen: list[object] = []
+    token = _seen.set(seen)
+    try:
+        yield seen
+    finally:
+        _seen.reset(token)
+
+
+@contextlib.contextmanager
+def unrecorded() -> Iterator[None]:
+    """Keeps what is noted inside from `recorded`: it belongs to another program."""
+    token = _seen.set(None)
+    try:
+        yield
+    finally:
+        _seen.reset(token)
+
+
+def record(what: object) -> None:
+    """Records a call, for `recorded` to list."""
+    if (seen := _seen.get()) is not None:
+        seen.append(what)
+
+
+@jax.tree_util.register_pytree_node_class
+class Marked:
+    """The state of a transformation of this package inside of another state, while `located` looks for it."""
+
+    def __init__(self, number: int, state: PyTree) -> None:
+        self.number, self.state = number, state
+
+    def tree_flatten(self) -> tuple[tuple[PyTree], int]:
+        return (self.state,), self.number
+
+    @classmethod
+    def tree_unflatten(cls, number: int, children: tuple[PyTree]) -> "Marked":
+        return cls(number, children[0])
+
+
+def is_marking() -> bool:
+    """Whether `located` calls an `init`."""
+    return _marked.get() is not None
+
+
+def marked(spec: object, state: PyTree) -> PyTree:
+    """The state that an `init` returns, marked where `located` looks for it."""
+    if (specs := _marked.get()) is None:
+        return state
+    specs.append(spec)
+    return Marked(len(specs) - 1, state)
+
+
+class Located(NamedTuple):
+    """The state of a transformation, as shapes and dtypes, with the states of this package's in it.
+
+    Attributes:
+      specs: what defines each transformation of this package, in the order in which their states are made.
+      state: the state, `Marked` where theirs are.
+    """
+
+    specs: list[Any]
+    state: PyTree
+
+    def states(self, state: PyTree) -> list[tuple[Any, PyTree]]:
+        """What defines each transformation of this package, and its state in a state of the same structure."""
+        marks, treedef = jax.tree.flatten(self.state, is_leaf=lambda x: isinstance(x, Marked))
+        found = zip(marks, treedef.flatten_up_to(state), strict=True)
+        return [(self.specs[mark.number], own) for mark, own in found if isinstance(mark, Marked)]
+
+    def map(self, function: Callable[..., PyTree], *states: PyTree) -> PyTree:
+        """The first state with `function` of what defines each transformation of this package, and of its states."""
+        marks, treedef = jax.tree.flatten(self.state, is_leaf=lambda x: isinstance(x, Marked))
+        rows = zip(marks, *map(treedef.flatten_up_to, states), strict=True)
+        return treedef.unflatten(
+            function(self.specs[mark.number], *own) if isinstance(mark, Marked) else own[0] for mark, *own in rows
+        )
+
+
+def located(tx: optax.GradientTransformation, params: PyTree) -> Located:
+    """Calls an `init` without computing anything, to see what it makes and where."""
+
+    def init(params: PyTree) -> PyTree:
+        return tx.init(params)
+
+    specs: list[Any] = []
+    token = _marked.set(specs)
+    try:
+        # JAX may return cached shapes without calling `init`; a new function and `disable_jit` force the call.
+        with jax.disable_jit():
+            return Located(specs, jax.eval_shape(init, params))
+    finally:
+        _marked.reset(token)

@@ -1,0 +1,283 @@
+"""Lifts a rule and its storage to an optax transformation; the only place where trees appear.
+
+One policy for the leaves, everywhere: ``None`` passes through. Integer, boolean and frozen leaves have no moments
+(`optax.MaskedNode` stands in their place) and get a zero update. Complex leaves are two reals. A gradient that does
+not fit its parameter is an error, raised while tracing, that names the leaf.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from adam_fn.algebra.bias import Weight
+from adam_fn.algebra.dtypes import compute_dtype
+from adam_fn.algebra.hyper import rate_of_step
+from adam_fn.algebra.rule import Clock, Rule
+from adam_fn.algebra.values import Method
+from adam_fn.execute.body import Times, decode, encode, lattice_of
+from adam_fn.execute.compiler import zeros_like
+from adam_fn.execute.destination import PARAMETERS, UPDATES, Destination, Inputs
+from adam_fn.execute.run import step_leaf
+from adam_fn.storage import noise
+from adam_fn.storage.codec import Stored
+from adam_fn.storage.codes import WORD, StorageLike, codecs_of
+from adam_fn.trees.checks import check_leaf, check_untrained, no_update
+from adam_fn.trees.definition import Definition, advanced, tree_from_leaves, weight_dtype
+from adam_fn.trees.functions import Functions
+from adam_fn.trees.groups import Group, Groups, rules_of
+from adam_fn.trees.leaves import Leaves, Mask, PyTree, arrays_of, fixed_mask, leaf_in_errors
+from adam_fn.trees.recording import UpdateCall, marked, record
+from adam_fn.trees.states import Memory, State
+
+
+@jax.jit
+def _init(spec: Definition, params: PyTree) -> State:
+    leaves = Leaves(params)
+    trained = spec.trained(leaves, params)
+    if spec.mask is not None:
+        leaves.broadcast_mask(
+            "mask", spec.mask, params
+        )  # Of another structure it is an error now and not at the first step.
+    blank = [
+        {name: zeros_like(jnp.asarray(p)) + slot.initial for name, slot in spec.rule.slots.items()} if train else None
+        for p, train in zip(leaves.leaves, trained, strict=True)
+    ]
+    count = jnp.zeros((), jnp.int32)
+    slots = coded(spec, leaves, params, blank, count)
+    dtype = weight_dtype(leaves, trained)
+    weights = tuple(Weight(jnp.zeros((), dtype), jnp.zeros((), dtype)) for _ in range(spec.form.kept))
+    counts = tuple(jnp.zeros((), jnp.int32) for _ in spec.form.links)
+    return spec.form.made(Memory(counts, weights, slots))
+
+
+def coded(
+    spec: Definition, leaves: Leaves, params: PyTree, slots: Sequence[Mapping[str, jax.Array] | None], count: jax.Array
+) -> dict[str, PyTree]:
+    """The trees of a state, of the slots of each leaf (None where there are none)."""
+    times = _times(spec, count)
+    stored: list[Stored | None] = []
+    for path, own, codecs in zip(leaves.paths, slots, spec.codecs_of(leaves, params), strict=True):
+        with leaf_in_errors(path):
+            stored.append(encode(codecs, own, lattice_of(next(iter(own.values()))), times) if own else own)
+    return _trees(spec, leaves, stored)
+
+
+def _times(spec: Definition, count: jax.Array) -> dict[str, jax.Array]:
+    return noise.times(count, [slot for _, codec in spec.codecs if not codec.exact for slot in codec.slots])
+
+
+def _trees(spec: Definition, leaves: Leaves, stored: Sequence[Stored | None]) -> dict[str, PyTree]:
+    return {name: tree_from_leaves(leaves, [None if x is None else x[name] for x in stored]) for name, _ in spec.codecs}
+
+
+def _as_array(x: Any) -> Any:  # noqa: ANN401
+    return jnp.asarray(x) if isinstance(x, (bool, int, float, complex)) else x
+
+
+@functools.partial(jax.jit, static_argnames="destination")
+def _update(
+    spec: Definition,
+    grads: PyTree,
+    state: State,
+    params: PyTree | None,
+    learning_rate: jax.Array | None,
+    remainder: PyTree | None = None,
+    time: jax.Array | None = None,
+    *,
+    destination: Destination = UPDATES,
+) -> tuple[PyTree, PyTree | None, State]:
+    """The results of a step: updates or parameters, remainders and the state; `time` is for a dithering destination."""
+    # Numbers become arrays when they are traced; under `disable_jit` here.
+    grads, params = (jax.tree.map(_as_array, tree) for tree in (grads, params))
+    learning_rate = None if learning_rate is None else jnp.asarray(learning_rate)
+    memory = spec.form.read(state)
+    reference = grads if params is None else params
+    leaves = Leaves(reference)
+    gradients = leaves.align(grads, "the gradients", "the parameters")
+    trained = spec.trained(leaves, reference)
+    own = spec.codecs_of(leaves, reference)
+    slots = {name: leaves.align(tree, f"the state's {name}", "the parameters") for name, tree in memory.slots.items()}
+
+    decays = [True] * len(trained) if spec.mask is None else leaves.broadcast_mask("mask", spec.mask, reference)
+    rule, after = advanced(spec, memory)
+    clock = Clock(memory.counts, spec.weights(after, weight_dtype(leaves, trained)), learning_rate)
+    rules = rules_of(rule, clock, decays, None if spec.groups is None else spec.groups.per_leaf(reference))
+    times = Times(_times(spec, after.steps), time)
+
+    remainders = (
+        [None] * len(trained)
+        if remainder is None
+        else leaves.align(remainder, "the state's remainder", "the parameters")
+    )
+    updates: list[jax.Array | None] = []
+    stored: list[Stored | None] = []
+    for i, (path, g, p) in enumerate(zip(leaves.paths, gradients, leaves.leaves, strict=True)):
+        old = {name: slot[i] for name, slot in slots.items()}
+        if not trained[i]:
+            check_untrained(path, p, old)
+            updates.append(p if destination.parameters else no_update(g, p))
+            stored.append(None)
+            continue
+        check_leaf(path, g, p, old, own[i])
+        own_rule, now = rules[i]
+        with leaf_in_errors(path):
+            how = destination if params is None else destination.for_dtype(jnp.result_type(p))
+            inputs = Inputs(g, None if params is None else p, remainders[i] if how.has_remainder else None)
+            done = step_leaf(own_rule, own[i], inputs, old, now, times, destination=how)
+        updates.append(done.result)
+        stored.append(done.stored)
+        remainders[i] = remainders[i] if done.remainder is None else done.remainder
+    new_state = spec.form.made(after._replace(slots=_trees(spec, leaves, stored)))
+    new_remainder = None if remainder is None else leaves.treedef.unflatten(remainders)
+    return leaves.treedef.unflatten(updates), new_remainder, new_state
+
+
+@jax.jit
+def _decoded(spec: Definition, slots: Mapping[str, PyTree], params: PyTree) -> dict[str, PyTree]:
+    leaves = Leaves(params)
+    trained, own = spec.trained(leaves, params), spec.codecs_of(leaves, params)
+    stored = {name: leaves.align(tree, f"the state's {name}", "the parameters") for name, tree in slots.items()}
+    found = [
+        decode(own[i], {name: x[i] for name, x in stored.items()}, compute_dtype(jnp.result_type(p)))
+        if trained[i]
+        else None
+        for i, p in enumerate(leaves.leaves)
+    ]
+    return {name: tree_from_leaves(leaves, [None if x is None else x[name] for x in found]) for name in spec.rule.slots}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Init(Method):
+    """``init(params) -> state``: the state before the first step, sharded like the parameters."""
+
+    spec: Definition
+
+    def __call__(self, params: PyTree) -> State:
+        self.spec.rule.check_arrays()
+        return marked(self.spec, _init(self.spec, arrays_of(params)))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Update(Method):
+    """``update(grads, state, params) -> (updates, state)``; `learning_rate` replaces the rate for this step."""
+
+    spec: Definition
+
+    def __call__(
+        self,
+        updates: PyTree,
+        state: State,
+        params: PyTree | None = None,
+        *,
+        learning_rate: ArrayLike | None = None,
+        **extra_args: object,
+    ) -> tuple[PyTree, State]:
+        del extra_args  # Meant for other links of a chain.
+        self.spec.form.check(state)
+        params = arrays_of(params)
+        record(UpdateCall(self.spec, updates, state, params))
+        new, _, after = _update(self.spec, updates, state, params, rate_of_step(learning_rate))
+        return new, after
+
+    def write(
+        self, grads: PyTree, state: State, params: PyTree, *, learning_rate: ArrayLike | None = None
+    ) -> tuple[PyTree, State]:
+        """The new parameters, as ``optax.apply_updates(params, updates)`` gives them, and the new state.
+
+        No update is ever stored: in a program that donates `params` and `state` every leaf is changed in place.
+        """
+        rate = rate_of_step(learning_rate)
+        self.spec.form.check(state)
+        new, _, after = _update(self.spec, grads, state, params, rate, destination=PARAMETERS)
+        return new, after
+
+    def written(
+        self,
+        grads: PyTree,
+        state: State,
+        params: PyTree,
+        destination: Destination,
+        *,
+        remainder: PyTree | None = None,
+        time: jax.Array | None = None,
+        learning_rate: ArrayLike | None = None,
+    ) -> tuple[PyTree, PyTree | None, State]:
+        """What `destination` makes of the updates and of `remainder`, a tree of what is stored beside the parameters.
+
+        `time`: that of `noise.times` at this step, for a `destination` that dithers.
+        """
+        self.spec.form.check(state)
+        record(UpdateCall(self.spec, grads, state, params))
+        return _update(
+            self.spec, grads, state, params, rate_of_step(learning_rate), remainder, time, destination=destination
+        )
+
+    def rates(self, params: PyTree) -> list[float]:
+        """What multiplies the rate of each leaf, None included."""
+        groups = self.spec.groups
+        return (
+            [1.0] * len(Leaves(params).leaves) if groups is None else [group.rate for group in groups.per_leaf(params)]
+        )
+
+    def decoded(self, state: State, params: PyTree) -> dict[str, PyTree]:
+        """The slots as arrays in the dtype of the arithmetic, in the structure of `params` (or gradients)."""
+        return _decoded(self.spec, self.spec.form.read(state).slots, params)
+
+
+class Transformation(Functions):
+    """An optax transformation with precise types: any pytree is accepted.
+
+    Transformations with equal rules, codecs and masks compare equal, hash alike and share compilations; they pickle if
+    their hyperparameters do.
+    """
+
+    __slots__ = ()
+
+    if TYPE_CHECKING:
+        init: Init  # pyright: ignore[reportIncompatibleVariableOverride]
+        update: Update  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+def transform(
+    rule: Rule,
+    *,
+    storage: StorageLike | None = None,
+    mask: Mask | None = None,
+    frozen: Mask | None = None,
+    storage_mask: Mask | None = None,
+    groups: Groups | Mapping[str, Group] | None = None,
+) -> Transformation:
+    """A rule as an optax transformation.
+
+    Args:
+      rule: what to compute; ``transform(a >> b)`` equals ``optax.chain(transform(a), transform(b))``.
+      storage: one of the names in `adam_fn.options.Options`, a `Codec` for every slot, or a mapping from the names of
+        slots to codecs; slots that it does not name are stored in float32 (float64 for float64 parameters).
+      mask: the leaves to which a `WeightDecay` applies: a tree of booleans with the structure of the parameters or a
+        prefix of it, or a function of the parameters that returns one (see `adam_fn.masks`); all by default.
+      frozen: the leaves that are not trained: they have no moments and get a zero update; by default all are trained.
+      storage_mask: the leaves to which `storage` applies, all by default; the others are stored in float32 (float64 for
+        float64 parameters).
+      groups: multipliers of `learning_rate` and `weight_decay`, and frozen leaves, by path (see `Groups`).
+    """
+    if not isinstance(rule, Rule):
+        raise TypeError(f"transform takes a rule, such as Adam() >> Rate(1e-3), got {rule!r}")
+    codecs = codecs_of(storage, rule.slots)
+    if storage_mask is not None and not storage:
+        raise ValueError("storage_mask has no effect without storage: pass storage as well")
+    if storage_mask is not None and WORD in dict(codecs):
+        raise ValueError(
+            "storage_mask cannot leave out parameters of a 16-bit storage, whose one word has no place for two float32 "
+            'moments: use storage="24bit", or another transformation for these parameters (optax.partition)'
+        )
+    masks = {"mask": mask, "frozen": frozen, "storage_mask": storage_mask}
+    fixed = {name: fixed_mask(name, value) for name, value in masks.items()}
+    spec = Definition(rule, codecs, **fixed, groups=None if groups is None else Groups.made_of(groups))
+    return Transformation(Init(spec), Update(spec))

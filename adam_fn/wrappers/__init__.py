@@ -1,0 +1,1 @@
+"""What is not elementwise, and what is done around an optimizer."""

@@ -1,0 +1,136 @@
+"""What is not elementwise: optax transformations around others, made so that equal ones compare equal."""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
+
+from adam_fn.algebra.dtypes import as_real, compute_dtype
+from adam_fn.algebra.values import Method, register
+from adam_fn.trees.functions import Functions, write_of
+from adam_fn.trees.leaves import PyTree, arrays_of
+
+
+class TreeTransformation(abc.ABC):
+    """A transformation as a frozen dataclass of what defines it.
+
+    `transformation` gives the pair of functions that optax knows.
+    """
+
+    def __init_subclass__(cls) -> None:
+        register(cls)
+
+    @abc.abstractmethod
+    def init(self, params: PyTree) -> PyTree:
+        """The state before the first step."""
+
+    @abc.abstractmethod
+    def update(
+        self, updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        """The new updates and the new state."""
+
+    def write(self, grads: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
+        """The new parameters and the new state."""
+        updates, state = self.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def transformation(self) -> optax.GradientTransformationExtraArgs:
+        return Functions(_Method(self, "init"), _Method(self, "update"))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Method(Method):
+    """A bound method that compares by value."""
+
+    owner: TreeTransformation
+    name: str = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
+        # The parameters are the first argument of `init` and the third one of `update`.
+        i = 0 if self.name == "init" else 2
+        args = (*args[:i], *(arrays_of(x) for x in args[i : i + 1]), *args[i + 1 :])
+        kwargs |= {"params": arrays_of(kwargs["params"])} if "params" in kwargs else {}
+        return getattr(self.owner, self.name)(*args, **kwargs)
+
+    def write(self, grads: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
+        """Of an update: see `TreeTransformation.write`."""
+        return self.owner.write(grads, state, params)
+
+
+def step_parameters(
+    tx: optax.GradientTransformation, grads: PyTree, state: optax.OptState, params: PyTree
+) -> tuple[PyTree, PyTree]:
+    """The new parameters and the new state of any transformation; one of this package stores no update on the way."""
+    if (write := write_of(tx)) is not None:
+        return write(grads, state, params)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+def is_trained(update: jax.Array | None) -> bool:
+    """Whether an update is of a trained leaf; those of integers and booleans are zeros that nothing may scale."""
+    return update is not None and jnp.issubdtype(jnp.result_type(update), jnp.inexact)
+
+
+def map_trained(function: Callable[..., jax.Array], updates: PyTree, *others: PyTree) -> PyTree:
+    """The updates with `function` of each trained leaf, and of what stands in its place in the other trees.
+
+    A leaf of integers may have a floating update, all zeros, where its gradient was one.
+    """
+    leaves, treedef = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
+    rows = zip(leaves, *map(treedef.flatten_up_to, others), strict=True)
+    return treedef.unflatten(function(*row) if all(map(is_trained, row)) else row[0] for row in rows)
+
+
+def inner(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The inner product in the dtype of the arithmetic; of complex arrays that of their reals.
+
+    Not `jnp.vdot`, which would flatten what is sharded.
+    """
+    x, y = (as_real(z).astype(compute_dtype(z.dtype)) for z in (x, y))
+    return jnp.sum(x * y)
+
+
+def check_transformation(tx: object, name: str) -> None:
+    """Raises if what the wrapper `name` is to wrap is no transformation."""
+    if not callable(getattr(tx, "update", None)):
+        raise TypeError(f"{name} wraps a transformation, as in {name}(adam_fn.adamw(1e-3)), got {tx!r}")
+
+
+def check_state(state: object, expected: type, name: str, **dtypes: Sequence[DTypeLike]) -> None:
+    """Raises if `state` is not one that the transformation `name` made, or if a number in it was cast."""
+    if not isinstance(state, expected):
+        raise TypeError(f"{name} expected its own state, {expected.__name__}, got a {type(state).__name__}")
+    for field, expected_dtypes in dtypes.items():
+        found = jnp.result_type(getattr(state, field))
+        if found not in expected_dtypes:
+            wanted = " or ".join(str(jnp.dtype(dtype)) for dtype in expected_dtypes)
+            raise TypeError(f"{name}: the state's {field} is {found}, expected {wanted}: was the state cast?")
+
+
+#: The dtypes of counts, and of other numbers.
+COUNT, WIDE = (jnp.int32,), (jnp.float32, jnp.float64)
+
+
+def varying_axes(x: jax.Array) -> frozenset[str]:
+    """The axes of a `shard_map` along which devices may hold different values of an array."""
+    kind: Any = jax.typeof(x)
+    return kind.mat.varying if hasattr(kind, "mat") else kind.vma
+
+
+def alike_over_devices(tree: PyTree) -> PyTree:
+    """The tree with every array varying along all axes along which any of them does: control flow needs them equal."""
+    axes = frozenset[str]().union(*map(varying_axes, jax.tree.leaves(tree)))
+
+    def cast(x: jax.Array) -> jax.Array:
+        missing = tuple(sorted(axes - varying_axes(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, tree)
