@@ -17,7 +17,6 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
-from helpers.quick import QUICK, unknown
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -35,14 +34,14 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = place.name
 
 
-def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks what `-m quick` runs."""
-    names = [item.nodeid.removeprefix("tests/") for item in items]
-    for name, item in zip(names, items, strict=True):
-        if name.startswith(QUICK):
-            item.add_marker(pytest.mark.quick)
-    if config.args == config.getini("testpaths") and (lost := unknown(names)):
-        raise pytest.UsageError(f"helpers/quick.py names tests that are not there: {', '.join(lost)}")
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """``@pytest.mark.quick("case")`` marks only the cases of a test whose names begin so."""
+    for item in items:
+        mark = item.get_closest_marker("quick")
+        cases = mark.args if mark else ()
+        if cases and not item.name.partition("[")[2].startswith(cases):
+            item.own_markers = [x for x in item.own_markers if x.name != "quick"]
 
 
 @pytest.fixture(autouse=True)

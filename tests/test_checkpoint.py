@@ -258,6 +258,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("other", OTHERS)
 def test_another_checkpoint_is_an_error_that_names_what_differs(other: str) -> None:
     saved = json.loads(json.dumps(checkpoint.describe(ADAMW, P)))

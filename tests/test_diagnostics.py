@@ -488,6 +488,7 @@ def test_sharded(explicit: bool) -> None:
     assert jax.tree.map(float, found) == pytest.approx(jax.tree.map(float, alone()), rel=1e-5)
 
 
+@pytest.mark.quick
 def test_what_is_not_there_is_an_error() -> None:
     params = jnp.asarray(START)
 

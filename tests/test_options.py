@@ -20,6 +20,8 @@ import adam_fn
 from adam_fn.algebra.values import method_of
 from adam_fn.schedules import inverse_sqrt
 
+pytestmark = pytest.mark.quick
+
 ALIASES = tuple(dict.fromkeys(case.alias for case in CASES))  # in order: workers must collect the same
 NAMESAKES = {
     alias: peer

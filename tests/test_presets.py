@@ -204,6 +204,7 @@ def transcribed(row: Row) -> Array:
     return frameworks.run(oracle, lambda t, p: gradient(this, t, p), STEPS)[np.array(RECORDED) - 1]
 
 
+@pytest.mark.quick
 def test_every_preset_is_here_and_every_record_has_its_preset(records: Mapping[str, Array]) -> None:
     public = {
         name
@@ -215,6 +216,7 @@ def test_every_preset_is_here_and_every_record_has_its_preset(records: Mapping[s
     assert absent == {"torch/adam_long_memory", "torch/adam_rmsprop"}  # Other betas of a preset that is there.
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("row", [row for row in ROWS if row.record], ids=_id)
 def test_oracle_is_the_record(row: Row, records: Mapping[str, Array]) -> None:
     assert distance(transcribed(row), records[str(row.record)]) < 1e-12

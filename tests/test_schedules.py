@@ -87,6 +87,7 @@ def test_formula(key: str) -> None:
     assert schedule(0).shape == ()  # One step, as a Python number.
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("key", FORMULAS)
 def test_compares_hashes_and_pickles_by_value(key: str) -> None:
     schedule, _ = FORMULAS[key]
@@ -115,6 +116,7 @@ def test_restarts_fall_on_whole_steps(first: int, factor: float) -> None:
     assert ((steps == 1) | (current[1:] == 0)).all()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -13,7 +13,7 @@ Scalar: TypeAlias = float | jax.Array
 
 
 class OneMinus(NamedTuple):
-    """β by ``1 - β``: what a schedule with a method ``one_minus(count)`` gives of a β, exact however near to 1."""
+    """A β kept as 1 - β, exact near 1. Schedules with a method ``one_minus(count)`` give one."""
 
     rest: jax.Array
 
@@ -24,7 +24,7 @@ def one_minus(beta: "Scalar | OneMinus") -> Scalar:
 
 
 def beta_value(beta: "Scalar | OneMinus") -> Scalar:
-    """β itself, where it is not near 1 that matters."""
+    """β as a number. It loses digits near 1: use it only where they do not matter."""
     return 1 - beta.rest if isinstance(beta, OneMinus) else beta
 
 
@@ -71,9 +71,9 @@ def square(x: jax.Array) -> jax.Array:
 
 
 def clip_finite(x: jax.Array, times: float) -> jax.Array:
-    """`x`, its finite elements clipped to where differences of two are finite, and `square` of `times` as much exact.
+    """Clips finite elements so that x - y and ``(times · x)²`` stay finite; inf and nan pass, for guards to see.
 
-    That is ``2¹²⁶`` in float32 for ``times = 0``, ``2⁶³/times`` for others; inf and nan stay, for guards to see.
+    The bound is ``2¹²⁶`` in float32 for ``times = 0``, and ``2⁶³/times`` for others.
     """
     exponent = jnp.finfo(x.dtype).maxexp - 2
     bound = 2.0 ** (exponent // 2) / times if times else 2.0**exponent

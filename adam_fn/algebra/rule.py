@@ -129,7 +129,7 @@ class Rule(abc.ABC):
                 now[name] = OneMinus(jnp.asarray(value.one_minus(count)))
             elif callable(value):
                 value = checked(f"{name}(count)", value(count), bounds)
-                # What a rule remembers may depend on a number that is 0, but not on what a schedule returns.
+                # `slots` may drop a moment for the number 0. A schedule's 0 becomes an array, so the slots stay the same.
                 now[name] = jnp.zeros(()) if isinstance(value, float) and value == 0 else value
         return with_values(self, now)
 

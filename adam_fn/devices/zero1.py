@@ -151,7 +151,7 @@ class Zero1(TreeTransformation):
     def _gathered(self, leaf: Place, x: jax.Array) -> jax.Array:
         """What a step makes of a parameter, where that lives."""
         if not self._inside():
-            return _placed(x, leaf.spread, leaf.own)  # The result and nothing that leads to it.
+            return _placed(x, leaf.spread, leaf.own)  # The first keeps the computation divided: only its result is gathered.
         if leaf.axis is None:
             return x
         return jax.lax.all_gather(x, self.names, axis=leaf.axis, tiled=True, to="invarying")

@@ -19,7 +19,7 @@ LARGE = 2**16
 
 
 def single_device() -> bool:
-    """Whether there is one device. What is shared by several cannot be ordered by one of its elements."""
+    """Whether there is one device. On several, reading one element to force an order would make devices talk."""
     return jax.device_count() == 1
 
 

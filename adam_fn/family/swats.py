@@ -176,7 +176,7 @@ def _either_jvp(write: bool, primals: tuple[PyTree, ...], tangents: tuple[PyTree
 
 @jax.custom_jvp
 def _restarted(now: jax.Array, mu: PyTree) -> PyTree:
-    """0 after the switch: by a loop as well, since the new m would wait for the sums over all leaves otherwise."""
+    """Sets m to 0 at the switch. A loop, so that m can be written before the sums over all leaves are known."""
     return run_at_most_once(now, functools.partial(jax.tree.map, jnp.zeros_like), mu)
 
 

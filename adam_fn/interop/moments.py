@@ -1,7 +1,7 @@
 """What all frameworks' states have in common: a count of steps, and moments by slot and by the parameter's path.
 
-The moments are the raw averages, here as there. The bias weights, which the others compute from powers of the betas,
-are run from the count by the transformation's own rule: they are what it would have come to.
+The moments are the raw averages, here as there. Bias weights that a state keeps are computed again: `advance_weights`
+is run `count` times.
 """
 
 import fnmatch
@@ -48,7 +48,7 @@ class Moments(NamedTuple):
     slots: Mapping[str, ByPath]
 
     def array(self, slot: str, path: str) -> Array:
-        """One of them; of the first moment that β₁ = 0 leaves out, and that counts for nothing elsewhere, zeros."""
+        """The moment of a parameter. With β₁ = 0 no first moment is stored: zeros, which other frameworks ignore."""
         return self.slots[slot][path] if slot in self.slots else jnp.zeros_like(next(iter(self.slots.values()))[path])
 
 

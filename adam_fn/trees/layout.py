@@ -82,7 +82,7 @@ class StateLayout:
         return True
 
     def map(self, own: Callable[[int, jax.ShapeDtypeStruct], T], other: Callable[[Any], T]) -> PyTree:
-        """The state with `own` of each array of a parameter, which a number tells, and `other` of what has none."""
+        """Maps the state: ``own(i, x)`` for an array that belongs to parameter i, ``other(x)`` for the rest."""
         if not self.is_known:
             return jax.tree.map(other, self.state)
         numbers = self.leaves.treedef.unflatten(None if x is None else i for i, x in enumerate(self.shapes))

@@ -104,7 +104,7 @@ def optimizer_of(parts: Sequence[Member]) -> Member:
 
 
 def hyperparameter(parts: Sequence[Member], kind: type[Rule], name: str, ahead: int) -> jax.Array | None:
-    """What the part of a kind has; None where there is no such part."""
+    """The hyperparameter `name` of the only rule of type `kind`, or None."""
     own = {id(part.spec): part for part in parts}.values()  # Many states may have the slots of one part.
     found = [rule for part in own for rule in part.rule(ahead).parts() if isinstance(rule, kind)]
     if len(found) > 1:
@@ -137,7 +137,7 @@ def signal_to_noise_of(part: Member, params: PyTree) -> PyTree | None:
 def storage_errors(
     tx: optax.GradientTransformation, grads: PyTree, state: PyTree, params: PyTree
 ) -> dict[str, tuple[PyTree, PyTree]]:
-    """By slot that is stored in another form: what the slots become, and what storing them takes away."""
+    """For each slot that is not stored exactly: its exact new value and the error of storing it."""
     found = [call for call in calls_of(tx, grads, state, params) if Member(call.spec, call.state).has_moments]
     if len(found) != 1:
         optimizer_of([Member(call.spec, call.state) for call in found])

@@ -61,7 +61,7 @@ class SkipNonfinite(TreeTransformation):
 def _guarded(
     max_consecutive: int, grads: PyTree, state: GuardState, inner: PyTree, new: PyTree, old: PyTree = None
 ) -> tuple[PyTree, GuardState]:
-    """What is new where the step is made, and what was before where it is not; no update where there is no `old`."""
+    """Finite gradients: the new result and state. Otherwise the old state, and `old` or an update of zero."""
     finite = jnp.asarray(True)
     for g in filter(is_trained, jax.tree.leaves(grads)):
         finite &= jnp.isfinite(g).all()
@@ -69,7 +69,7 @@ def _guarded(
     made = finite | (consecutive > max_consecutive)
 
     def nothing(u: jax.Array) -> jax.Array:
-        # -0 and not 0: of the two only that leaves a parameter of -0 as it is.
+        # -0 + 0 is 0, so adding 0 would change a parameter of -0; adding -0 does not.
         return -jnp.zeros_like(u) if is_trained(u) else jnp.zeros_like(u)
 
     def choose(new: jax.Array, old: jax.Array) -> jax.Array:

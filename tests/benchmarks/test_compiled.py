@@ -15,6 +15,8 @@ from compilers import limits, meshes, steps, targets, worker
 from compilers.hlo import Array, Program, instruction
 from compilers.limits import Row
 
+pytestmark = pytest.mark.quick
+
 TARGETS = [*compiled.TPU, *compiled.GPU]
 
 # As XLA writes it: a fetch into fast memory (S(1)), a loop and a call.

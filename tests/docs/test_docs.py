@@ -51,6 +51,7 @@ def test_code_runs_and_prints_what_is_shown(page: Path) -> None:
     assert not printed.text
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
@@ -64,6 +65,7 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert fragment in map(_anchor, re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)), link
 
 
+@pytest.mark.quick
 def test_index_names_every_page() -> None:
     """In its lists, which GitHub shows, and in the same order in the site's table of contents."""
     index = (ROOT / "docs/index.md").read_text()

@@ -14,6 +14,8 @@ from cases import CASES
 import adam_fn
 from adam_fn import presets
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 OPTIMIZERS = (ROOT / "docs" / "optimizers.md").read_text()

@@ -11,6 +11,8 @@ from helpers.mirror import Mirror
 from loaders import imdb
 from loaders.mnist import Checksums, DataError
 
+pytestmark = pytest.mark.quick
+
 LINES = ("9 0:9 2:1 9999:300 10000:4 89526:1\n", "1 1:2\n", "7 \n", "4 5:1 3:2\n")
 
 

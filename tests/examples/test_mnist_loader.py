@@ -16,6 +16,8 @@ from loaders import mnist
 from loaders.mnist import Checksums, DataError
 from numpy.typing import NDArray
 
+pytestmark = pytest.mark.quick
+
 TIMEOUT = 5.0
 
 

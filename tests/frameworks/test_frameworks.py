@@ -29,6 +29,7 @@ class LinenMLP(nn.Module):
         return nn.Dense(1)(nn.relu(nn.Dense(16)(x)))
 
 
+@pytest.mark.quick("adam")
 @pytest.mark.parametrize("case", MEMBERS, ids=name)
 def test_linen_train_state(case: Case) -> None:
     model = LinenMLP()
@@ -64,6 +65,7 @@ class NnxMLP(nnx.Module):
         return self.second(self.dropout(nnx.relu(self.first(x))))
 
 
+@pytest.mark.quick("adam")
 @pytest.mark.parametrize("case", MEMBERS, ids=name)
 def test_nnx_optimizer(case: Case) -> None:
     model = NnxMLP(nnx.Rngs(0))
@@ -87,6 +89,7 @@ def test_nnx_optimizer(case: Case) -> None:
     assert slots_of(optimizer.opt_state)[moments.get("mu", "mu")].first.kernel[...].dtype == jnp.bfloat16
 
 
+@pytest.mark.quick("adam")
 @pytest.mark.parametrize("case", MEMBERS, ids=name)
 def test_equinox(case: Case) -> None:
     """Modules whose non-array leaves are None, filtered by kind of array or not."""

@@ -299,6 +299,7 @@ def test_make_step_donates_and_works_in_place(case: Case) -> None:
     assert compilations(step) == 1
 
 
+@pytest.mark.quick
 def test_gradient_transformation_protocol() -> None:
     tx = adam_fn.adam(1e-3)
     assert isinstance(tx, optax.GradientTransformationExtraArgs)

@@ -129,6 +129,7 @@ def flat(tree: Any) -> Any:
     return np.concatenate([np.ravel(np.asarray(x).astype(np.complex128)) for x in jax.tree.leaves(tree)])
 
 
+@pytest.mark.quick
 def test_every_record_is_tested() -> None:
     assert {f"torch/{row}" for row in TORCH} | {f"keras/{row}" for row in KERAS} == set(OURS)
     assert len(tree("torch", "grads")["dense"]["bias"]) == BEFORE + AFTER

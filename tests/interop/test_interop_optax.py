@@ -167,6 +167,7 @@ def adam_state(mu_dtype: Any = None) -> tuple[Any, Any]:
     return params, (optax.ScaleByAdamState(jnp.int32(3), mu, nu), optax.EmptyState())
 
 
+@pytest.mark.quick
 def test_weights_are_those_of_the_count() -> None:
     params, state = adam_state()
     state = state[0]._replace(count=jnp.int32(2000))

@@ -58,6 +58,7 @@ def test_it_is_the_way_through_optax(storage: str) -> None:
         assert np.any(np.asarray(jax.tree.leaves(slots_of(found))[0]) != 0)
 
 
+@pytest.mark.quick
 @EVERY
 def test_there_and_back(storage: str) -> None:
     """What is decoded is encoded as it was; of what was float32, one of the two codes around each number is left."""

@@ -26,6 +26,7 @@ def _params() -> dict[str, Any]:
     }
 
 
+@pytest.mark.quick("0.1-16bit-adam")
 @pytest.mark.parametrize("case", MEMBERS, ids=name)
 @pytest.mark.parametrize(("weight_decay", "storage"), [(None, None), (0.1, "16bit")])
 def test_every_kind_of_leaf(case: Case, weight_decay: float | None, storage: Any) -> None:
@@ -83,6 +84,7 @@ def _bad(message: str, **changes: Any) -> Any:
     return pytest.param({key: value for key, value in grads.items() if value is not ...}, message)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("grads", "message"),
     [
@@ -107,6 +109,7 @@ def test_gradients_that_do_not_fit(grads: Any, message: str) -> None:
         jax.eval_shape(tx.update, grads, state, params)
 
 
+@pytest.mark.quick
 def test_states_that_do_not_fit() -> None:
     params = {"w": jnp.ones((3, 1))}
     tx = adam_fn.adam(1e-3)

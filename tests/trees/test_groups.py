@@ -62,6 +62,7 @@ def _parts(make: Any) -> Any:
     return optax.partition(txs, labels)
 
 
+@pytest.mark.quick("adam")
 @pytest.mark.parametrize("case", MEMBERS, ids=name)
 def test_every_member_follows_its_groups(case: Case) -> None:
     tx = case.make(0.1, weight_decay=0.2, groups=GROUPS)
@@ -170,6 +171,7 @@ def test_float64_keeps_its_digits() -> None:
         np.testing.assert_allclose(found["a"], expected["a"], rtol=1e-14)
 
 
+@pytest.mark.quick
 def test_a_pattern_that_matches_nothing_is_an_error() -> None:
     message = r"pattern 'layer/\*' matches no parameter; their paths are embed/table, layers/0/bias"
     tx = adam_fn.adam(0.1, groups={"layer/*": Group(rate=0.5)})

@@ -25,6 +25,7 @@ GRADS = random_gradients(8, SIZE)
 PARAMS = np.random.default_rng(1).standard_normal(SIZE).astype(np.float32)
 
 
+@pytest.mark.quick
 def test_elementwise() -> None:
     """1. A rule commutes with every permutation of the elements, bit for bit."""
     order = np.random.default_rng(2).permutation(SIZE)
@@ -36,6 +37,7 @@ def test_elementwise() -> None:
             np.testing.assert_array_equal(a[i][:, order], b[i], err_msg=case.name)
 
 
+@pytest.mark.quick
 def test_composition() -> None:
     """2. ``transform(a >> b)`` is ``chain(transform(a), transform(b))``, for every pair of rules in either order."""
     rules = [case.member for case in MEMBERS] + [adam_fn.Decay(0.1), adam_fn.Rate(0.1)]
@@ -61,6 +63,7 @@ def test_composition() -> None:
         np.testing.assert_allclose(one, two, rtol=1e-6, err_msg=f"{a} >> {b}")
 
 
+@pytest.mark.quick
 def test_composition_is_associative_and_keeps_slots_apart() -> None:
     a, b, c = adam_fn.Adam(), adam_fn.Adam(0.5), adam_fn.Rate(0.1)
     assert (a >> b) >> c == a >> (b >> c)
@@ -68,6 +71,7 @@ def test_composition_is_associative_and_keeps_slots_apart() -> None:
     assert len((a >> b).betas) == 4
 
 
+@pytest.mark.quick
 def test_float32_storage_is_the_identity() -> None:
     """4. The laws of narrow codecs are those of `test_codecs.py`."""
     plain = trajectories([case.make() for case in MEMBERS], GRADS, PARAMS, jit=full_jit)

@@ -110,6 +110,7 @@ def test_a_skipped_step_changes_no_bit(case: Case) -> None:
     assert (int(state.skipped), int(state.consecutive)) == (1, 1)
 
 
+@pytest.mark.quick
 def test_past_the_limit_the_failure_shows_as_in_optax() -> None:
     tx: Any = adam_fn.skip_nonfinite(adam_fn.adam(0.1), 2)
     peer: Any = optax.apply_if_finite(adam_fn.adam(0.1), 2)

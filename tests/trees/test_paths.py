@@ -18,6 +18,8 @@ import adam_fn
 from adam_fn import checkpoint, diagnostics, interop, masks
 from adam_fn.trees.leaves import by_path
 
+pytestmark = pytest.mark.quick
+
 
 class Flat(adam_fn.Rule):
     """Of another shape where there are two axes."""

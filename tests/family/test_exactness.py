@@ -32,6 +32,7 @@ def _array(b2: float) -> Any:
     return lambda beta: adam_fn.adam(jnp.asarray(1e-3, jnp.float32), b2=beta), jnp.float32(b2), float(np.float32(b2))
 
 
+@pytest.mark.quick("number-0.9999")
 @pytest.mark.parametrize("b2", BETAS)
 @pytest.mark.parametrize("given", [_number, _schedule, _array], ids=["number", "schedule", "array"])
 def test_error_of_the_update_is_below_1e_6(given: Any, b2: float) -> None:

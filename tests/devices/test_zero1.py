@@ -84,6 +84,7 @@ def _assert_same(path: tuple[Any, ...], found: jax.Array, expected: jax.Array) -
         np.testing.assert_allclose(np.float32(found), np.float32(expected), rtol=1e-6, atol=few)
 
 
+@pytest.mark.quick("16bit-AxisType.Auto")
 @pytest.mark.parametrize(("name", "kind"), [*((name, AxisType.Auto) for name in TXS), ("16bit", AxisType.Explicit)])
 def test_the_same_steps_with_an_eighth_of_the_state(name: str, kind: AxisType) -> None:
     """Of the same gradients the same numbers; the parameters stay whole."""
@@ -230,6 +231,7 @@ def test_equal_ones_compare_equal() -> None:
     assert one != adam_fn.zero1(adam_fn.adam(1e-2), _values(), _mesh())
 
 
+@pytest.mark.quick
 def test_errors_name_what_is_wrong() -> None:
     mesh, params = _mesh(), _values()
     with pytest.raises(ValueError, match=r"the mesh has the axes \('data',\), not 'batch'"):

@@ -106,6 +106,7 @@ def test_complex_parameters_on_a_mesh() -> None:
     assert slots_of(state)["mu"].sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(None, "a")), 3)
 
 
+@pytest.mark.quick("16bit-AxisType.Auto")
 @KINDS
 @pytest.mark.parametrize("storage", [None, "24bit", "16bit"])
 def test_inside_shard_map(kind: AxisType, storage: Any) -> None:

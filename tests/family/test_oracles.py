@@ -19,6 +19,7 @@ GRADS = random_gradients(STEPS, SIZE)
 PARAMS = np.random.default_rng(1).standard_normal(SIZE).astype(np.float32)
 
 
+@pytest.mark.quick
 def test_follows_its_paper_for_1000_steps() -> None:
     found = trajectories([case.make() for case in CASES], GRADS, PARAMS, jit=full_jit)
     for case, params, updates in zip(CASES, *found, strict=True):

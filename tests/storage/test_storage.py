@@ -71,6 +71,7 @@ ERRORS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("message", ERRORS)
 def test_errors_of_storage(message: str) -> None:
     make, options = ERRORS[message]
@@ -78,6 +79,7 @@ def test_errors_of_storage(message: str) -> None:
         make(1e-3, **options)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("storage", "least"), [("float32", 8), ("bfloat16", 4), ("24bit", 3), ("16bit", 2)])
 def test_state_bytes(storage: Any, least: int) -> None:
     """Of both moments, for each parameter, without an allocation: these parameters would be 4 TB."""
@@ -198,6 +200,7 @@ def test_masks_are_no_schedules() -> None:
     assert {key: str(x.dtype) for key, x in mu.items()} == {"embedding": "float32", "w": "int8"}
 
 
+@pytest.mark.quick
 def test_storage_mask() -> None:
     """What it leaves out is stored, and updated, as without storage=."""
     params = {"embedding": jnp.ones((8, 16)), "w": jnp.ones((8, 16)), "n": jnp.arange(3), "none": None}

@@ -168,6 +168,7 @@ def test_learning_rate_of_one_step() -> None:
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
+@pytest.mark.quick
 def test_bad_options() -> None:
     p = jnp.ones(2)
     for name, state in (("swats", "its own state, .*"), ("lamb", r"the state that tx.init\(params\) makes")):

@@ -79,6 +79,7 @@ def both(make: Callable[[], Any], expected: list[oracles.Leaves], scale: float) 
 WARM: Any = optax.linear_schedule(2e-2, 1e-3, STEPS)
 
 
+@pytest.mark.quick("constant")
 @pytest.mark.parametrize(("rate", "tolerance"), [(1e-2, 1e-5), (WARM, 1e-4)], ids=["constant", "schedule"])
 def test_swats_follows_its_paper(rate: Any, tolerance: float) -> None:
     schedule: Any = optax.constant_schedule(rate) if isinstance(rate, float) else rate
@@ -120,6 +121,7 @@ def test_swats_does_not_switch_at_the_first_step_or_to_a_negative_rate() -> None
     assert (jnp.asarray(updates) != 0).all()
 
 
+@pytest.mark.quick("options0")
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"weight_decay": 1e-3, "decay": "independent"}])
 def test_lamb_follows_its_paper(options: dict[str, Any]) -> None:
     decay = options.get("weight_decay", 0.0)
@@ -151,6 +153,7 @@ def test_lamb_masks_and_freezes() -> None:
     assert not np.asarray(updates["fixed"]).any()
 
 
+@pytest.mark.quick
 def test_cautious_follows_its_paper() -> None:
     expected = oracles.cautious_adamw(slope(0.3), list(START.values()), STEPS, 1e-2, 0.9, 0.99, weight_decay=0.1)
 

@@ -254,6 +254,7 @@ def test_composes(kind: str) -> None:
     assert jax.tree.structure(doubled) == jax.tree.structure(tx.init(p))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("kind", WRITES)
 def test_errors_name_the_leaf(kind: str) -> None:
     tx: Any = WRITES[kind](optax.sgd(1.0))
@@ -267,6 +268,7 @@ def test_errors_name_the_leaf(kind: str) -> None:
         tx.update({"a": jnp.ones(3)}, tx.init(p), p)
 
 
+@pytest.mark.quick
 def test_errors_of_arguments_and_states() -> None:
     p = {"a": jnp.ones(2, BF16)}
     sixteen, eight = (write.master_weights(optax.sgd(1.0), bits) for bits in (16, 8))

@@ -43,6 +43,7 @@ def _patterns() -> np.ndarray:
 # The masters.
 
 
+@pytest.mark.quick
 def test_split_and_join_are_lossless() -> None:
     patterns = _patterns()
     x = _floats(patterns)
@@ -77,6 +78,7 @@ def test_masters_of_24_bits_are_the_nearest() -> None:
     np.testing.assert_array_equal(_upper(q), (expected + 0x8000) >> 16)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("bits", [16, 8])
 def test_any_parameter_joins_any_remainder(bits: int) -> None:
     """A parameter set to 0 keeps no negative remainder, which would be nan; inf stays inf."""
@@ -94,6 +96,7 @@ def test_any_parameter_joins_any_remainder(bits: int) -> None:
 PULL = jnp.asarray(RNG.standard_normal(64) * np.exp(RNG.uniform(-6, 3, 64)), jnp.float32)
 
 
+@pytest.mark.quick("8")
 @pytest.mark.parametrize("bits", [16, 8])
 def test_training_is_that_of_float32(bits: int) -> None:
     """10,000 steps with decay and with noise in bfloat16: the masters are the float32 parameters, bit for bit."""
@@ -225,6 +228,7 @@ def test_the_mean_over_all_dithers_is_exact() -> None:
     np.testing.assert_array_equal(q.astype(np.float64).mean(0), x.astype(np.float64))
 
 
+@pytest.mark.quick
 def test_rounding_is_even_in_time_and_to_a_neighbour() -> None:
     """Of 2,048 steps as many go up as should, but for one, at every magnitude and from any parameter."""
     magnitudes = np.concatenate(
@@ -255,6 +259,7 @@ def test_rounding_is_even_in_time_and_to_a_neighbour() -> None:
     assert np.abs(np.asarray(ups) - steps * (patterns & 0xFFFF) / 2**16).max() <= 1
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("inside", [True, False])
 def test_rounded_updates_land_where_they_cancel(inside: bool) -> None:
     """Where p + u is anything down to 0, p lands on the two bfloat16 around it, on each as often as it should."""

@@ -43,6 +43,7 @@ def test_low_precision_gradients(dtype: Any) -> None:
         np.testing.assert_array_equal(found, np.asarray(expected[:, i], np.float32), err_msg=case.name)
 
 
+@pytest.mark.quick("bfloat16-16bit")
 @STORAGES
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_every_finite_gradient_and_no_other(dtype: Any, storage: Any) -> None:
@@ -88,6 +89,7 @@ def test_state_is_float32_for_bfloat16_parameters(case: Case) -> None:
     np.testing.assert_allclose(slots_of(after)["nu"], 1 - 0.999**5000, rtol=1e-4)
 
 
+@pytest.mark.quick("adam-")
 @pytest.mark.parametrize("grads", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("params", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("case", MEMBERS, ids=name)
