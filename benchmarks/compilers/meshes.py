@@ -20,7 +20,7 @@ import adam_fn
 
 STORED = ("float32", "24bit", "16bit", "masters, 16bit")
 #: As where there are several devices.
-several = functools.partial(unittest.mock.patch, "adam_fn.execute.cpu.alone", lambda: False)
+several = functools.partial(unittest.mock.patch, "adam_fn.execute.cpu.single_device", lambda: False)
 
 # --- Llama-7B ---
 
