@@ -22,7 +22,7 @@ _FORMAT = "adam_fn.checkpoint"
 
 
 def _form(x: PyTree) -> str:
-    """The dtype and shape, as in ``float32[2,3]``, of an array or of what stands for one."""
+    """The dtype and shape of an array or of its stand-in, as in ``float32[2,3]``."""
     shape, dtype = getattr(x, "shape", None), getattr(x, "dtype", None)
     if shape is None or dtype is None:
         shape, dtype = np.shape(x), jnp.result_type(x)
@@ -30,9 +30,9 @@ def _form(x: PyTree) -> str:
 
 
 def _forms(name: str, tree: PyTree, like: PyTree = None) -> dict[str, str]:
-    """The form of each leaf by path. Attributes, keys and indices read alike: checkpoints keep no named tuples.
+    """The form of each leaf by path. Attributes, keys and indices look alike, since checkpoints keep no named tuples.
 
-    The ``value`` of a boxed parameter is not part of its path. A box that was restored is a dictionary: `like` tells.
+    The ``value`` of a boxed parameter is not part of its path. Restored boxes are dictionaries: `like` tells which.
     """
     full = (join_keys(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(like)[0])
     boxed = dict(zip(full, (path for path, _ in named_leaves(like)), strict=True))
@@ -44,7 +44,7 @@ def _forms(name: str, tree: PyTree, like: PyTree = None) -> dict[str, str]:
 
 
 def describe(tx: optax.GradientTransformation, params: PyTree) -> dict[str, Any]:
-    """A description of a checkpoint of `params` and of the state of `tx`, to be saved with it as JSON.
+    """Describes a checkpoint of `params` and of the state of `tx`; the result is to be saved with it, as JSON.
 
     It lists the rules of this package in `tx` that keep state, in the order in which `tx` creates their states, the
     codec of each slot, and the shape and dtype of each leaf of the parameters and the state, by path. It leaves out
@@ -57,7 +57,7 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> dict[str, Any]
     """
     specs, state = located(tx, params)
     specs = [spec for spec in specs if spec.codecs]
-    # `Cast()` stores in the dtype of the arithmetic: named, where there is one, so that it equals the cast to that.
+    # `Cast()` stores in the dtype of the arithmetic. Where there is only one, it is described as the cast to that one.
     kinds = {
         compute_dtype(kind)
         for kind in map(jnp.result_type, jax.tree.leaves(params))
@@ -111,7 +111,7 @@ def check(saved: PyTree, tx: optax.GradientTransformation, params: PyTree) -> No
     expected = describe(tx, params)
     if not (isinstance(saved, Mapping) and saved.get("format") == _FORMAT):
         saved = {**expected, "state": _forms("state", saved, like=_unmarked(located(tx, params).state))}
-    # Of slots that another rule does not have the leaves tell.
+    # For slots that only one of the rules has, the leaves are compared instead of the storage.
     same, names = saved["rules"] == expected["rules"], {**expected["storage"], **saved["storage"]}
     compared = [name for name in names if same or all(name in x["storage"] for x in (saved, expected))]
     found, wanted = (
@@ -124,7 +124,7 @@ def check(saved: PyTree, tx: optax.GradientTransformation, params: PyTree) -> No
         for x in (saved, expected)
     )
     differ = [path for path in {**wanted, **found} if found.get(path) != wanted.get(path)]
-    # What differs in a slot that is stored otherwise is named by its storage; of several transformations each leaf is.
+    # If a slot's storage differs, report that instead of each of its leaves (with one transformation only).
     changed = [path for path in differ if path in compared]
     slots = [path.replace("storage", "") + "/" for path in changed if path.count("/") == 1]
     lines = [

@@ -1,4 +1,4 @@
-"""What the optimizer is doing: pure, compiled functions of a transformation and its state.
+"""Diagnostics of a running optimizer: pure, compiled functions of a transformation and its state.
 
 ::
 
@@ -8,9 +8,9 @@
 
 `tx` is any transformation that contains one optimizer of this package: by itself, in `optax.chain`, `masked`,
 `partition`, `inject_hyperparams`, `MultiSteps` or `apply_if_finite`, or in a wrapper of this package; `state` is the
-state of `tx` **after** a step, and `params` has the parameters' structure. Two optimizers, or none, are a ValueError:
-pass the one you mean, and its state. (These functions cannot look inside a `tx.update` that was wrapped in `jax.jit` on
-its own.) For an `nnx.Optimizer` and its model, pass ``nnx.as_pure`` of ``optimizer.opt_state`` and of
+state of `tx` **after** a step, and `params` has the parameters' structure. Two optimizers in `tx`, or none, raise a
+ValueError: pass the one you mean, and its state. (These functions cannot look inside a `tx.update` that was wrapped in
+`jax.jit` on its own.) For an `nnx.Optimizer` and its model, pass ``nnx.as_pure`` of ``optimizer.opt_state`` and of
 ``nnx.state(model, wrt)``.
 
 Slots stored in codes are decoded. Trees have the structure of the parameters, with `optax.MaskedNode` for leaves that
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 
 def state_bytes(tx: optax.GradientTransformation, params: PyTree) -> int:
-    """The bytes of the state that `tx` keeps for `params`, in the form in which it is stored; nothing is allocated.
+    """The size in bytes of the state that `tx` keeps for `params`, as it is stored; nothing is allocated.
 
     `params` may be arrays or `jax.ShapeDtypeStruct`. Sharded arrays count in full.
     """
@@ -48,7 +48,7 @@ def state_bytes(tx: optax.GradientTransformation, params: PyTree) -> int:
 
 
 def _compiled(function: Callable[P, T]) -> Callable[P, T]:
-    """Compiled for each transformation; an error says what `lax.cond` hides."""
+    """Compiles a function for each transformation; an error explains that `lax.cond` hides an optimizer."""
     names = set(inspect.signature(function).parameters) & {"tx", "ahead", "threshold", "per_leaf"}
     compiled = jax.jit(function, static_argnames=tuple(sorted(names)))
 
@@ -67,7 +67,7 @@ def _compiled(function: Callable[P, T]) -> Callable[P, T]:
 
 @_compiled
 def learning_rate(tx: optax.GradientTransformation, state: PyTree, params: PyTree, *, ahead: int = 0) -> jax.Array:
-    """The learning rate α of the step that led to `state`, schedules evaluated, a float32 scalar.
+    """The learning rate α of the step that led to `state`, with schedules evaluated; a float32 scalar.
 
     This is the rate of this package's `Rate`, also under `optax.inject_hyperparams`. Links of optax that scale the
     updates do not count, nor does ``update(..., learning_rate=x)``. After `swats` has switched it is Adam's rate.
@@ -89,7 +89,7 @@ def learning_rate(tx: optax.GradientTransformation, state: PyTree, params: PyTre
 
 @_compiled
 def weight_decay(tx: optax.GradientTransformation, state: PyTree, params: PyTree, *, ahead: int = 0) -> jax.Array:
-    """The weight decay λ of the step that led to `state`, schedules evaluated, a float32 scalar; 0 without decay.
+    """The weight decay λ of the step that led to `state`, with schedules evaluated; a float32 scalar, 0 without decay.
 
     The transformation decides whether it is multiplied by the rate, and which leaves decay. The arguments are those of
     `learning_rate`.
@@ -126,10 +126,10 @@ def _required(tx_parts: Sequence[Member], params: PyTree) -> PyTree:
 def signal_to_noise(tx: optax.GradientTransformation, state: PyTree, params: PyTree) -> PyTree:
     """The signal-to-noise ratio ``m̂/√v̂`` of every element (arXiv 1412.6980, section 2.1), a tree of arrays.
 
-    Near ±1 successive gradients agree; near an optimum they do not, the ratio falls, and the step with it. v̂ is what
-    the optimizer divides by: AMSGrad's maximum, AdaBelief's ``(g - m)²``. For AdaMax the ratio is ``m̂/v``; for LaProp
-    it is m̂ and for ADOPT m, which are averages of ratios. It is 0 before the first step, and for elements whose
-    gradients so far were all 0. After `swats` has switched it says nothing: m is then SGD's momentum.
+    Near ±1, successive gradients agree; near an optimum they do not, and the ratio falls, and the step with it. v̂ is
+    the number that the optimizer divides by: AMSGrad's maximum, AdaBelief's ``(g - m)²``. For AdaMax the ratio is
+    ``m̂/v``; for LaProp it is m̂ and for ADOPT m, which are averages of ratios. It is 0 before the first step, and for
+    elements whose gradients so far were all 0. After `swats` has switched it says nothing: m is then SGD's momentum.
 
     Raises:
       ValueError: for Lion, which stores no second moment, and for ``b1 = 0``, where no first moment is stored. See the
@@ -183,9 +183,9 @@ def at_bound(tx: optax.GradientTransformation, state: PyTree, params: PyTree, *,
 
 @jax.jit
 def update_to_weight(updates: PyTree, params: PyTree) -> PyTree:
-    """``‖u‖/‖p‖`` of each leaf, the L2 norms of update and parameter; a tree of scalars.
+    """The ratio ``‖u‖/‖p‖`` of the L2 norms of update and parameter, for each leaf; a tree of scalars.
 
-    About 1e-3 is common. It is 0 if the update is 0, and inf if only the parameter is 0; integers have
+    About 1e-3 is common. The ratio is 0 if the update is 0, and inf if only the parameter is 0; integer leaves become
     `optax.MaskedNode`. `params` may be the parameters before or after the step.
     """
     return jax.tree.map(lambda u, p: quotient(norm([u]), norm([p])), reals(updates), reals(params))
@@ -195,12 +195,12 @@ def update_to_weight(updates: PyTree, params: PyTree) -> PyTree:
 def quantisation_error(
     tx: optax.GradientTransformation, state: PyTree, grads: PyTree, params: PyTree
 ) -> dict[str, PyTree]:
-    """What storing the slots loses in one step with `grads`: relative L2 errors, for each slot a tree of scalars.
+    """The error of storing the slots in one step with `grads`: relative L2 errors, for each slot a tree of scalars.
 
-    ``‖s' - s‖/‖s‖`` of each leaf, where s is the slot after the step in the dtype of the arithmetic and s' is what is
-    read back (``decode(encode(s))``). Both come from the same stored state, so this is the loss of one step, not an
-    accumulated one: these errors are as often positive as negative, and over many steps they cancel. Slots that are
-    stored in the dtype of the arithmetic lose nothing and are left out. The function computes two steps.
+    The error of a leaf is ``‖s' - s‖/‖s‖``, where s is the slot after the step, in the dtype of the arithmetic, and s'
+    is ``decode(encode(s))``, the slot as it is read back. Both come from the same stored state, so this is the error of
+    one step, not an accumulated one: these errors are as often positive as negative, and over many steps they cancel.
+    Slots that are stored in the dtype of the arithmetic have none and are left out. The function computes two steps.
 
     Args:
       tx: the transformation.
@@ -209,7 +209,7 @@ def quantisation_error(
       params: the parameters.
 
     Raises:
-      ValueError: inside `lax.cond` (`optax.MultiSteps`, `apply_if_finite`): pass the inner transformation. See the
+      ValueError: within `lax.cond` (`optax.MultiSteps`, `apply_if_finite`): pass the inner transformation. See the
         module for the rest.
     """
     return {
@@ -234,7 +234,7 @@ def summary(
     learning_rate: ArrayLike | None = None,
     per_leaf: bool = False,
 ) -> dict[str, jax.Array]:
-    """Everything as one flat dictionary of float32 scalars; the keys depend only on the kind of the arguments.
+    """Collects all of this in a flat dictionary of float32 scalars; the keys depend only on the kind of the arguments.
 
     ==========================  =====================================================================
     ``learning_rate``           α of the step that led to `state`
@@ -247,8 +247,8 @@ def summary(
     ``quantisation_error/mu``   ``‖s' - s‖/‖s‖`` of a step by `grads` from `state`, for each coded slot
     ==========================  =====================================================================
 
-    What `tx` does not have is left out: the rates if there is no `Rate`; for Lion, the ratio and what is computed from
-    it.
+    Keys that do not apply to `tx` are left out: the rates if it has no `Rate`; for Lion, the ratio and all that is
+    computed from it.
 
     Args:
       tx: the transformation.
@@ -291,7 +291,7 @@ def summary(
 
 
 def _like(updates: PyTree, kept: PyTree) -> PyTree:
-    """The updates of the parameters that are kept."""
+    """The updates, with `optax.MaskedNode` where the kept parameters have it."""
     leaves = Leaves(updates)
     there = leaves.align(kept, "the parameters", "the updates")
     return leaves.treedef.unflatten(

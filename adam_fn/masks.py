@@ -27,7 +27,7 @@ def _check_tree(mask: object, params: PyTree) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class rank:
-    """The leaves with at least `at_least` axes: ``rank(2)`` leaves out biases and the scales of norms.
+    """A mask of the leaves with at least `at_least` axes: ``rank(2)`` leaves out biases and the scales of norms.
 
     The rank of layers stacked along an extra first axis (for `scan` or `vmap`) is one higher.
     """
@@ -41,7 +41,7 @@ class rank:
 
 @dataclasses.dataclass(frozen=True, init=False)
 class path:
-    """The leaves whose path matches one of the patterns, or with ``invert=True`` none of them.
+    """A mask of the leaves whose path matches one of the patterns, or with ``invert=True`` none of them.
 
     A leaf's path is its keys joined by ``/``, as in ``layers/0/kernel``; the patterns are those of `fnmatch` (``*``
     matches ``/`` as well) and must match the whole path: ``path("*bias", "*norm*", invert=True)``. The ``.value`` of a

@@ -1,4 +1,4 @@
-"""The options that every optimizer of the family takes, declared and documented once, and what they build."""
+"""The options that every optimizer takes, declared and documented once, and the transformations that they build."""
 
 import functools
 import inspect
@@ -17,9 +17,9 @@ from adam_fn.trees.groups import Group, Groups
 from adam_fn.trees.leaves import Mask
 from adam_fn.trees.transform import Transformation, transform
 
-#: What `weight_decay` means; see `CommonOptions`.
+#: The meaning of `weight_decay`; see `Options`.
 DecayKind: TypeAlias = Literal["scaled", "independent", "l2", "proximal"]
-#: What the square of a complex gradient is; see `Options`.
+#: The meaning of the square of a complex gradient; see `Options`.
 Complex: TypeAlias = Literal["parts", "magnitude"]
 P = ParamSpec("P")
 R = TypeVar("R", bound=Rule)
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class DirectionOptions(TypedDict, total=False):
-    """What is kept between steps, and for which leaves; see `Options`."""
+    """The options that say what is kept between steps, and for which leaves; see `Options`."""
 
     complex: Complex
     frozen: Mask | None
@@ -87,15 +87,15 @@ class Options(MuOptions, DecayOptions, total=False):
       mu_dtype: the floating dtype in which the first moments are stored; float32 by default (float64 for float64
         parameters). A narrower one is rounded with a dither, so that the mean of a slow average stays right.
       nu_dtype: the same for the second moments.
-      storage: how the moments are stored between steps, in one word, by Adam's bytes of state a parameter:
-        ``"float32"`` (8), ``"bfloat16"`` (4), ``"24bit"`` (3: first moments in 8 bits, second ones in bfloat16) or
-        ``"16bit"`` (2: both in one word). Moments that no code suits are stored in bfloat16. Or codecs, to mix: one for
-        all moments, such as `Cast("bfloat16")`, or a mapping from slot names to codecs,
-        ``Storage(mu=MuLaw(), nu=Cast("float32"))``; a name covers every slot that begins with it (nu, nu_max).
+      storage: how the moments are stored between steps: by name (in parentheses, the bytes of Adam's state per
+        parameter), ``"float32"`` (8), ``"bfloat16"`` (4), ``"24bit"`` (3: first moments in 8 bits, second ones in
+        bfloat16) or ``"16bit"`` (2: both in one word), where moments that no code suits are stored in bfloat16; or by
+        codec, either one for all moments, such as `Cast("bfloat16")`, or a mapping from slot names to codecs,
+        ``Storage(mu=MuLaw(), nu=Cast("float32"))``, in which a name covers every slot that begins with it (nu, nu_max).
       storage_mask: the leaves to which `storage` applies, as a mask, such as
         ``masks.path("*embedding*", invert=True)``; the others are stored in float32 (float64 for float64 parameters).
         All by default. Not with ``"16bit"``.
-      complex: what the square of a complex gradient is: ``"parts"``, that of the real and that of the imaginary part,
+      complex: the meaning of the square of a complex gradient: ``"parts"``, the squares of its real and imaginary part,
         each for its own second moment, as in torch (the default); or ``"magnitude"``, ``|g|²`` for both, as in optax.
       groups: multipliers of the rate and of the decay, and frozen leaves, by path: a `Groups`, or the mapping that it
         is made from, ``{"embedding/*": Group(frozen=True), "*bias": Group(decay=0.0)}``.
@@ -117,7 +117,7 @@ def optimizer(
     complex: Complex = "parts",
     groups: Groups | Mapping[str, Group] | None = None,
 ) -> Transformation:
-    """The transformation of `rule` with a learning rate and the options that all optimizers share (see `Options`)."""
+    """Makes a transformation of `rule`, a learning rate and the options that all optimizers share (see `Options`)."""
     check_decay(weight_decay, mask, decay, groups)
     rule = with_complex(rule, complex)
     direction, step = direction_and_step(rule, learning_rate, weight_decay, decay)
@@ -127,7 +127,7 @@ def optimizer(
 
 
 def with_complex(rule: R, complex: Complex) -> R:
-    """The rule with the square that the option asks for."""
+    """The rule with the square of complex gradients that the option asks for."""
     if complex not in typing.get_args(Complex):
         raise ValueError(f"complex must be one of {list(typing.get_args(Complex))}, got {complex!r}")
     if complex == "parts":
@@ -140,7 +140,7 @@ def with_complex(rule: R, complex: Complex) -> R:
 def check_decay(
     weight_decay: Hyper | None, mask: Mask | None, decay: DecayKind, groups: Groups | Mapping[str, Group] | None
 ) -> None:
-    """Raises if an option changes a weight decay that there is not."""
+    """Raises if an option needs a weight decay and none is given."""
     if weight_decay is not None:
         return
     if mask is not None or decay != "scaled":
@@ -177,7 +177,7 @@ def codecs_by_slot(
     nu_dtype: DTypeLike | None = None,
     storage: StorageLike | None = None,
 ) -> dict[str, Codec]:
-    """The codec of each slot that the options ask for."""
+    """The codecs that the options ask for, by slot."""
     if isinstance(storage, Codec):
         storage = dict.fromkeys(rule.slots, storage)
     elif isinstance(storage, str):
@@ -210,7 +210,7 @@ def codecs_by_slot(
 def lists_options(function: Callable[P, T]) -> Callable[P, T]:
     """Lists the unpacked ``**options`` in the runtime signature, which `optax.inject_hyperparams` and `help` read.
 
-    Without the types, which in one line would hide the names.
+    It leaves out the types, which would hide the names.
     """
     signature = inspect.signature(function)
     *named, rest = signature.parameters.values()

@@ -27,7 +27,7 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class inverse_sqrt:
-    """``α/√t``, with a linear warm-up on request.
+    """The rate ``α/√t``, with an optional linear warm-up.
 
     ``α_t = α · min(1/√t, t/W^1.5)``, ``W = warmup_steps``; the two terms meet at ``t = W``, at the peak ``α/√W``.
     Without a warm-up it is the ``α/√t`` of Adam's convergence theorem (arXiv 1412.6980, section 4).

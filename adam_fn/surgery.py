@@ -1,4 +1,4 @@
-"""Changes of a running state: what is known of some parameters is forgotten, moved or made for new ones.
+"""Edits a running state: forgets what it holds for some parameters, moves it, or makes it for new ones.
 
 Every function is pure, works under `jit` and takes any transformation, of this package or of optax, with any storage:
 codes are elementwise, so that the state of an element can be replaced or moved as it is stored.
@@ -7,7 +7,7 @@ The step count stays, because all parameters share it. An element whose moments 
 make first steps of up to ``(1-β₁)/√(1-β₂)`` times the rate, 3.2 with Adam's defaults, since no bias correction makes up
 for a young v. Therefore a new second moment is, unless you ask for zeros, the mean of the others' in its leaf: first
 steps are then as large as those of its neighbours, or smaller while its first moment fills. This holds for the
-optimizers of this package; what optax's transformations keep becomes what it is before the first step.
+optimizers of this package; arrays of optax's transformations become as they are before the first step.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,15 +30,15 @@ from adam_fn.trees.states import State
 from adam_fn.trees.transform import Update, coded
 from adam_fn.wrappers.averaging import Average
 
-#: How the second moments of new elements begin.
+#: The value with which second moments of new elements begin; see `reset`.
 Second: TypeAlias = Literal["mean", "zero"]
 
 
 class Rows(NamedTuple):
-    """Where the rows of a resized parameter come from.
+    """The origin of the rows of a resized parameter.
 
     Attributes:
-      source: for each new row along `axis` the old row that it was, and -1 for one that is new; integers.
+      source: for each row along `axis` the old row that it comes from, or -1 if it is new; integers.
       axis: the axis whose entries are rows.
     """
 
@@ -54,27 +54,27 @@ def reset(
     *,
     second: Second = "mean",
 ) -> State:
-    """Forgets what the state holds of some elements, such as those of dormant neurons that were initialised again.
+    """Forgets what the state holds for some elements, such as those of dormant neurons that were initialised again.
 
     ::
 
-        dead = {"kernel": activity == 0, "bias": activity == 0}  # [units]: of every column
+        dead = {"kernel": activity == 0, "bias": activity == 0}  # of shape [units], for every row
         state = surgery.reset(tx, state, params, dead)
 
-    First moments become what they are before the first step, second ones see the module; remainders of masters become
-    0, and averages of parameters the parameters. Everything else stays as it is, bit for bit.
+    First moments become what they are before the first step (for second ones, see the module), remainders of masters
+    become 0, and averages of the parameters become the parameters. Everything else stays as it is, bit for bit.
 
     Args:
       tx: the transformation.
       state: its state.
-      params: the parameters, now: after the elements were given new values.
+      params: the parameters, after the elements were given new values.
       where: a tree of the parameters' structure of booleans, or of boolean arrays that broadcast to the parameters; or
         a pattern of paths (see `adam_fn.masks.path`), or a function of the parameters that returns such a tree.
       second: ``"mean"``, or ``"zero"`` for second moments as before the first step.
 
     Raises:
-      ValueError: if `where` does not fit the parameters, or selects a part of a leaf of which the state has an array
-        of another shape (as Adafactor's), which can only be reset as a whole.
+      ValueError: if `where` does not fit the parameters, or selects a part of a leaf for which the state has an array
+        of another shape (such as Adafactor's): that can only be reset as a whole.
     """
     leaves = Leaves(params)
     masks = _masks(leaves, params, where)
@@ -105,24 +105,24 @@ def resize(
     ::
 
         rows = {"embedding/*": Rows([*range(50_000), *[-1] * 257])}        # 257 words more
-        rows = {"*": Rows(np.flatnonzero(keep))}                           # Gaussians that are left
+        rows = {"*": Rows(np.flatnonzero(keep))}                           # the Gaussians that remain
         state = surgery.resize(tx, state, params, new_params, rows)
 
-    A row that is taken twice, as of a Gaussian that was split, gives both the same moments. New rows begin as `reset`
-    would leave them; the mean of the second moments is that over the rows that are kept.
+    A row that is taken twice (a Gaussian that was split) gives both new rows the same moments. New rows begin as
+    `reset` would leave them; the mean of the second moments is taken over the rows that are kept.
 
     Args:
       tx: the transformation.
       state: its state for `old_params`.
       old_params: the parameters before; shapes and dtypes would do.
-      new_params: those after, of the same structure.
-      rows: by patterns of paths (see `adam_fn.masks.path`) where the rows come from. Leaves that no pattern matches
+      new_params: the parameters after, of the same structure.
+      rows: where the rows come from, by patterns of paths (see `adam_fn.masks.path`). Leaves that no pattern matches
         keep their shapes.
       second: see `reset`.
 
     Raises:
-      ValueError: if a pattern matches no parameter or several match one, if a leaf has another shape than its rows
-        would make it, or if the state has an array of it that has no such axis.
+      ValueError: if a pattern matches no parameter, if several match one, if a new leaf has not the shape that its rows
+        give, or if the state has an array for it that has no such axis.
     """
     leaves, new = Leaves(old_params), Leaves(new_params)
     found = new.align(old_params, "the old parameters", "the new ones")
@@ -160,21 +160,21 @@ def resize(
 
 
 def adapt(tx: optax.GradientTransformation, state: State, old_params: PyTree, new_params: PyTree) -> State:
-    """The state for parameters of another structure: leaves of equal path and shape keep theirs, others begin.
+    """The state for parameters of another structure: leaves of equal path and shape keep their state, others begin.
 
     ::
 
         state = surgery.adapt(tx, state, params, {**params, "adapter": adapter})
 
-    A leaf that is new begins as at the first step, but with the count of the others: its first step is
-    ``(1-β₁)/√(1-β₂) · √w₂/w₁`` times what it would be, w the bias weights ``1 - βᵗ``; that is 3.2 late in a run, and .6
-    at its smallest. Where that matters, give new leaves a transformation of their own by `optax.partition`.
+    A new leaf begins as at the first step, but with the count of the others: its first step is multiplied by
+    ``(1-β₁)/√(1-β₂) · √w₂/w₁``, where w are the bias weights ``1 - βᵗ``. With Adam's defaults this is 3.2 late in a run
+    and 0.6 at its smallest. Where that matters, give new leaves a transformation of their own by `optax.partition`.
 
     Args:
       tx: the transformation.
       state: its state for `old_params`.
       old_params: the parameters before; shapes and dtypes would do.
-      new_params: those after.
+      new_params: the parameters after.
     """
     old, new = Leaves(old_params), Leaves(new_params)
     check_distinct(old.names)
@@ -207,12 +207,12 @@ def adapt(tx: optax.GradientTransformation, state: State, old_params: PyTree, ne
 
 
 def _along(row: jax.Array, axis: int, rank: int) -> jax.Array:
-    """An array with an axis for each of a leaf's, from one for its rows."""
+    """A vector over the rows of a leaf, reshaped to broadcast to the leaf."""
     return jnp.expand_dims(row, tuple(i for i in range(rank) if i != axis % rank))
 
 
 def _masks(leaves: Leaves, params: PyTree, where: PyTree) -> list[jax.Array]:
-    """A boolean, or an array that broadcasts, for each leaf."""
+    """A boolean for each leaf, or a boolean array that broadcasts to it."""
     if isinstance(where, str):
         return [jnp.asarray(hit[0]) for _, hit in match_patterns([where], params)]
     found = leaves.align(where(params) if callable(where) else where, "where", "the parameters")
@@ -237,7 +237,7 @@ def _fresh(
     masks: Sequence[jax.Array],
     second: Second,
 ) -> PyTree:
-    """The state with which elements begin where `masks` say so."""
+    """The state that elements begin with where `masks` are true."""
     if second not in ("mean", "zero"):
         raise ValueError(f'second must be "mean" or "zero", got {second!r}')
     leaves = Leaves(params)
@@ -270,7 +270,7 @@ def _is_masked(x: object) -> bool:
 def _first_slots(
     spec: Definition, p: jax.Array, mask: jax.Array, old: Mapping[str, jax.Array], second: Second
 ) -> dict[str, jax.Array]:
-    """The slots of a leaf as new elements begin with them."""
+    """The values with which the slots of new elements of a leaf begin."""
     zeros = zeros_like(p)
     averages = [x for part, names in spec.rule.named_parts() if isinstance(part, Average) for x in names.values()]
     known = jnp.broadcast_to(~mask, zeros.shape)
@@ -282,7 +282,7 @@ def _first_slots(
         if slot.signed or second == "zero":
             found[name] = zeros + slot.initial
             continue
-        # Of a leaf that begins as a whole, its own.
+        # If the whole leaf begins anew, its own old mean.
         number = jnp.sum(known)
         mean = jnp.where(number > 0, jnp.sum(jnp.where(known, old[name], 0)) / jnp.maximum(number, 1), old[name].mean())
         found[name] = zeros + mean

@@ -1,3 +1,3 @@
-"""The version, here and nowhere else."""
+"""The version, which nothing else repeats."""
 
 __version__ = "0.1.0"

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-#: A number or a 0-d array, what a hyperparameter is while a rule computes.
+#: A hyperparameter while a rule computes: a number or a 0-d array.
 Scalar: TypeAlias = float | jax.Array
 
 
@@ -54,7 +54,7 @@ def _safe_sqrt_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tup
 
 
 def quotient(numerator: jax.Array, denominator: jax.Array, eps: Scalar) -> jax.Array:
-    """``numerator/(denominator + ε)``; where that is 0 (all gradients so far were 0), the numerator itself."""
+    """``numerator/(denominator + ε)``; the numerator itself where the sum is 0 (all gradients so far were 0)."""
     denominator = add_constant(denominator, eps)
     if isinstance(eps, float) and eps > 0:
         return numerator / denominator
@@ -65,7 +65,7 @@ def square(x: jax.Array) -> jax.Array:
     """``x²``, at most a quarter of the largest number: once v is infinite, ``v + (1-β)(g² - v)`` is nan for ever."""
     size = jax.lax.abs(x)
     bound = jax.lax.full_like(x, 2.0 ** (jnp.finfo(x.dtype).maxexp // 2 - 1))
-    # Choices compile to fewer instructions than `min` and `clamp`, which look for nan.
+    # `select` compiles to fewer instructions than `min` and `clamp`, which look for nan.
     size = jax.lax.select(size > bound, bound, size)
     return size * size
 
@@ -85,8 +85,8 @@ def clip_finite(x: jax.Array, times: float) -> jax.Array:
 def largest_ratio(b1: object, b2: object) -> float | None:
     """The largest ``|m|/√v`` of any gradients: ``(1-β₁)/√((1-β₂)(1-β₁²/β₂))``; None if it is unbounded (β₁² ≥ β₂).
 
-    By Cauchy and Schwarz; the strict form of the bound of arXiv 1412.6980, section 2.1, without bias correction. Of
-    betas that are no numbers, that of 0.9 and 0.999: beyond it codes saturate.
+    It follows from Cauchy and Schwarz, as the strict form of the bound of arXiv 1412.6980, section 2.1, without bias
+    correction. Betas that are not numbers count as 0.9 and 0.999; beyond the bound codes saturate.
     """
     if not isinstance(b1, float) or not isinstance(b2, float):
         b1, b2 = 0.9, 0.999
@@ -98,7 +98,7 @@ def largest_ratios_of_adan(b1: float, b2: float, b3: float) -> tuple[float | Non
     """The largest ``|m|/√n``, ``|δ|/√n`` and ``|g|/√n`` of Adan, whatever the gradients are; None if unbounded.
 
     All three are filters of ``h = g + β₂(g - g₋)``, whose squares n averages, and ``|Σ c h| ≤ √(n Σ c²/w)`` by Cauchy
-    and Schwarz, where ``w = (1-β₃)β₃ᵗ`` is what n weighs a gradient of t steps ago with. The first h is g itself.
+    and Schwarz, where ``w = (1-β₃)β₃ᵗ`` is the weight in n of a gradient of t steps ago. The first h is g itself.
     """
     pole = b2 / (1 + b2)
     if max(b1, b2, pole) ** 2 >= b3 or not b2:

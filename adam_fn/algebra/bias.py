@@ -1,7 +1,7 @@
-"""Bias weights: what a moving average that started at 0 is divided by.
+"""Bias weights: the divisors that correct moving averages that started at 0.
 
-That of a decay rate β is ``1 - βᵗ`` after t steps. For a constant β it is computed from the count alone; where β is a
-schedule or an array it is kept in the state, as the moving average of the constant 1 that it is.
+The weight of a decay rate β is ``1 - βᵗ`` after t steps. For a constant β it is computed from the count alone. If β is
+a schedule or an array, the state keeps the weight, as the moving average of the constant 1.
 """
 
 import math
@@ -11,19 +11,19 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from adam_fn.algebra.arithmetic import OneMinus, Scalar, beta_value, one_minus
 
 
 class Lagged(NamedTuple):
-    """In `Rule.betas`: the weight of the moving average of the weight of `beta`, which has the place before it."""
+    """An element of `Rule.betas` whose weight is the moving average of the weight of `beta`, the element before it."""
 
     beta: Any
 
 
 class Weight(NamedTuple):
-    """A bias weight that is kept: the moving average of the constant 1, and what the last rounding dropped of it."""
+    """A bias weight in a state: the moving average of the constant 1, and the part that the last rounding dropped."""
 
     main: jax.Array
     rest: jax.Array
@@ -44,21 +44,23 @@ Beta: TypeAlias = Any
 
 
 def is_kept(beta: Beta) -> bool:
-    """Whether the weight of a decay rate has a place in the state."""
+    """Whether the state keeps the weight of a decay rate."""
     return not isinstance(beta.beta if isinstance(beta, Lagged) else beta, (int, float))
 
 
 def weights_of(betas: Sequence[Beta], kept: Sequence[Weight], count: jax.Array, dtype: DTypeLike) -> list[jax.Array]:
-    """The bias weights of decay rates after `count` steps, an int32 scalar; `kept`: those that the state keeps."""
+    """The bias weights after `count` steps, an int32 scalar; `kept` are the weights that the state keeps."""
+    constant = [beta.beta if isinstance(beta, Lagged) else beta for beta in betas if not is_kept(beta)]
+    powers = _powers(tuple(dict.fromkeys(constant)), count, dtype)
     found: list[jax.Array] = []
     left = list(kept)
     for beta in betas:
         if is_kept(beta):
             found.append(left.pop(0).main)
         elif isinstance(beta, Lagged):
-            found.append(lagged_after(beta.beta, count, dtype))
+            found.append(lagged_after(beta.beta, powers[beta.beta], count, dtype))
         else:
-            found.append(weight_after(beta, count, dtype))
+            found.append(powers[beta][0])
     return found
 
 
@@ -73,7 +75,7 @@ def advance_weights(betas: Sequence[Beta], now: Sequence[Beta], kept: Sequence[W
 
 
 def weigh(beta: Scalar | OneMinus, weight: Weight, target: jax.Array | float = 1.0) -> Weight:
-    """A step of a moving average with the rounding errors carried along (Knuth's two-sum).
+    """One step of a moving average that carries its rounding error along (Knuth's two-sum).
 
     Without the second word, 10,000 equal increments of ``1 - 0.999999`` would all round the same way.
     """
@@ -86,9 +88,9 @@ def weigh(beta: Scalar | OneMinus, weight: Weight, target: jax.Array | float = 1
     return Weight(value, (old - (value - shown)) + (change - shown))
 
 
-def _leading(x: float) -> np.float32:
-    """The 12 leading bits of a number: products with 11 others are exact in float32."""
-    return (np.float32(x).view(np.uint32) & np.uint32(0xFFFFF000)).view(np.float32)
+def _leading(x: ArrayLike) -> np.ndarray:
+    """The 12 leading bits of numbers: their products with integers of 12 bits are exact in float32."""
+    return (np.asarray(x, np.float32).view(np.uint32) & np.uint32(0xFFFFF000)).view(np.float32)
 
 
 _LN2 = _leading(math.log(2))
@@ -96,50 +98,58 @@ _LN2 = _leading(math.log(2))
 _SERIES = (-1.989099082e-4, 1.393365e-3, -8.333310925e-3, 4.166646493e-2, -0.1666666668, 0.5000000013)
 
 
-def weight_after(beta: float, count: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """``1 - βᵗ``, see `_powers`."""
-    return _powers(beta, count, dtype)[0]
+def _powers(betas: Sequence[float], count: jax.Array, dtype: DTypeLike) -> dict[float, tuple[jax.Array, jax.Array]]:
+    """``1 - βᵗ`` and ``βᵗ`` for numbers β in [0, 1) and a count t from 0 to 2³¹ - 1, to the rounding of the dtype.
 
-
-def _powers(beta: float, count: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
-    """``1 - βᵗ`` and ``βᵗ`` for a number β in [0, 1) and a count t from 0 to 2³¹ - 1, to the rounding of the dtype.
-
-    The logarithm of β is known in float64, and its product with t is exact up to 2²⁴ but for the last rounding. The
-    multiple of ln 2 in it becomes an exponent, and what remains the argument of a polynomial. No power or exponential
-    of the device, which has a precision of its own, takes part.
+    In float32, the logarithm of β is taken in Python's float64, and its product with t is rounded only once for t up to
+    2²⁴. The multiple of ln 2 in it becomes an exponent, the rest the argument of a polynomial. The device's own power
+    and exponential, whose precision varies, are not used.
     """
-    if beta == 0:
+    rates = np.asarray([-math.log(beta) for beta in betas if beta])
+    found: dict[float, tuple[jax.Array, jax.Array]] = {}
+    if len(rates):
+        count_of_each = jax.lax.broadcast(count, rates.shape)  # Together: one kernel on a GPU, and less to trace.
+        if dtype == jnp.float64:
+            y = count_of_each.astype(dtype) * rates
+            pairs = -jnp.expm1(-y), jnp.exp(-y)
+        else:
+            pairs = _float32_powers(rates, count_of_each)
+        for i, beta in enumerate(beta for beta in betas if beta):
+            weight, power = (jax.lax.index_in_dim(x, i, keepdims=False) for x in pairs)
+            found[beta] = weight, power
+    if 0 in betas:
         weight = jnp.minimum(count, 1).astype(dtype)
-        return weight, 1 - weight
-    rate = -math.log(beta)
-    if dtype == jnp.float64:
-        y = rate * count.astype(dtype)
-        return -jnp.expm1(-y), jnp.exp(-y)
-    return _float32_powers(rate, count)
+        found[0] = weight, 1 - weight
+    return found
 
 
-def _float32_powers(rate: float, count: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``1 - exp(-t · rate)`` and ``exp(-t · rate)``."""
-    # Not `jnp`, whose functions are traced anew for each transformation.
+def _float32_powers(rates: np.ndarray, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``1 - exp(-t · rate)`` and ``exp(-t · rate)``, for one count for each rate."""
+    # `lax` and not `jnp`, whose functions are traced anew for each transformation.
     add, sub, mul, select = jax.lax.add, jax.lax.sub, jax.lax.mul, jax.lax.select
-    f32, one = np.float32, np.float32(1)
-    high = _leading(rate)
-    t, early = (jax.lax.convert_element_type(x, f32) for x in (count, count & np.int32(0xFFF)))
-    y = add(mul(sub(t, early), high), add(mul(early, high), mul(t, f32(rate - float(high)))))
-    halvings = jax.lax.min(jax.lax.round(mul(y, f32(1 / math.log(2)))), f32(126))
-    x = sub(sub(y, mul(halvings, _LN2)), mul(halvings, f32(math.log(2) - float(_LN2))))
-    series: Any = f32(_SERIES[0])
+
+    def each(x: ArrayLike) -> np.ndarray:
+        return np.broadcast_to(np.asarray(x, np.float32), rates.shape)
+
+    high = _leading(rates)
+    t, early = (
+        jax.lax.convert_element_type(x, np.float32)
+        for x in (count, jax.lax.bitwise_and(count, np.full(rates.shape, 0xFFF, np.int32)))
+    )
+    y = add(mul(sub(t, early), high), add(mul(early, high), mul(t, each(rates - high.astype(float)))))
+    halvings = jax.lax.min(jax.lax.round(mul(y, each(1 / math.log(2)))), each(126))
+    x = sub(sub(y, mul(halvings, each(_LN2))), mul(halvings, each(math.log(2) - float(_LN2))))
+    series: Any = each(_SERIES[0])
     for term in _SERIES[1:]:
-        series = add(mul(x, series), f32(term))
+        series = add(mul(x, series), each(term))
     decayed = sub(x, mul(mul(x, x), series))  # 1 - exp(-x)
-    exponent = sub(np.int32(127), jax.lax.convert_element_type(halvings, np.int32))
-    scale = jax.lax.bitcast_convert_type(jax.lax.shift_left(exponent, np.int32(23)), f32)
-    weight = add(sub(one, scale), mul(scale, decayed))
-    zero = jax.lax.full_like(y, 0)
-    # Where no digit of βᵗ is left the polynomial may have become infinite.
+    exponent = jax.lax.convert_element_type(sub(each(127), halvings), np.int32)
+    scale = jax.lax.bitcast_convert_type(jax.lax.shift_left(exponent, np.full(rates.shape, 23, np.int32)), np.float32)
+    weight = add(sub(each(1), scale), mul(scale, decayed))
+    # Where no digit of βᵗ is left, the polynomial may be infinite.
     return (
-        select(jax.lax.gt(y, f32(25)), jax.lax.full_like(y, 1), weight),
-        select(jax.lax.gt(y, f32(85)), zero, mul(scale, sub(one, decayed))),
+        select(jax.lax.gt(y, each(25)), each(1), weight),
+        select(jax.lax.gt(y, each(85)), each(0), mul(scale, sub(each(1), decayed))),
     )
 
 
@@ -147,17 +157,17 @@ def _float32_powers(rate: float, count: jax.Array) -> tuple[jax.Array, jax.Array
 _LANGEVIN = (2.6765e-11, -1.05684e-9, 1 / 23950080, -1 / 604800, 1 / 15120, -1 / 360, 1 / 6)
 
 
-def lagged_after(beta: float, count: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """The moving average of the weights of β: ``1 - βᵗ - (1-β) t βᵗ``, to a few roundings.
+def lagged_after(beta: float, powers: tuple[jax.Array, jax.Array], count: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """The moving average of the weights of β: ``1 - βᵗ - (1-β) t βᵗ``, accurate to a few roundings.
 
     ::
 
         a = (1-β) w l/2,   l = 2/(1-β) - 2/y' + t (1 - L(y/2)),   y = t y',   y' = -ln β
 
-    L is Langevin's function, ``coth(x) - 1/x``. Where y is small the difference above has no digits, but the series of
-    L has; the sum of the first two terms is known in float64.
+    L is Langevin's function, ``coth(x) - 1/x``. Where y is small, the difference above loses its digits, but the series
+    of L keeps them; the first two terms of l are added in float64.
     """
-    weight, power = _powers(beta, count, dtype)
+    weight, power = powers
     if beta == 0:
         return weight
     rate, part, t = -math.log(beta), 1 - beta, count.astype(dtype)

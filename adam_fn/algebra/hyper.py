@@ -26,8 +26,8 @@ class Range(NamedTuple):
 
 
 UNIT = Range(0.0, 1.0)
-# A rule's field is a `Hyper` where the rule is made and a `Scalar` where its arithmetic runs (after `Rule.at`): no one
-# type says that.
+# A rule's field is a `Hyper` where the rule is made and a `Scalar` where its arithmetic runs (after `Rule.at`): no
+# single type says that.
 #: The annotation of a rule's field that is a decay rate, a `Hyper` in [0, 1).
 Beta: TypeAlias = Annotated[Any, UNIT]
 #: The annotation of a rule's field that is a `Hyper` of at least 0, and finite.
@@ -35,7 +35,7 @@ NonNegative: TypeAlias = Annotated[Any, Range(0.0, math.inf)]
 
 
 def checked(name: str, value: object, bounds: Range) -> Hyper:
-    """The hyperparameter as a Python float, a 0-d array or a schedule, or an error that names it."""
+    """Returns the hyperparameter as a Python float, a 0-d array or a schedule, or raises an error that names it."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -75,12 +75,12 @@ def ranges(rule: type) -> dict[str, Range]:
 
 
 def rate_of_step(learning_rate: ArrayLike | None) -> jax.Array | None:
-    """The rate of one step, as it was given to `update`; an array once `jit` has taken it."""
+    """Checks the rate that `update` was given for one step; under `jit` it becomes an array."""
     if learning_rate is None:
         return None
     if callable(learning_rate):
         raise TypeError(f"the learning_rate of one update must be a number or a 0-d array, got {learning_rate!r}")
-    # Of a number a float: one type, one compilation.
+    # Any number becomes a float: one type, one compilation.
     rate = checked("learning_rate", learning_rate, Range(0.0, math.inf))
     if not jnp.issubdtype(jnp.result_type(rate), jnp.floating):
         raise TypeError(f"learning_rate must be floating, got an array of {jnp.result_type(rate)}")

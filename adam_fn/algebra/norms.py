@@ -13,7 +13,7 @@ from adam_fn.algebra.dtypes import as_real, compute_dtype
 
 
 def norm(arrays: Sequence[jax.Array]) -> jax.Array:
-    """The L2 norm of some arrays as one; a scalar of their dtype."""
+    """The L2 norm of several arrays taken as one; a scalar of their dtype."""
     largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(x), initial=0) for x in arrays], jnp.zeros(()))
     scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
     squares = sum((jnp.sum((x / scale.astype(x.dtype)) ** 2) for x in arrays), jnp.zeros_like(scale))
@@ -29,17 +29,17 @@ def rms(arrays: Sequence[jax.Array]) -> jax.Array:
 
 
 def share(arrays: Sequence[jax.Array], threshold: float) -> jax.Array:
-    """Of the elements that are at least `threshold` in size."""
+    """The share of the elements whose magnitude is at least `threshold`."""
     return sum((jnp.sum(jnp.abs(x) >= threshold, dtype=x.dtype) for x in arrays), jnp.zeros(())) / size(arrays)
 
 
 def quotient(x: jax.Array, y: jax.Array) -> jax.Array:
-    """``x/y`` of norms; 0 where both are 0."""
+    """The ratio ``x/y`` of norms; 0 where both are 0."""
     return jnp.where(x == 0, x, x / jnp.where((x == 0) & (y == 0), 1, y))
 
 
 def reals(tree: Any) -> Any:  # noqa: ANN401
-    """The arrays of a tree in the dtype of the arithmetic, complex ones as two reals; no integers and no None."""
+    """Converts arrays to the dtype of the arithmetic, complex ones to two reals, and integers to `optax.MaskedNode`."""
 
     def real(x: ArrayLike) -> jax.Array | optax.MaskedNode:
         array = jnp.asarray(x)

@@ -22,17 +22,17 @@ from adam_fn.algebra.hyper import UNIT, checked, ranges
 from adam_fn.algebra.slots import Slot, Slots
 from adam_fn.algebra.values import register
 
-#: See `Rule`.
+#: Where in a chain a rule must stand; see `Rule`.
 Side: TypeAlias = Literal["before rate", "rate", "after rate"] | None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Clock:
-    """What a rule knows about the current step.
+    """The current step, as a rule sees it.
 
     Attributes:
-      count: the zero-based step, an int32 scalar; the first update sees 0. (In a `Chain` it may be one for each part.)
+      count: the zero-based step, an int32 scalar; the first update sees 0. (A `Chain` may have one for each part.)
       weights: the bias weights of the rule's `betas`, this step included.
       learning_rate: the rate that `update(..., learning_rate=x)` sets for this step, or None.
     """
@@ -57,9 +57,9 @@ class Rule(abc.ABC):
     Attributes:
       state_type: the named tuple in which optax keeps the state of the same optimizer, if there is one.
       state_fields: its fields by the names of the slots, where they differ.
-      counts: whether `leaf` of a rule without slots reads the count; one with slots always can.
+      counts: whether `leaf` reads the count, for a rule without slots; a rule with slots always can.
       side: where in a chain the rule must stand: before or after the `Rate`, or anywhere.
-      has_moments: whether its slots are the moments of an optimizer, which diagnostics look at.
+      has_moments: whether its slots are the moments of an optimizer, for `adam_fn.diagnostics`.
       squared_factor: the largest number that `leaf` squares, in units of the largest gradient: 1 for the gradient
         itself, 2 for the difference of two gradients, 0 if nothing is squared.
     """
@@ -80,12 +80,12 @@ class Rule(abc.ABC):
     def __post_init__(self) -> None:
         for name, bounds in ranges(type(self)).items():
             value = getattr(self, name)
-            if value is not None or getattr(type(self), name, ...) is not None:  # None only where it is the default.
+            if value is not None or getattr(type(self), name, ...) is not None:  # None is valid only as a default.
                 object.__setattr__(self, name, checked(name, value, bounds))
 
     @property
     def slots(self) -> Mapping[str, Slot]:
-        """What the rule remembers per element, by name."""
+        """The numbers that the rule keeps for each element, by name."""
         return {}
 
     @property
@@ -99,7 +99,7 @@ class Rule(abc.ABC):
         return any(callable(getattr(self, name)) for name in ranges(type(self)))
 
     def clipped_gradient(self, g: jax.Array) -> jax.Array:
-        """The gradient as `leaf` gets it: the largest finite ones clipped, so that what is remembered stays finite.
+        """The gradient as `leaf` receives it: large finite elements are clipped, so that the slots stay finite.
 
         A rule that squares receives at most ``2⁶³/squared_factor`` (float64: ``2⁵¹¹/squared_factor``), whose square a
         float can hold: beyond that v would no longer grow with m, and the update would not be bounded. Other rules with
@@ -110,14 +110,14 @@ class Rule(abc.ABC):
 
     @abc.abstractmethod
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
-        """The update of one array and its new slots; everything has one dtype, float32 or float64.
+        """Computes the update of one array and its new slots; everything has one dtype, float32 or float64.
 
-        Elementwise: the array may be a part of a leaf. Whatever needs whole leaves is a `TreeTransformation`,
-        such as `lamb`.
+        It must be elementwise, since the array may be a part of a leaf. Whatever needs whole leaves is a
+        `TreeTransformation`, such as `lamb`.
         """
 
     def signal_to_noise(self, slots: Slots, clock: Clock) -> jax.Array | None:
-        """``m̂/√v̂`` of one array, from its slots after a step and that step's bias weights; None if it has none."""
+        """``m̂/√v̂`` of one array, from its slots after a step and that step's bias weights, or None."""
         return None
 
     def at(self, count: jax.Array) -> Self:
@@ -129,12 +129,12 @@ class Rule(abc.ABC):
                 now[name] = OneMinus(jnp.asarray(value.one_minus(count)))
             elif callable(value):
                 value = checked(f"{name}(count)", value(count), bounds)
-                # `slots` may drop a moment for the number 0. A schedule's 0 becomes an array, so the slots stay the same.
+                # `slots` may drop a moment for the number 0; a schedule's 0 becomes an array, which keeps it.
                 now[name] = jnp.zeros(()) if isinstance(value, float) and value == 0 else value
         return with_values(self, now)
 
     def of_real(self) -> "Rule":
-        """The rule for leaves that are not complex."""
+        """The rule for real leaves."""
         return self
 
     def check_arrays(self) -> None:
@@ -150,11 +150,11 @@ class Rule(abc.ABC):
         return jax.tree.map(lambda x: jnp.asarray(x, dtype), self)
 
     def without(self, kind: type["Rule"]) -> "Rule":
-        """The rule without its parts of one kind."""
+        """The rule without its parts of type `kind`."""
         return Chain(tuple(Identity() if isinstance(part, kind) else part for part in self.parts()))
 
     def times(self, factors: Mapping[str, float]) -> "Rule":
-        """The rule, after `at`, with hyperparameters multiplied by name: arrays, so that factors share a program."""
+        """The rule, after `at`, with some hyperparameters multiplied; they become arrays: factors share a program."""
         parts: list[Rule] = []
         for part in self.parts():
             own = factors.keys() & ranges(type(part))
@@ -166,7 +166,7 @@ class Rule(abc.ABC):
         return (self,)
 
     def named_parts(self) -> Iterator[tuple["Rule", Mapping[str, str]]]:
-        """The parts, and the names here of the slots of each."""
+        """Each part, with the names of its slots in this rule, by their names in the part."""
         yield self, {name: name for name in self.slots}
 
     def __rshift__(self, other: "Rule") -> "Chain":
@@ -184,7 +184,7 @@ R = TypeVar("R", bound=Rule)
 
 
 def with_values(rule: R, values: Mapping[str, object]) -> R:
-    """A copy with some fields replaced, unchecked: inside a transformation they may be any object."""
+    """Returns a copy with some fields replaced, unchecked: inside JAX's transformations they may be any object."""
     copy = object.__new__(type(rule))
     for field in dataclasses.fields(rule):
         object.__setattr__(copy, field.name, values.get(field.name, getattr(rule, field.name)))
@@ -192,7 +192,7 @@ def with_values(rule: R, values: Mapping[str, object]) -> R:
 
 
 def _of_part(count: jax.Array | Sequence[jax.Array], i: int) -> jax.Array:
-    """The count of a part of a chain: its own, or that of all."""
+    """The count of a part of a chain: its own, or the one of all parts."""
     return count[i] if isinstance(count, (tuple, list)) else typing.cast(jax.Array, count)
 
 
@@ -275,7 +275,7 @@ class Chain(Rule):
 
 @dataclasses.dataclass(frozen=True)
 class Identity(Rule):
-    """The update is the gradient."""
+    """A rule whose update is the gradient."""
 
     counts: ClassVar[bool] = False
 

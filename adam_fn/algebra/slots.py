@@ -1,4 +1,4 @@
-"""What a rule remembers of each element between the steps."""
+"""Slots: the numbers that a rule keeps for each element between the steps."""
 
 from collections.abc import Mapping
 from typing import NamedTuple, TypeAlias
@@ -10,19 +10,19 @@ Slots: TypeAlias = Mapping[str, jax.Array]
 
 
 class Unit(NamedTuple):
-    """What a slot is measured in: another slot of the same element, or the root of it."""
+    """The unit of a slot: another slot of the same element, or its square root."""
 
     slot: str
     root: bool = True
 
 
 class Slot(NamedTuple):
-    """What a rule remembers per element.
+    """A number that a rule keeps for each element.
 
     Attributes:
       initial: its value before the first step.
       signed: whether it can become negative.
-      bound: the largest magnitude that it can have, in its unit, whatever the gradients are; None if there is none.
+      bound: the largest magnitude that it can have, in its unit, whatever the gradients are; None if it is unbounded.
       unit: the unit of the bound; None for plain numbers.
     """
 

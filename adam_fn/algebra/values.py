@@ -10,7 +10,7 @@ import numpy as np
 
 
 class ByValue:
-    """A pytree that is compared by value, but its leaves by identity: arrays may be tracers."""
+    """A pytree that is compared by value, except for its leaves: arrays may be tracers and are compared by identity."""
 
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
@@ -27,7 +27,7 @@ class Method(ByValue):
 
 
 def method_of(function: Any) -> Any:  # noqa: ANN401
-    """The object that an `init` or `update` of this package is, or what another one is."""
+    """The `Method` behind an `init` or `update` of this package; any other function itself."""
     return getattr(function, "method", function)
 
 
@@ -46,7 +46,7 @@ def _has_arrays(value: object) -> bool:
 
 def _flatten(x: Any) -> tuple[tuple[object, ...], _Aux]:  # noqa: ANN401
     fields = {field.name: getattr(x, field.name) for field in dataclasses.fields(x)}
-    # Once flattened, the same fields have the leaves, whatever they hold: of a tree that was split it may be None.
+    # Once flattened, the same fields hold the leaves, whatever their values: a tree that was split may hold None.
     dynamic = x.__dict__.get("_dynamic")
     if dynamic is None:
         dynamic = tuple(name for name, value in fields.items() if _has_arrays(value))

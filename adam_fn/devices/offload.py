@@ -1,4 +1,4 @@
-"""The state in the host's memory between the steps."""
+"""Keeps the state in the host's memory between the steps."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,13 +19,13 @@ SMALL = 4096
 
 
 def _moved(state: PyTree, space: Any) -> PyTree:  # noqa: ANN401 (`jax.memory.Space` is no type to pyright)
-    """The state with its large arrays in another memory, divided as they are."""
+    """Moves the large arrays of a state to another memory, divided over the devices as before."""
     return jax.tree.map(lambda x: jax.device_put(x, space) if x.size >= SMALL else x, state)
 
 
 @dataclasses.dataclass(frozen=True)
 class Offload(TreeTransformation):
-    """See `offload`."""
+    """The implementation of `offload`."""
 
     tx: optax.GradientTransformation
 
@@ -45,7 +45,7 @@ class Offload(TreeTransformation):
         return super().write(grads, state, params) if own is None else self._step(own, grads, state, params)
 
     def state_shardings(self, params: PyTree) -> PyTree:
-        """Of the state of these parameters."""
+        """The shardings of the state of these parameters."""
 
         def moved(x: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> jax.sharding.Sharding:
             return place.with_memory_kind("pinned_host") if x.size >= SMALL else place

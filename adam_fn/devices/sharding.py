@@ -1,4 +1,4 @@
-"""Where the state lives on a mesh: beside its parameters."""
+"""Places the state on a mesh, beside its parameters."""
 
 import jax
 import optax

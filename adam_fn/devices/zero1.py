@@ -18,7 +18,7 @@ from adam_fn.wrappers.base import TreeTransformation, varying_axes
 
 
 def _placed(x: jax.Array, *shardings: NamedSharding) -> jax.Array:
-    """An array that is to live there, one after the other, as far as the axes are not those of a `shard_map` around."""
+    """Constrains an array to shardings, one after the other, except for the axes of an enclosing `shard_map`."""
     now = jax.sharding.get_abstract_mesh()
     mesh: Any = now if now.manual_axes else shardings[-1].mesh
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
@@ -41,7 +41,7 @@ def _is_array(x: object) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Zero1(TreeTransformation):
-    """See `zero1`.
+    """The implementation of `zero1`.
 
     Attributes:
       names: the axes of the mesh that the state is divided over.
@@ -56,7 +56,7 @@ class Zero1(TreeTransformation):
     def init(self, params: PyTree) -> PyTree:
         if finding_layout.get():
             raise ValueError("state_shardings: zero1 must be outermost, zero1(optax.chain(…), …)")
-        if is_marking() or not Leaves(params).leaves:  # Or a placeholder, as of `optax.tree_map_params`.
+        if is_marking() or not Leaves(params).leaves:  # Without leaves: as in `optax.tree_map_params`.
             return self.tx.init(params)
         state = self._within(self.tx.init, self.plan.state.tree(), self._each(params, "parameters", self._part))
         return self._kept(state)
@@ -72,7 +72,7 @@ class Zero1(TreeTransformation):
         return super().write(grads, state, params) if own is None else self._step(own, grads, state, params, {})
 
     def state_shardings(self, params: PyTree) -> PyTree:
-        """Of the state of these parameters, which must be like those it was made for."""
+        """The shardings of the state of these parameters, which must be like those that `zero1` was given."""
         self._each(params, "parameters", lambda _, x: x)
         return self.plan.state.tree()
 
@@ -87,7 +87,7 @@ class Zero1(TreeTransformation):
         return self._each(new, "results", self._gathered), self._kept(state)
 
     def _within(self, run: Callable[..., Any], results: PyTree, *args: PyTree, **extra_args: PyTree) -> Any:  # noqa: ANN401
-        """`run`, whose results live where `results` says. Inside, XLA divides the work over explicit axes as well."""
+        """Calls `run` and places its results as `results` says. Inside, XLA divides the work over explicit axes too."""
         kinds = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
         explicit = [x for x, kind in kinds.items() if kind == AxisType.Explicit and x not in _manual()]
         if not explicit:
@@ -106,7 +106,7 @@ class Zero1(TreeTransformation):
         return jax.sharding.auto_axes(flat, axes=tuple(explicit), out_sharding=places)(*own)
 
     def _matched(self, tree: PyTree, what: str) -> Iterator[tuple[Place | None, Any]]:
-        """The place of each leaf, and what a tree has there."""
+        """Pairs the place of each leaf with what a tree has there."""
         try:
             return zip(self.plan.places.leaves, self.plan.places.treedef.flatten_up_to(tree), strict=True)
         except (ValueError, TypeError) as error:
@@ -116,7 +116,7 @@ class Zero1(TreeTransformation):
             ) from error
 
     def _each(self, tree: PyTree, what: str, function: Callable[[Place, jax.Array], jax.Array]) -> PyTree:
-        """A tree of the parameters' structure with `function` of each leaf that is an array."""
+        """Applies `function` to each array in a tree of the parameters' structure."""
         found, inside = [], self._inside()
         for leaf, x in self._matched(tree, what):
             if leaf is None or not _is_array(x):
@@ -129,7 +129,7 @@ class Zero1(TreeTransformation):
         return self.plan.places.treedef.unflatten(found)
 
     def _part(self, leaf: Place, x: jax.Array) -> jax.Array:
-        """A parameter, divided."""
+        """Divides a parameter."""
         if not self._inside():
             return _placed(x, leaf.spread)
         if leaf.axis is None:
@@ -138,32 +138,33 @@ class Zero1(TreeTransformation):
         return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(self.names) * length, length, leaf.axis)
 
     def _reduced(self, leaf: Place, x: jax.Array) -> jax.Array:
-        """A gradient, divided; in a `shard_map`, the sum of what devices hold."""
+        """Divides a gradient; inside a `shard_map`, after summing what the devices hold."""
         if not self._inside():
             # Without the first constraint XLA carries the second one into the backward pass.
             return _placed(x, leaf.own, leaf.spread)
-        own = {name for names in division(leaf.own, len(leaf.shape)) for name in names}  # Of FSDP: no sum of parts.
+        own = {name for names in division(leaf.own, len(leaf.shape)) for name in names}  # FSDP: parts are not summed.
         over = tuple(name for name in self.names if name in varying_axes(x) - own)
         if over == self.names and leaf.axis is not None:
             return jax.lax.psum_scatter(x, over, scatter_dimension=leaf.axis, tiled=True)
         return self._part(leaf, jax.lax.psum(x, over) if over else x)
 
     def _gathered(self, leaf: Place, x: jax.Array) -> jax.Array:
-        """What a step makes of a parameter, where that lives."""
+        """Gathers the result of a parameter's step where the parameter lives."""
         if not self._inside():
-            return _placed(x, leaf.spread, leaf.own)  # The first keeps the computation divided: only its result is gathered.
+            # The first constraint keeps the computation divided; only its result is gathered.
+            return _placed(x, leaf.spread, leaf.own)
         if leaf.axis is None:
             return x
         return jax.lax.all_gather(x, self.names, axis=leaf.axis, tiled=True, to="invarying")
 
     def _kept(self, state: PyTree) -> PyTree:
-        """The state, where it lives."""
+        """Places the state where it lives."""
         if jax.tree.structure(state) != self.plan.state.treedef:
             raise ValueError("zero1 expected its own state: was it made by this transformation from these parameters?")
         return state if self._inside() else jax.tree.map(_placed, state, self.plan.state.tree())
 
     def _inside(self) -> bool:
-        """Whether this is the inside of a `shard_map` over the axis."""
+        """Whether the caller runs inside a `shard_map` over the axes."""
         found = [name for name in self.names if name in _manual()]
         if found and len(found) < len(self.names):
             raise ValueError(f"zero1: a shard_map over {found} must be over all of {list(self.names)}")
@@ -171,7 +172,7 @@ class Zero1(TreeTransformation):
 
 
 def _manual() -> tuple[str, ...]:
-    """The axes of the `shard_map` around."""
+    """The axes of an enclosing `shard_map`."""
     return tuple(jax.sharding.get_abstract_mesh().manual_axes)
 
 

@@ -1,4 +1,4 @@
-"""Where `zero1` puts the parameters and their state: planned once, from shapes and shardings."""
+"""Plans where `zero1` puts the parameters and their state, once, from shapes and shardings."""
 
 import dataclasses
 import math
@@ -19,14 +19,14 @@ SMALL = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a parameter lives.
+    """The place of a parameter on the mesh.
 
     Attributes:
       path: its name in errors.
-      shape: of the whole.
-      own: between the steps.
-      spread: during a step; equal to `own` where the leaf is not divided further.
-      axis: the one along which it is divided further.
+      shape: its whole shape.
+      own: its sharding between the steps.
+      spread: its sharding during a step; equal to `own` if it is not divided further.
+      axis: the axis along which it is divided further, or None.
     """
 
     path: str
@@ -49,12 +49,12 @@ class Tree:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What `zero1` does with each leaf.
+    """The plan of `zero1` for all leaves.
 
     Attributes:
       places: a `Place` for each parameter, or None.
       state: the shardings of the state.
-      whole: of the parameters whose state is not divided, path and number of elements.
+      whole: path and number of elements of each parameter whose state is not divided.
     """
 
     places: Tree
@@ -63,7 +63,7 @@ class Plan:
 
 
 def plan(tx: optax.GradientTransformation, params: PyTree, mesh: Mesh, names: Sequence[str]) -> Plan:
-    """Plans to divide the state of `tx` over axes of a mesh; warns of large leaves that stay whole."""
+    """Plans how to divide the state of `tx` over axes of a mesh; warns of large leaves that stay whole."""
     slots = StateLayout(tx, params)
     stored = [False] * len(slots.shapes)
     slots.map(lambda i, _: stored.__setitem__(i, True), lambda _: None)
@@ -102,6 +102,6 @@ def plan(tx: optax.GradientTransformation, params: PyTree, mesh: Mesh, names: Se
 
 
 def first_axis(mesh: Mesh, names: Sequence[str], own: Division, shape: Shape) -> int | None:
-    """The first axis along which a leaf can be divided further."""
+    """The first axis along which a leaf can be divided further, or None."""
     parts = (devices(mesh, (*own[axis], *names)) for axis in range(len(shape)))
     return next((axis for axis, n in enumerate(parts) if shape[axis] and shape[axis] % n == 0), None)

@@ -1,1 +1,1 @@
-"""How the step of one leaf is computed."""
+"""The step of one leaf, and how it is compiled."""

@@ -18,19 +18,19 @@ from adam_fn.storage.codec import Codec, Stored, ratio
 
 #: Codecs by the names of the stored arrays.
 Codecs: TypeAlias = Mapping[str, Codec]
-#: `noise.lattice` of a leaf, computed at the first call: where nothing is rounded nothing is traced.
+#: `noise.lattice` of a leaf, computed at the first call, so that nothing is traced where nothing is rounded.
 Lattice: TypeAlias = Callable[[], jax.Array]
 
 
 class Times(NamedTuple):
-    """The `noise.times` of a step: of each slot, and of a `Destination` that dithers."""
+    """The `noise.times` of a step: for each slot that is rounded, and for a `Destination` that dithers."""
 
     slots: Mapping[str, jax.Array]
     write: jax.Array | None = None
 
 
 class LeafResult(NamedTuple):
-    """What a step of a leaf gives: the update or the new parameter, what `remainder` becomes, and what is stored."""
+    """The result of a leaf's step: the update or the new parameter, the new remainder, and the new stored arrays."""
 
     result: jax.Array
     remainder: jax.Array | None
@@ -38,17 +38,17 @@ class LeafResult(NamedTuple):
 
 
 def lattice_of(like: jax.Array) -> Lattice:
-    """The lattice of a leaf."""
+    """The lattice of a leaf, computed when it is first needed."""
     return functools.cache(functools.partial(noise.lattice, like))
 
 
 def _unit(unit: Unit, slots: Slots) -> jax.Array:
-    """What a slot is measured in."""
+    """The value of the unit of a slot."""
     return safe_sqrt(slots[unit.slot]) if unit.root else slots[unit.slot]
 
 
 def decode(codecs: Codecs, stored: Stored, dtype: DTypeLike) -> dict[str, jax.Array]:
-    """The slots of a leaf, of floating `dtype`."""
+    """Decodes the slots of a leaf to floating `dtype`."""
     plain: dict[str, jax.Array] = {}
     measured: dict[str, tuple[jax.Array, Unit]] = {}
     for name, codec in codecs.items():
@@ -61,7 +61,7 @@ def decode(codecs: Codecs, stored: Stored, dtype: DTypeLike) -> dict[str, jax.Ar
 
 
 def encode(codecs: Codecs, slots: Slots, lattice: Lattice, times: Slots) -> dict[str, jax.Array]:
-    """What is stored of the slots of a leaf; `times`: those of `storage.noise`, of each slot that is rounded."""
+    """Encodes the slots of a leaf; `times` are the `noise.times` of each slot that is rounded."""
 
     def measured(slot: str, unit: Unit | None) -> jax.Array:
         if unit is None:

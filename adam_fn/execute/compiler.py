@@ -1,4 +1,4 @@
-"""What is done for a compiler alone. Each function says what XLA does otherwise."""
+"""Functions that serve a compiler alone. Each says what XLA would do otherwise."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def opaque(x: T) -> T:
-    """`x`, whose value XLA does not see: it would compute with a constant before the program runs."""
+    """Hides the value of `x` from XLA, which would compute with a constant before the program runs."""
     return jax.lax.optimization_barrier(x)
 
 
@@ -28,26 +28,26 @@ def zeros_like(p: jax.Array) -> jax.Array:
 
 
 def one_after(x: jax.Array, count: jax.Array) -> jax.Array:
-    """1, but known only after `x` is; `count` is any int32 number that is not constant.
+    """The number 1, but known only after `x` is; `count` is any int32 number that is not a constant.
 
-    XLA for CPUs copies an array that a later output still reads, and stores what several outputs need. A factor that
-    comes from the output before makes it compute one output after the other, each from inputs of its own.
+    XLA for CPUs copies an array that a later output still reads, and stores intermediate values that several outputs
+    need. A factor that comes from the previous output makes it compute one after the other, each from its own inputs.
     """
 
     def first(x: jax.Array) -> jax.Array:
         return jax.lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(()).astype(jnp.float32)
 
     def one(x: jax.Array) -> jax.Array:
-        return jnp.where(first(x) > 0, jnp.float32(1), 1)  # Of the same type, inside `shard_map` too.
+        return jnp.where(first(x) > 0, jnp.float32(1), 1)  # Of the same type as `first`, inside `shard_map` too.
 
-    # Always true, which XLA does not see.
+    # The condition is always true, but XLA does not see that.
     return jax.lax.cond(count | 1 != 0, one, first, jax.lax.stop_gradient(x))
 
 
 def run_at_most_once(todo: jax.Array, function: Callable[[T], T], x: T) -> T:
-    """`function` of `x` where there is something to do, written in its place.
+    """Applies `function` to `x` in place if `todo` is true, and returns `x` otherwise.
 
-    XLA copies whatever leaves a conditional; what a loop carries is changed in its place.
+    XLA copies whatever leaves a conditional, but changes in place what a loop carries.
     """
     return jax.lax.while_loop(lambda c: c[0], lambda c: (jnp.zeros_like(c[0]), function(c[1])), (todo, x))[1]
 

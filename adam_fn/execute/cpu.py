@@ -1,4 +1,4 @@
-"""What suits XLA on a CPU: one output a fusion, in an order that lets each be written in its place."""
+"""The step of a leaf as it suits XLA on a CPU: one output a fusion, in an order that lets each be written in place."""
 
 import functools
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from adam_fn.execute.destination import Destination, Inputs
 from adam_fn.execute.sources import sources
 from adam_fn.storage.codec import Stored
 
-#: Smaller leaves stay in the caches, whatever is done with them.
+#: Leaves of fewer elements stay in the caches in any order.
 LARGE = 2**16
 
 
@@ -24,7 +24,7 @@ def single_device() -> bool:
 
 
 def cpu_needs_order(inputs: Inputs, stored: Stored) -> bool:
-    """Whether a leaf is large and stored in another way than as float32 arrays, whose order XLA finds by itself."""
+    """Whether a leaf is large and stored in narrow arrays; for others XLA finds the order by itself."""
     dtype = compute_dtype((inputs.g if inputs.p is None else inputs.p).dtype)
     narrow = inputs.remainder is not None or any(x.dtype != dtype for x in stored.values())
     return inputs.g.size >= LARGE and single_device() and narrow
@@ -33,12 +33,12 @@ def cpu_needs_order(inputs: Inputs, stored: Stored) -> bool:
 def ordered(
     rule: Rule, codecs: Codecs, destination: Destination, inputs: Inputs, stored: Stored, clock: Clock, times: Times
 ) -> LeafResult:
-    """The result, then what is stored, one array after the other, each after all that read its old value.
+    """Computes the result, then the stored arrays one after the other, each after all that read its old value.
 
-    XLA on a CPU makes one pass over the memory for each output. What several of them need, such as the decoded moments,
-    it stores for them, and where it does not know that an output is written after the last pass that reads its old
-    value, it copies that first; fresh memory costs more than the arithmetic. A factor of 1 that it cannot foresee, and
-    that depends on the output before, makes the order known and each pass compute from inputs of its own.
+    XLA on a CPU makes one pass over the memory for each output. It stores values that several outputs need, such as the
+    decoded moments, and copies the old value of an output unless it knows that the output is written after the last
+    pass that reads it. This fresh memory costs more than the arithmetic. A factor of 1 that XLA cannot foresee,
+    and that depends on the previous output, fixes the order and makes each pass compute from its own inputs.
     """
     step = functools.partial(body, rule, codecs, destination)
     result = step(inputs, stored, clock, times).result
@@ -53,7 +53,7 @@ def ordered(
 
 
 def _after(last: jax.Array, inputs: Inputs, stored: Stored, clock: Clock) -> tuple[Inputs, Stored]:
-    """The same numbers, but known only after `last` is; floats in float32 at least, where a product is not rounded."""
+    """The same numbers, but known only after `last` is; floats become float32 at least, in which times 1 is exact."""
     one = one_after(last, jax.tree.leaves(clock.count)[0])
 
     def later(x: jax.Array) -> jax.Array:
@@ -68,7 +68,7 @@ def _after(last: jax.Array, inputs: Inputs, stored: Stored, clock: Clock) -> tup
 def _order(
     rule: Rule, codecs: Codecs, destination: Destination, inputs: Inputs, stored: Stored, clock: Clock, times: Times
 ) -> list[str]:
-    """The stored arrays, each after all others whose new value depends on its old one, where that can be."""
+    """The names of the stored arrays, each after all whose new value depends on its old one, if that is possible."""
 
     def step(p: jax.Array | None, stored: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
         number = jax.tree.map(lambda x: jnp.zeros(2, x.dtype), inputs._replace(p=None))

@@ -1,4 +1,4 @@
-"""What becomes of an update: it is returned, or added to the parameter."""
+"""Destinations of a step's result: it is returned as an update, or added to the parameter."""
 
 import abc
 import dataclasses
@@ -11,12 +11,12 @@ from adam_fn.algebra.dtypes import compute_dtype
 
 
 class Inputs(NamedTuple):
-    """What a step of a leaf starts from beside its state, all of one shape.
+    """The inputs of a leaf's step beside its state, all of one shape.
 
     Attributes:
       g: the gradient.
       p: the parameter, if there is one.
-      remainder: what is stored of the parameter beside it: see `adam_fn.wrappers.masters`.
+      remainder: what is stored beside a bfloat16 parameter; see `adam_fn.wrappers.masters`.
     """
 
     g: jax.Array
@@ -25,7 +25,7 @@ class Inputs(NamedTuple):
 
 
 class Destination(abc.ABC):
-    """What a step of a leaf makes of its update, element by element. Static: compared by value.
+    """The place where the result of a leaf's step goes, element by element. Static: compared by value.
 
     Attributes:
       parameters: whether the results are new parameters.
@@ -36,21 +36,21 @@ class Destination(abc.ABC):
     has_remainder: ClassVar[bool] = False
 
     def for_dtype(self, dtype: np.dtype) -> "Destination":
-        """What it does with a parameter of a dtype."""
+        """The destination for a parameter of this dtype."""
         return self
 
     def read(self, inputs: Inputs) -> Inputs:
-        """What the rule sees."""
+        """The inputs as the rule sees them."""
         return inputs
 
     @abc.abstractmethod
     def write(self, inputs: Inputs, u: jax.Array, dither: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-        """The result, and what `remainder` becomes."""
+        """Returns the result and the new remainder."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Updates(Destination):
-    """The update is the result."""
+    """The destination that returns the update."""
 
     def write(self, inputs: Inputs, u: jax.Array, dither: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
         return u, inputs.remainder
@@ -58,13 +58,13 @@ class Updates(Destination):
 
 @dataclasses.dataclass(frozen=True)
 class Parameters(Destination):
-    """The new parameter is, as `optax.apply_updates` has it: no update is ever stored."""
+    """The destination that returns the new parameter, as `optax.apply_updates` has it; no update is ever stored."""
 
     parameters = True
 
     def write(self, inputs: Inputs, u: jax.Array, dither: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
         assert inputs.p is not None
-        # The sum is rounded once either way; a TPU makes a conversion at the end part of the pass over the state.
+        # The sum is rounded once either way; on a TPU a conversion at the end joins the pass over the state.
         wide = compute_dtype(inputs.p.dtype)
         return (inputs.p.astype(wide) + u.astype(wide)).astype(inputs.p.dtype), inputs.remainder
 

@@ -1,4 +1,4 @@
-"""Which way a leaf is run: everywhere `body` on the whole leaf; on a CPU its outputs in an order."""
+"""Runs a leaf: by `body` alone, on a CPU with its outputs in an order, and on a TPU with remainders apart."""
 
 import functools
 
@@ -17,10 +17,10 @@ from adam_fn.storage.codec import Stored
 def apart(
     rule: Rule, codecs: Codecs, destination: Destination, inputs: Inputs, stored: Stored, clock: Clock, times: Times
 ) -> LeafResult:
-    """What suits a TPU where a parameter has a remainder: that is computed again from the gradient, times 1.
+    """Makes a step for a TPU, in which the remainder is computed again, from the gradient times 1.
 
-    Else XLA would store, as float32, the new master that both are made of, and make another pass for one of them. It
-    cannot see that the factor is 1.
+    Otherwise XLA would store the new float32 master, from which both are made, and make another pass for one of them.
+    It cannot see that the factor is 1.
     """
     done = body(rule, codecs, destination, inputs, stored, clock, times)
     one = opaque(jnp.ones((1,) * inputs.g.ndim, inputs.g.dtype))
@@ -32,7 +32,7 @@ def apart(
 def step_leaf(
     rule: Rule, codecs: Codecs, inputs: Inputs, stored: Stored, clock: Clock, times: Times, *, destination: Destination
 ) -> LeafResult:
-    """A step of one leaf. Jitted, so that it is traced and lowered once per distinct leaf and not once per leaf."""
+    """Makes the step of one leaf. It is jitted, to be traced and lowered once per distinct leaf, not once per leaf."""
     dtype = (inputs.p if destination.parameters and inputs.p is not None else inputs.g).dtype
     if not jnp.iscomplexobj(inputs.g):
         rule = rule.of_real()

@@ -1,4 +1,4 @@
-"""What the new state of a leaf is computed from, found by tracing a step."""
+"""Finds which old arrays the new state of a leaf is computed from, by tracing a step."""
 
 from collections.abc import Callable, Mapping
 from typing import cast
@@ -15,9 +15,9 @@ def sources(
     p: jax.Array | None,
     stored: Mapping[str, jax.Array],
 ) -> dict[str, set[str]]:
-    """For each stored array those whose old values its new value depends on, and `PARAMETER` where it depends on that.
+    """The names of the arrays, `PARAMETER` included, on whose old values the new value of each stored array depends.
 
-    `step` makes the new ones of the parameter and the old ones; it is traced with two numbers in the place of arrays.
+    `step` makes the new arrays from the parameter and the old arrays; it is traced with arrays of two numbers.
     """
     number, old = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2,), x.dtype), (p, dict(stored)))
     names = sorted(old)

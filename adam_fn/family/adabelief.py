@@ -33,7 +33,7 @@ class AdaBelief(Adam):
     state_type: ClassVar[Any] = optax.ScaleByBeliefState
 
     def measured(self, b1: Beta) -> Slot:
-        return Slot()  # Of a steady gradient s is 0, and m is not.
+        return Slot()  # No bound: for a steady gradient s is 0, and m is not.
 
     def second_moment(self, nu: jax.Array, g: jax.Array, mu: jax.Array) -> jax.Array:
         return ema(self.b2, nu, self.square(self.clipped(g) - mu)) + self.eps_each

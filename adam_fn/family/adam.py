@@ -34,7 +34,7 @@ from adam_fn.trees.transform import Transformation
 class Moments(Rule):
     """The two moving averages of the family, ``m ← β₁m + (1-β₁)g``, ``v ← β₂v + (1-β₂)g²``, and their bias weights.
 
-    If `b1` is the number 0, m is g and is not stored. With `magnitude` the g² of a complex g is |g|², for both parts.
+    If `b1` is the number 0, m is g and is not stored. With `magnitude`, the g² of a complex g is |g|² for both parts.
     """
 
     b1: Beta = 0.9
@@ -51,7 +51,7 @@ class Moments(Rule):
         return {**first, "nu": Slot(signed=False)}
 
     def measured(self, b1: Beta) -> Slot:
-        """A moving average of the gradients with the decay rate `b1`, in units of √v."""
+        """The slot of a moving average of the gradients with the decay rate `b1`, in units of √v."""
         return Slot(bound=largest_ratio(b1, self.b2), unit=Unit("nu"))
 
     @property
@@ -59,15 +59,15 @@ class Moments(Rule):
         return self.b1, self.b2
 
     def clipped_gradient(self, g: jax.Array) -> jax.Array:
-        """The gradient as it is: what is squared has a bound of its own, and XLA would clip it for both moments."""
+        """The gradient as it is: `square` has a bound of its own, and XLA would clip once for each moment."""
         return g
 
     def clipped(self, g: jax.Array) -> jax.Array:
-        """What the first moment gets, see `Rule.clipped_gradient`."""
+        """The gradient for the first moment, clipped; see `Rule.clipped_gradient`."""
         return clip_finite(g, self.squared_factor)
 
     def first_moment(self, slots: Slots, g: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The new m, and what is stored of it."""
+        """The new m, and the slots that store it."""
         if "mu" not in slots:
             return g, {}
         mu = ema(self.b1, slots["mu"], g)
@@ -77,7 +77,7 @@ class Moments(Rule):
         return with_values(self, {"magnitude": False})
 
     def square(self, g: jax.Array) -> jax.Array:
-        """g²; of the two parts of a complex g, which are stacked in front, their sum if there is `magnitude`."""
+        """The square of g; with `magnitude`, its sum over both parts of a complex g, which are stacked in front."""
         squared = square(g)
         return squared + jnp.flip(squared, 0) if self.magnitude else squared
 
@@ -133,7 +133,7 @@ class Adam(Moments):
         )
 
     def direction(self, mu: jax.Array, g: jax.Array, clock: Clock) -> jax.Array:
-        """m̂"""
+        """The corrected first moment m̂."""
         weight = clock.weights[0]
         if not self.nesterov:
             return mu * (1 / weight)

@@ -42,7 +42,7 @@ class AdaMax(Rule):
     @property
     def slots(self) -> Mapping[str, Slot]:
         b1, b2 = (self.b1, self.b2) if isinstance(self.b1, float) and isinstance(self.b2, float) else (0.9, 0.999)
-        # Of gradients that shrink as v does.
+        # Gradients that shrink as v does reach the bound.
         bound = (1 - b1) / (1 - b1 / b2) if b1 < b2 else None
         return {"mu": Slot(bound=bound, unit=Unit("nu", root=False)), "nu": Slot(signed=False)}
 

@@ -35,7 +35,7 @@ class Adan(Adam):
     b3: Beta = 0.99
 
     squared_factor: ClassVar[float] = 3.0  # g + β₂(g - g₋)
-    state_type: ClassVar[Any] = None  # That of optax has the same form, but other moments.
+    state_type: ClassVar[Any] = None  # optax's has the same form, but other moments.
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,7 +54,7 @@ class Adan(Adam):
 
     @property
     def betas(self) -> Sequence[Any]:
-        return self.b1, self.b3, self.b2  # As `Adam.direction` and `Adam.scaled` expect them: of m, of n; then of δ.
+        return self.b1, self.b3, self.b2  # In the order of `Adam.direction` and `Adam.scaled`: of m, of n; then of δ.
 
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
         g = self.clipped(g)

@@ -51,7 +51,7 @@ class ADOPT(Rule):
 
     @property
     def slots(self) -> Mapping[str, Slot]:
-        # Of a bound that grows, what it is after a million steps.
+        # If the bound grows, its value after a million steps.
         bound = self.clip_value_fn if isinstance(self.clip_value_fn, float) else 32.0
         return {"mu": Slot(bound=bound if self.use_clipping else None), "nu": Slot(signed=False)}
 
@@ -67,7 +67,7 @@ class ADOPT(Rule):
         return ema(self.b1, mu, normalised) if self.nesterov else mu, {"mu": mu, "nu": nu}
 
     def signal_to_noise(self, slots: Slots, clock: Clock) -> jax.Array:
-        return slots["mu"]  # The average of ratios, which has no bias correction.
+        return slots["mu"]  # An average of ratios, without bias correction.
 
 
 @lists_options

@@ -32,7 +32,7 @@ class AMSGrad(Adam):
     bias_correction_mu: bool = True
     bias_correction_nu: bool = True
 
-    state_type: ClassVar[Any] = None  # Of optax's the maximum is another one.
+    state_type: ClassVar[Any] = None  # optax takes the maximum of the corrected v.
 
     @property
     def slots(self) -> Mapping[str, Slot]:

@@ -22,7 +22,7 @@ from adam_fn.wrappers.base import TreeTransformation, inner, map_trained
 
 @dataclasses.dataclass(frozen=True)
 class Lamb(TreeTransformation):
-    """Transformations before the trust ratio of each leaf and after it. The state is that of optax's chain."""
+    """The implementation of `lamb`: links before and after the trust ratio of each leaf. Its state is optax's."""
 
     direction: tuple[Transformation, ...]
     step: tuple[Transformation, ...]
@@ -39,7 +39,7 @@ class Lamb(TreeTransformation):
             raise TypeError(f"lamb expected the state that tx.init(params) makes, got a {type(state).__name__}")
         if params is None:
             raise ValueError("lamb needs the parameters: call update(grads, state, params)")
-        # Everything in float32 at least, and rounded to the gradients' dtype once.
+        # Everything is computed in float32 at least, and rounded to the gradients' dtype once.
         wide, before = _applied(self.direction, _widened(updates), state[:first], params)
         wide, after = _applied(self.step, _trusted(wide, params), state[first + 1 :], params, **extra_args)
         return _rounded(wide, updates), (*before, state[first], *after)
@@ -48,7 +48,7 @@ class Lamb(TreeTransformation):
 def _applied(
     links: Sequence[Transformation], updates: PyTree, states: Sequence[PyTree], params: PyTree, **extra_args: PyTree
 ) -> tuple[PyTree, list[PyTree]]:
-    """One transformation after the other."""
+    """Applies one transformation after the other."""
     new: list[PyTree] = []
     for link, state in zip(links, states, strict=True):
         updates, after = link.update(updates, state, params, **extra_args)

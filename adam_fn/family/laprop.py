@@ -27,11 +27,11 @@ class LaProp(Adam):
 
     eps: NonNegative = 1e-15
 
-    state_type: ClassVar[Any] = None  # Its m is another one than Adam's.
+    state_type: ClassVar[Any] = None  # Its m is not Adam's.
 
     def measured(self, b1: Beta) -> Slot:
         b2 = self.b2 if isinstance(self.b2, float) else 0.999
-        return Slot(bound=1 / math.sqrt(1 - b2))  # Of normalised gradients, and so of their average.
+        return Slot(bound=1 / math.sqrt(1 - b2))  # The bound of normalised gradients and of their average.
 
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
         nu = self.second_moment(slots["nu"], g, g)
@@ -40,7 +40,7 @@ class LaProp(Adam):
         return self.direction(mu, normalised, clock), {**stored, "nu": nu}
 
     def signal_to_noise(self, slots: Slots, clock: Clock) -> jax.Array | None:
-        return slots["mu"] * (1 / clock.weights[0]) if "mu" in slots else None  # m is of ratios already.
+        return slots["mu"] * (1 / clock.weights[0]) if "mu" in slots else None  # m averages ratios already.
 
 
 @lists_options

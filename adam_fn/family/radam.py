@@ -28,9 +28,9 @@ class RAdam(Adam):
         r = √((ρ-4)(ρ-2)ρ∞ / ((ρ∞-4)(ρ∞-2)ρ))
         u = r m̂/(√v̂ + ε)  where ρ ≥ threshold,  else m̂, or 0 without `degenerated_to_sgd`
 
-    ``ρ + 1`` is twice the mean age of the gradients in v. It is computed in this way, from a third bias weight, the
+    ``ρ + 1`` is twice the mean age of the gradients in v. It is computed from a third bias weight, the
     moving average of the second (``a ← β₂a + (1-β₂)w₂``, ``ρ = 2a/((1-β₂)w₂) - 1``): the difference above loses every
-    digit in float32 when β₂ is near 1. Below ρ = 4 there is no r: the threshold is 4 at least.
+    digit in float32 when β₂ is near 1. Below ρ = 4 r is undefined, so the threshold is at least 4.
     """
 
     threshold: Annotated[Any, Range(4.0, math.inf)] = 5.0
@@ -48,7 +48,7 @@ class RAdam(Adam):
         longest = 2 / one_minus(self.b2) - 1
         length = 2 * clock.weights[2] / (one_minus(self.b2) * clock.weights[1]) - 1
         rectified = length >= jnp.maximum(self.threshold, 4)
-        length = jnp.where(rectified, length, longest)  # r = 1 where it is not used, and no root of a negative number.
+        length = jnp.where(rectified, length, longest)  # r = 1 where it is not used: no root of a negative number.
         ratio = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
         adaptive = jnp.sqrt(ratio) * self.scaled(direction, nu, clock)
         plain = direction if self.degenerated_to_sgd else jnp.zeros_like(direction)

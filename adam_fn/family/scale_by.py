@@ -1,6 +1,6 @@
 """The directions of the optimizers without rate and decay, with the names and arguments of optax's ``scale_by_…``.
 
-For code that builds its chain from these::
+They are for code that builds its own chain::
 
     tx = optax.chain(
         adam_fn.scale_by_adam(storage="16bit"), optax.add_decayed_weights(0.1), optax.scale_by_learning_rate(1e-3)
@@ -68,7 +68,7 @@ def scale_by_amsgrad(
     bias_correction_nu: bool = True,
     **options: Unpack[DirectionOptions],
 ) -> Transformation:
-    """The arguments of `optax.scale_by_amsgrad`, but the maximum is of the raw v, see `adam_fn.amsgrad`."""
+    """`optax.scale_by_amsgrad`, except that the maximum is of the raw v; see `adam_fn.amsgrad`."""
     corrections = {"bias_correction_mu": bias_correction_mu, "bias_correction_nu": bias_correction_nu}
     return _direction(AMSGrad(b1, b2, eps, eps_root, **corrections), options, mu_dtype)
 
@@ -127,7 +127,7 @@ def scale_by_lion(
     mode: Literal["hard"] = "hard",
     **options: Unpack[DirectionOptions],
 ) -> Transformation:
-    """`optax.scale_by_lion`: ``u = sign(β₁m + (1-β₁)g)``, see `adam_fn.lion`. Of its modes only ``"hard"``, Lion's."""
+    """`optax.scale_by_lion`: ``u = sign(β₁m + (1-β₁)g)``, see `adam_fn.lion`. The only `mode` is ``"hard"``."""
     if mode != "hard":
         raise ValueError(f'mode must be "hard", which is Lion, got {mode!r}: the others are in optax.scale_by_lion')
     return _direction(Lion(b1, b2), options, mu_dtype)
@@ -142,5 +142,5 @@ def scale_by_adan(
     eps_root: Hyper = 0.0,
     **options: Unpack[DirectionOptions],
 ) -> Transformation:
-    """The arguments of `optax.scale_by_adan`, but with the paper's β₂ where optax has 1-β₂, see `adam_fn.adan`."""
+    """`optax.scale_by_adan`, except that it has the paper's β₂ where optax has 1-β₂; see `adam_fn.adan`."""
     return _direction(Adan(b1, b2, eps, eps_root, b3=b3), options)

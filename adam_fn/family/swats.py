@@ -33,7 +33,7 @@ class SwatsState(NamedTuple):
     Attributes:
       adam: the state of Adam. After the switch its m is SGD's momentum, which starts again at 0; v stays as it is.
       average: the raw moving average of the rates γ, a scalar in the dtype of the bias weights (float32).
-      switched: bool scalar, whether SGD has taken over.
+      switched: whether SGD has taken over, a bool scalar.
       sgd_rate: the rate Λ that was found, a scalar; 0 before the switch.
       adam_rate: Adam's rate at the switch, a scalar; 0 before.
     """
@@ -72,7 +72,7 @@ class Momentum(Rule):
 
 
 class _Call(NamedTuple):
-    """What a step is given."""
+    """The arguments of a step."""
 
     grads: PyTree
     state: SwatsState
@@ -82,7 +82,7 @@ class _Call(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Swats(TreeTransformation):
-    """See `swats`. `adam` is the transformation of `rule` and `rate`."""
+    """The implementation of `swats`; `adam` is the transformation of `rule` and `rate`."""
 
     adam: Transformation
     rule: Adam
@@ -130,7 +130,7 @@ def _step(
     alpha = jnp.asarray(
         rate.at(spec.form.read(call.state.adam).steps).learning_rate if call.rate is None else call.rate
     )
-    alpha, call = alike_over_devices((alpha, call))  # Members on the devices of a `shard_map` switch on their own.
+    alpha, call = alike_over_devices((alpha, call))  # Each device of a `shard_map` may switch on its own.
     with unrecorded():
         return _either(write, spec, rule, alpha, tolerance, call)
 
@@ -139,9 +139,9 @@ def _step(
 def _either(
     write: bool, spec: Definition, rule: Adam, alpha: jax.Array, tolerance: ArrayLike, call: _Call
 ) -> tuple[PyTree, SwatsState]:
-    """One of two loops that run once or not at all.
+    """Runs one of two loops, each once or not at all.
 
-    XLA copies whatever leaves a conditional, three leaves each time; what a loop carries is changed in its place.
+    XLA copies whatever leaves a conditional, but changes in place what a loop carries.
     """
     state = call.state
     like = jax.eval_shape(functools.partial(_adam, write), spec, rule, alpha, tolerance, call)[0]
@@ -162,7 +162,7 @@ def _either(
 
 @_either.defjvp
 def _either_jvp(write: bool, primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]) -> tuple[PyTree, PyTree]:
-    """Of a conditional: a loop has no derivatives in reverse."""
+    """The derivative of a conditional, since a loop has none in reverse."""
 
     def either(spec: Definition, rule: Adam, alpha: jax.Array, tolerance: ArrayLike, call: _Call) -> PyTree:
         return jax.lax.cond(
@@ -187,11 +187,11 @@ def _restarted_jvp(primals: tuple[jax.Array, PyTree], tangents: tuple[PyTree, Py
 
 
 def _sgd(write: bool, spec: Definition, rule: Adam, alpha: jax.Array, call: _Call) -> tuple[PyTree, SwatsState]:
-    """A step after the switch: of Adam's state the momentum alone is read and changed."""
+    """A step after the switch. Of Adam's moments, only m is read and changed."""
     grads, state, params, _ = call
     codecs = tuple((name, codec) for name, codec in spec.codecs if name == "mu")
     sgd = Update(dataclasses.replace(spec, rule=Momentum(rule.b1) >> Rate(0.0), codecs=codecs))
-    # Not 0 after the switch; but `vmap` runs both branches, and derivatives pass through both.
+    # `adam_rate` is not 0 after the switch; but `vmap` runs both branches, and derivatives pass through both.
     switched_at = jnp.where(state.switched, state.adam_rate, 1)
     memory, own = spec.form.read(state.adam), sgd.spec.form
     before = own.made(Memory((memory.steps, None), (), {"mu": memory.slots["mu"]}))
@@ -215,7 +215,7 @@ def _adam(
     pairs = [(u, g, own) for u, g, own in rows if is_trained(u)]
     dtype = state.average.dtype
 
-    # The rate at which SGD's step, projected onto Adam's, is Adam's.
+    # The rate at which SGD's step, projected onto Adam's, equals Adam's.
     along = -sum((own * inner(u, g) for u, g, own in pairs), jnp.zeros((), dtype))
     length = sum((inner(u, u) for u, *_ in pairs), jnp.zeros((), dtype))
     found = (length / jnp.where(along == 0, 1, along)).astype(dtype)

@@ -13,7 +13,7 @@ from adam_fn.interop.torch import to_torch as to_torch
 from adam_fn.interop.torch import torch_groups as torch_groups
 from adam_fn.interop.torch import torch_tensors as torch_tensors
 
-# Without it a star would bring the modules too, whose names are those of the frameworks.
+# Without it a star import would bring the modules too, which have the names of the frameworks.
 __all__ = [
     "change_storage",
     "from_keras",

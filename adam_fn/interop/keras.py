@@ -19,7 +19,7 @@ from adam_fn.trees.states import State
 #: ``optimizer.variables``, or the arrays that ``optimizer.save_own_variables(store)`` stores, by number.
 Variables: TypeAlias = Sequence[Any] | Mapping[str, Any]
 
-#: Keras's names of our slots; those of the first tuple alternate, the others follow one after the other.
+#: Keras's names of our slots: those of the first mapping alternate, those of the others follow one after the other.
 _FORMS: Mapping[type[Rule], tuple[Mapping[str, str], ...]] = {
     Adam: ({"mu": "momentum", "nu": "velocity"},),
     AMSGrad: ({"mu": "momentum", "nu": "velocity"}, {"nu_max": "velocity_hat"}),
@@ -43,7 +43,7 @@ def from_keras(
 
         state = adam_fn.interop.from_keras(tx, params, optimizer.variables, paths=["dense/kernel", "dense/bias"])
 
-    `tx` is the optimizer of `adam_fn.presets` with Keras's name (``keras3_adam``, …), and has Keras's hyperparameters.
+    `tx` should be the preset of `adam_fn.presets` with Keras's name (``keras3_adam``, …) and hyperparameters.
 
     Args:
       tx: an optimizer of this package, or `adam_fn.master_weights` around one; its remainders then start at 0.
@@ -139,9 +139,9 @@ def _order(paths: Paths, names: Sequence[str] | None) -> list[str | None]:
 
 
 def _places(target: Target, given: Sequence[Any], number: int) -> Iterator[tuple[int, str | None, int]]:
-    """Where the moments are: the place among the variables, our slot (None: Nadam's product), and the parameter.
+    """Locates each moment: its place among the variables, our slot (None: Nadam's product), and the parameter.
 
-    They are the last variables. Before them are the number of steps, the learning rate if it is no schedule, and
+    Moments are the last variables. Before them are the number of steps, the learning rate if it is no schedule, and
     averages of the parameters if there are any.
     """
     form: tuple[Mapping[str, str], ...] = target.form(_FORMS, "Keras")

@@ -1,4 +1,4 @@
-"""What all frameworks' states have in common: a count of steps, and moments by slot and by the parameter's path.
+"""The common part of all frameworks' states: a count of steps, and moments by slot and by the parameter's path.
 
 The moments are the raw averages, here as there. Bias weights that a state keeps are computed again: `advance_weights`
 is run `count` times.
@@ -30,14 +30,14 @@ from adam_fn.wrappers.masters import MasterState, MasterWeights
 Array: TypeAlias = Any
 #: Arrays by the path of their parameter.
 ByPath: TypeAlias = Mapping[str, Array]
-#: The paths here of another framework's parameters, in its order. See `ordered`.
+#: The paths here of another framework's parameters, in its order. See `in_order`.
 Paths: TypeAlias = Sequence[str | None] | Mapping[str, str | None] | Callable[[str], str | None]
-#: By patterns of paths, the axes of the other framework's arrays, in the order in which they are here.
+#: The axes of the other framework's arrays, in the order in which they are here, by patterns of paths.
 Transpose: TypeAlias = Mapping[str, Sequence[int]]
 
 
 class Moments(NamedTuple):
-    """A state that belongs to no framework.
+    """A state in a form that belongs to no framework.
 
     Attributes:
       count: the number of steps made.
@@ -53,7 +53,7 @@ class Moments(NamedTuple):
 
 
 def fail(problems: Iterable[str], what: str) -> None:
-    """Raises one error that lists all problems, where there are any."""
+    """Raises one error that lists all problems, if there are any."""
     if listed := list(problems):
         raise ValueError("\n  ".join([f"{what}:", *listed]))
 
@@ -73,7 +73,7 @@ class Target:
                 "result in its place in the chain's state"
             )
         self.update = update
-        if self.masters:  # What is inside sees them in float32.
+        if self.masters:  # The wrapped optimizer sees them in float32.
             self.params = jax.tree.map(lambda p: p.astype(jnp.float32) if p.dtype == jnp.bfloat16 else p, params)
         self._outer = params
         leaves = Leaves(self.params)
@@ -114,12 +114,12 @@ class Target:
         memory = _memory(self.update.spec, count)
         found = np.asarray(self.update.spec.weights(memory, jnp.result_type(float)), np.float64)
         kept = [i for i, beta in enumerate(self.update.spec.rule.betas) if is_kept(beta)]
-        for i, weight in zip(kept, memory.weights, strict=True):  # More digits than the weight alone has.
+        for i, weight in zip(kept, memory.weights, strict=True):  # The rest has more digits.
             found[i] = np.float64(weight.main) + np.float64(weight.rest)
         return found
 
     def state(self, moments: Moments, source: str) -> State:
-        """The state of the transformation, or an error that lists everything in `source` that does not fit."""
+        """Returns the state of the transformation, or raises an error that lists all that does not fit in `source`."""
         fail(self._problems(moments), f"{source} does not fit the parameters")
         outer = self.tx.init(self._outer)
         form = self.update.spec.form
@@ -129,7 +129,7 @@ class Target:
             for path in self._paths
         ]
         slots = _stored(self.update.spec, values, self.params, np.int32(moments.count))
-        # Added to the zeros that are there, so that they live where these live.
+        # Added to the zeros of the first state, so that they live where these live.
         memory = _memory(self.update.spec, moments.count)
         counts, weights = jax.tree.map(
             lambda zero, x: zero + np.asarray(x, zero.dtype),
@@ -140,7 +140,7 @@ class Target:
         return outer._replace(inner=state) if isinstance(outer, MasterState) else state
 
     def moments(self, state: State) -> Moments:
-        """What a state of the transformation holds."""
+        """The moments and the count of a state of the transformation."""
         inner = state.inner if isinstance(state, MasterState) else state
         self.update.spec.form.check(inner)
         slots = {}
@@ -150,7 +150,7 @@ class Target:
         return Moments(int(self.update.spec.form.read(inner).steps), slots)
 
     def uncovered(self, paths: Iterable[str | None]) -> Iterable[str]:
-        """What differs between some paths and those of the parameters that are trained."""
+        """Lists the differences between some paths and those of the trained parameters."""
         known = {path: None for path in paths if path is not None}
         yield from (f"{display_path(path)}: is not a trained parameter" for path in known if path not in self.trained)
         yield from (f"{display_path(path)}: is not among paths" for path in self.trained if path not in known)
@@ -185,7 +185,7 @@ class Target:
 def _stored(
     spec: Definition, values: Sequence[Mapping[str, Array] | None], params: PyTree, count: jax.Array
 ) -> dict[str, PyTree]:
-    """The slots of a state, from arrays for each leaf that is trained; they get the parameters' shardings."""
+    """The slots of a state, made from arrays for each trained leaf; they get the parameters' shardings."""
     leaves = Leaves(params)
     found: list[dict[str, jax.Array] | None] = []
     for path, p, own in zip(leaves.paths, leaves.leaves, values, strict=True):
@@ -204,7 +204,7 @@ def _run(spec: Definition, count: jax.Array, memory: Memory) -> Memory:
 
 
 def _memory(spec: Definition, count: int) -> Memory:
-    """What a state has after `count` steps but for the slots, in JAX's default dtype."""
+    """The memory after `count` steps, except for the slots, in JAX's default dtype."""
     zero = jnp.zeros((), float)
     weights = (Weight(zero, zero),) * sum(map(is_kept, spec.rule.betas))
     counts: tuple[Any, ...] = tuple(np.int32(count) if link.counts else None for link in spec.form.links)
@@ -218,11 +218,11 @@ def in_order(paths: Paths, names: Sequence[str] | None, number: int, framework: 
     """The paths of another framework's parameters, in its order.
 
     Args:
-      paths: the paths in that order, None for a parameter that has no counterpart here; or by the others' names, in a
-        mapping or a function.
+      paths: the paths in that order, None for a parameter that has no counterpart here; or a mapping or a function from
+        the others' names to paths.
       names: those names in that order.
-      number: of the parameters.
-      framework: for errors.
+      number: the number of parameters.
+      framework: its name, for errors.
     """
     if isinstance(paths, str):
         raise TypeError(f"paths must be a sequence of paths, a mapping or a function, got {paths!r}")
@@ -251,7 +251,7 @@ def _no_names(framework: str) -> NoReturn:
 
 
 class Axes:
-    """The transpositions that the user asked for; every pattern must be of some path."""
+    """The transpositions that the user asked for; every pattern must match a path."""
 
     def __init__(self, transpose: Transpose | None, paths: Iterable[str | None]) -> None:
         self._rules = {pattern: tuple(axes) for pattern, axes in (transpose or {}).items()}
@@ -268,7 +268,7 @@ class Axes:
         return None
 
     def ours(self, path: str, x: Array) -> Array:
-        """The others' array as it is here."""
+        """Converts another framework's array to its form here."""
         axes = self._of(path, np.ndim(x))
         return x if axes is None else np.transpose(x, axes)
 
@@ -279,9 +279,9 @@ class Axes:
 
 
 def as_array(x: Array) -> NDArray[Any]:
-    """An array of torch, Keras, JAX or NumPy as one of NumPy, without importing any of them."""
+    """Converts an array of torch, Keras or JAX to one of NumPy, without importing any of them."""
     for method in ("detach", "cpu"):
         x = getattr(x, method)() if hasattr(x, method) else x
-    if str(getattr(x, "dtype", "")) == "torch.bfloat16":  # NumPy's own dtypes are all that torch knows.
+    if str(getattr(x, "dtype", "")) == "torch.bfloat16":  # torch converts NumPy's own dtypes alone.
         x = x.float()
     return np.asarray(x.numpy() if hasattr(x, "numpy") else x)

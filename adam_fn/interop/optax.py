@@ -30,12 +30,12 @@ S = TypeVar("S")
 
 
 class _Form(NamedTuple):
-    """Where optax keeps what.
+    """The form of a state of optax.
 
     Attributes:
       state: its type.
       slots: the fields of the moments, by our slots.
-      counts: the fields of the number of steps.
+      counts: the fields that count steps.
     """
 
     state: type[Any]
@@ -53,7 +53,7 @@ _FORMS: Mapping[type[Rule], _Form] = {
     Adan: _Form(optax.ScaleByAdanState, {"mu": "m", "delta": "v", "nu": "n", "grad": "g"}, ("t",)),
     AdEMAMix: _Form(optax.contrib.ScaleByAdemamixState, {"mu": "m1", "slow": "m2", "nu": "nu"}, ("count", "count_m2")),
 }
-#: The states that count steps for schedules; some of optax's are not public.
+#: The states of optax that count steps for schedules, by name: some are not public.
 _SCHEDULES = {
     "InjectHyperparamsState",
     "InjectStatefulHyperparamsState",
@@ -92,13 +92,13 @@ def from_optax(tx: optax.GradientTransformation, params: PyTree, optax_state: St
 
     Raises:
       ValueError: if moments are missing, have another shape or kind, or belong to no parameter (the error lists all of
-        them); if two places count steps differently; or if a complex parameter has a second moment and `tx` has not
-        ``complex="magnitude"``, as optax has.
+        them); if two places count steps differently; or if a complex parameter has a second moment and `tx` was not
+        made with ``complex="magnitude"``, which is what optax does.
       TypeError: if `tx` has no counterpart in optax.
     """
     target, form = _target(tx, params)
     found: list[Any] = []
-    untyped: list[Any] = []  # What a checkpoint gives that was restored without its types.
+    untyped: list[Any] = []  # Parts of a checkpoint that was restored without its types.
     counts: dict[str, int] = {}
 
     def look(keys: jax.tree_util.KeyPath, node: Any) -> Any:  # noqa: ANN401
@@ -170,7 +170,7 @@ def to_optax(tx: optax.GradientTransformation, params: PyTree, state: State, opt
         if not jnp.issubdtype(jnp.result_type(old), jnp.inexact):
             return old
         used.add(path)
-        if name not in slots:  # Of β₁ = 0: optax keeps a first moment that counts for nothing.
+        if name not in slots:  # With β₁ = 0 optax keeps a first moment that it ignores.
             return jnp.zeros_like(old)
         if path not in slots[name]:
             problems.append(f"{display_path(path)}: {name} is not in the state")
@@ -211,12 +211,12 @@ def _target(tx: optax.GradientTransformation, params: PyTree) -> tuple[Target, _
 
 
 def _for_both(x: jax.Array) -> jax.Array:
-    """The real number that optax has for both parts of a complex one, for each of them."""
+    """The one real number that optax has for both parts of a complex element, given to each part."""
     return jax.lax.complex(jnp.real(x), jnp.real(x))
 
 
 def _corrected(target: Target, count: int) -> float:
-    """What optax's maximum of v is divided by."""
+    """The bias weight by which optax divides v before it takes the maximum."""
     rule = target.rule
     assert isinstance(rule, AMSGrad)
     return float(target.weights(count)[1]) if rule.bias_correction_nu else 1.0
@@ -239,7 +239,7 @@ def _map_nodes(
     form: _Form,
     keys: jax.tree_util.KeyPath = (),
 ) -> Any:  # noqa: ANN401
-    """A tree with what `function` makes of every node, from the outside in, down to the states of a form."""
+    """Applies `function` to every node of a tree, from the outside in, down to the states of a form."""
     node = function(keys, node)
     if isinstance(node, form.state):
         return node

@@ -46,7 +46,7 @@ def change_storage(
     new = target.state(source.moments(state), "the state")
     inner = state.inner if isinstance(state, MasterState) else state
     kept = source.update.spec.form.read(inner)
-    # The old state's counts and bias weights, which a β that is scheduled otherwise in `tx` would not have come to.
+    # Keeps the old state's counts and bias weights: another schedule of β in `tx` would have led to other weights.
     form = target.update.spec.form
     made = form.read(new.inner if isinstance(new, MasterState) else new)
     if len(made.weights) == len(kept.weights):

@@ -18,7 +18,7 @@ from adam_fn.interop.moments import Axes, Moments, Paths, Target, Transpose, as_
 from adam_fn.trees.leaves import PyTree
 from adam_fn.trees.states import State
 
-#: What ``optimizer.state_dict()`` returns, of tensors or of other arrays.
+#: The result of ``optimizer.state_dict()``, with tensors or other arrays.
 StateDict: TypeAlias = Mapping[str, Any]
 
 _MOMENTS = {"mu": "exp_avg", "nu": "exp_avg_sq"}
@@ -32,7 +32,7 @@ _FORMS: Mapping[type[Rule], Mapping[str, str]] = {
 
 
 def _target(tx: optax.GradientTransformation, params: PyTree) -> tuple[Target, Mapping[str, str]]:
-    """Whose state it is, and what torch calls its slots."""
+    """The transformation whose state it is, and torch's names of its slots."""
     target = Target(tx, params)
     return target, target.form(_FORMS, "torch")
 
@@ -54,18 +54,18 @@ def from_torch(
             tx,
             params,
             "optimizer.pt",
-            paths=["dense/kernel", "dense/bias"],  # Of model.parameters(), in their order.
+            paths=["dense/kernel", "dense/bias"],  # In the order of model.parameters().
             transpose={"*/kernel": (1, 0)},  # torch.nn.Linear's weight is [out, in].
         )
 
-    `tx` is the optimizer of `adam_fn.presets` with torch's name, and has the hyperparameters in ``param_groups`` (see
+    `tx` should be the optimizer of `adam_fn.presets` with torch's name and the hyperparameters in ``param_groups`` (see
     `torch_groups`): they are not part of the state.
 
     Args:
       tx: an optimizer of this package, or `adam_fn.master_weights` around one; its remainders then start at 0.
       params: the parameters, now. Paths are their keys joined by ``/``, as in `adam_fn.masks.path`.
-      state_dict: what ``optimizer.state_dict()`` returned, of tensors or of NumPy arrays, or the name of a file to
-        which torch saved it (only a file needs torch).
+      state_dict: the result of ``optimizer.state_dict()``, with tensors or NumPy arrays, or the name of a file to which
+        torch saved it (only a file needs torch).
       paths: the path of each of torch's parameters, in the optimizer's order: the order of ``model.parameters()``, or
         of the groups one after the other; with None for a parameter that has no counterpart here. Or a mapping or a
         function from torch's names to paths, ``lambda name: name.replace(".", "/").replace("weight", "kernel")``.
@@ -110,7 +110,7 @@ def to_torch(
     names: Sequence[str] | None = None,
     transpose: Transpose | None = None,
 ) -> dict[str, Any]:
-    """What torch's optimizer loads to continue where `tx` stopped: the inverse of `from_torch`.
+    """The state that torch's optimizer loads to continue where `tx` stopped: the inverse of `from_torch`.
 
     ::
 
@@ -121,7 +121,7 @@ def to_torch(
       tx: the transformation that made the state.
       params: the parameters, now.
       state: the state of `tx`.
-      state_dict: what torch's optimizer has now; it may be new. Its groups and hyperparameters are kept.
+      state_dict: the state that torch's optimizer has now; it may be new. Its groups and hyperparameters are kept.
       paths: as in `from_torch`.
       names: as in `from_torch`.
       transpose: as in `from_torch`.
@@ -145,7 +145,7 @@ def to_torch(
             continue
         entry: dict[str, Any] = {"step": np.asarray(moments.count, np.float32)}
         if isinstance(target.rule, Adam) and target.rule.nesterov:
-            # Of the momenta so far; its complement is the bias weight.
+            # The product of the momenta so far is 1 minus the bias weight.
             entry["mu_product"] = np.asarray(1 - target.weights(moments.count)[0], np.float32)
         for name, theirs in form.items():
             entry[theirs] = axes.theirs(path, np.asarray(moments.array(name, path)))
@@ -184,7 +184,7 @@ def _torch() -> Any:  # noqa: ANN401
 
 
 def _read(source: StateDict | str | os.PathLike[str]) -> StateDict:
-    """A state_dict, from a file if need be."""
+    """Returns a state_dict, from a file if need be."""
     if isinstance(source, (str, os.PathLike)):
         source = _torch().load(source, map_location="cpu", weights_only=True)
     if not isinstance(source, Mapping) or not {"state", "param_groups"} <= source.keys():

@@ -1,7 +1,7 @@
 """Each framework's Adam as that framework defines it: rate, betas, ε and where it is added, weight decay.
 
-The arguments have the names of `adam_fn.adam` and the framework's defaults; what has no default there has none here.
-Each docstring gives the update, the framework's names for the arguments where they differ ("There: ..."), and the
+The arguments have the names of `adam_fn.adam` and the framework's defaults; without a default there, they have none
+here. Each docstring gives the update, the framework's names for the arguments where they differ ("There: ..."), and the
 source file. In the formulas ``m`` and ``v`` are the raw moments, ``m̂ = m/(1-β₁ᵗ)``, ``v̂ = v/(1-β₂ᵗ)`` and ``α_t = α
 √(1-β₂ᵗ)/(1-β₁ᵗ)``: an ε beside the raw ``√v`` is the paper's epsilon hat (arXiv 1412.6980, section 2). `weight_decay`
 is off unless a number is given. Rates and other numbers may be schedules, as everywhere in adam_fn.

@@ -1,4 +1,4 @@
-"""What the presets share."""
+"""Code that the presets share."""
 
 from typing import Literal
 
@@ -17,9 +17,9 @@ class Weights(MomentOptions, total=False):
 
 
 def with_decay_kind(decay: Literal["scaled", "independent", "l2"], options: Weights) -> Options:
-    """The options, with what their weight decay means if there is one."""
+    """The options, with the meaning of their weight decay if there is one."""
     return {**options} if options.get("weight_decay") is None else {**options, "decay": decay}
 
 
-#: By `amsgrad`, which the frameworks have as a flag of Adam.
+#: The optimizer by `amsgrad`, which the frameworks have as a flag of Adam.
 ADAM = {False: adam, True: amsgrad}

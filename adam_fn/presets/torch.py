@@ -92,7 +92,7 @@ def torch_radam(
 ) -> Transformation:
     """``torch.optim.RAdam``: ``p ← p - α_t r m/(√v + ε)`` where ``ρ > 5``, else ``p - α m̂`` (see `adam_fn.radam`).
 
-    The only one of torch's optimizers with the epsilon hat. Weight decay and names as in `torch_nadam`. Source:
+    It alone of torch's optimizers has the epsilon hat. Weight decay and names are as in `torch_nadam`. Source:
     ``torch/optim/radam.py``.
     """
     meaning = with_decay_kind("scaled" if decoupled_weight_decay else "l2", options)

@@ -1,1 +1,1 @@
-"""How moments and parameters are stored in few bits."""
+"""Storage of moments and parameters in few bits."""

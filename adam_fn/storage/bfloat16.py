@@ -1,4 +1,4 @@
-"""The bits of bfloat16 parameters: masters by a remainder, and stochastic rounding."""
+"""Arithmetic with the bits of bfloat16 parameters: masters made with a remainder, and stochastic rounding."""
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,9 @@ from adam_fn.storage import noise
 LARGEST = 0x7F7F  # The bits of the largest finite bfloat16; one more is inf.
 
 
-# A bfloat16 is a float32 whose lower 16 bits are 0, and that is how it is computed here. It becomes a bfloat16 by a
-# conversion of floats, as a remainder becomes an integer: an operation at the end that a TPU makes part of the pass
-# that reads the parameters, which it does not with operations on bits.
+# A bfloat16 is a float32 whose lower 16 bits are 0, and is computed as such here. At the end floats are converted to
+# bfloat16, and remainders to integers: on a TPU a conversion joins the pass that reads the parameters, while operations
+# on bits do not.
 
 
 def bits_of(x: jax.Array) -> jax.Array:
@@ -20,25 +20,25 @@ def bits_of(x: jax.Array) -> jax.Array:
 
 
 def as_float(magnitude: jax.Array, like: jax.Array) -> jax.Array:
-    """The float32 of 31 bits and the sign of `like`; where that is inf or nan, that."""
+    """The float32 of 31 bits and the sign of `like`; `like` itself where it is inf or nan."""
     x = jax.lax.bitcast_convert_type((bits_of(like) & np.uint32(1 << 31)) | magnitude.astype(jnp.uint32), jnp.float32)
     return jnp.where(jnp.isfinite(like), x, like)
 
 
 def _shortened(x: jax.Array, bits: int) -> jax.Array:
-    """The magnitude of float32 in units of the last bit of a master, int32: 15 + `bits` bits, halves rounded up."""
+    """The magnitude of a float32, in units of the last bit of a master, int32: 15 + `bits` bits, halves rounded up."""
     drop = 16 - bits
     return (((bits_of(x) & 0x7FFFFFFF) + ((1 << drop) >> 1)) >> drop).astype(jnp.int32)
 
 
 def visible(x: jax.Array, bits: int) -> jax.Array:
-    """The parameter of a float32 master: the nearest bfloat16, halves away from 0, and never inf of a finite one."""
+    """The parameter of a float32 master: the nearest bfloat16, halves away from 0; finite numbers stay finite."""
     half = 1 << (bits - 1)
     return as_float(jnp.minimum((_shortened(x, bits) + half) >> bits, LARGEST) << 16, x)
 
 
 def remainder_of(x: jax.Array, q: jax.Array, bits: int) -> jax.Array:
-    """What `join` adds to the parameter `q` to come back to `x`, or as near as it can."""
+    """The remainder with which `join` leads from the parameter `q` back to `x`, or as near as it can."""
     half = 1 << (bits - 1)
     whole = ((bits_of(q) & 0x7FFFFFFF) >> (16 - bits)).astype(jnp.int32)
     difference = jnp.clip((_shortened(x, bits) - whole).astype(jnp.float32), -half, half - 1)
@@ -57,7 +57,7 @@ def join(p: jax.Array, low: jax.Array, bits: int) -> jax.Array:
 def landing(p: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The float32 update that leads from `p` to `q`, and the bfloat16 on which `optax.apply_updates` lands with it.
 
-    That is `q`, but where |q| is below about 2⁻¹⁶|p| and float32 cannot hold q - p: there it is off by 2⁻²⁵|p| at most.
+    It lands on `q`, unless |q| is below about 2⁻¹⁶|p| and float32 cannot hold q - p: then it is off by 2⁻²⁵|p| at most.
     """
     wide = p.astype(jnp.float32)
     u = jnp.where(q == wide, 0, q - wide)  # Where both are inf the difference is nan.
@@ -65,7 +65,7 @@ def landing(p: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def round_stochastically(x: jax.Array, dither: jax.Array) -> jax.Array:
-    """One of the two bfloat16 around a float32, their mean over all dithers is `x`.
+    """Rounds a float32 to one of the two bfloat16 around it; the mean over all dithers is `x`.
 
     Finite numbers stay finite.
     """

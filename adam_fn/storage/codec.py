@@ -19,20 +19,20 @@ from jax.typing import DTypeLike
 from adam_fn.algebra.slots import Slot, Unit
 from adam_fn.storage import noise
 
-#: What is stored of a leaf, by name.
+#: The stored arrays of a leaf, by name.
 Stored: TypeAlias = Mapping[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class Codec(abc.ABC):
-    """Stores one slot, or several, in one array. Codecs are static: hashable, compared by value, without arrays.
+    """A way to store one or several slots in one array. Codecs are static: hashable, compared by value, without arrays.
 
     A subclass is a frozen dataclass that defines `encode` and `decode`, element by element. Laws: ``decode(encode(x))``
     is x where a code stands for x, and otherwise one of the two codes around it, such that the mean over all dithers is
     x. Code 0 stands for 0. nan is stored as nan, infinity as infinity or nan.
 
     Attributes:
-      slots: what the array holds; `for_slot` fills it in.
+      slots: the names of the slots in the array; `for_slot` fills it in.
     """
 
     slots: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
@@ -42,7 +42,7 @@ class Codec(abc.ABC):
 
     @property
     def exact(self) -> bool:
-        """Whether nothing is ever rounded: then `encode` gets no dither."""
+        """Whether nothing is ever rounded; `encode` then gets no dither."""
         return False
 
     @property
@@ -51,22 +51,22 @@ class Codec(abc.ABC):
         return (None,) * len(self.slots)
 
     def for_slot(self, name: str, slots: Mapping[str, Slot]) -> "Codec":
-        """The codec for the array `name` of a rule's state, or an error that says why there is none."""
+        """Returns the codec for the array `name` of a rule's state, or raises an error that says why there is none."""
         slot_of(self, name, slots)
         return dataclasses.replace(self, slots=(name,))
 
     @abc.abstractmethod
     def encode(self, x: tuple[jax.Array, ...], dither: tuple[jax.Array, ...]) -> jax.Array:
-        """What is stored of the slots, each in its unit; `dither`: int32 numbers for each, none if `exact`."""
+        """Encodes the slots, each in its unit; `dither` has int32 numbers for each, or is empty if `exact`."""
 
     @abc.abstractmethod
     def decode(self, code: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, ...]:
-        """The inverse of `encode`, of floating `dtype`."""
+        """Inverts `encode`; the results have floating `dtype`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Cast(Codec):
-    """Stores a slot in another floating dtype, dithered where that is narrower; without one, as it is computed.
+    """A cast of a slot to another floating dtype, dithered if that is narrower; without a dtype, no change.
 
     ::
 
@@ -109,34 +109,34 @@ class Cast(Codec):
 
 
 def slot_of(codec: Codec, name: str, slots: Mapping[str, Slot]) -> Slot:
-    """The slot of a name, or an error."""
+    """Returns the slot of a name, or raises an error."""
     if name not in slots:
         raise ValueError(f"{codec} is to store {name!r}, but the slots are {', '.join(slots)}")
     return slots[name]
 
 
-# XLA for CPUs stores a quotient or a root that is used more than once, and computes a choice again.
+# XLA for CPUs stores a quotient or a root that is used more than once, but computes a choice (`where`) again.
 
 
 def ratio(x: jax.Array, unit: jax.Array) -> jax.Array:
-    """`x` in a unit, and as it is where the unit is 0."""
+    """Divides `x` by its unit; keeps it where the unit is 0."""
     return jnp.where(unit > 0, x / unit, x)
 
 
 def root(v: jax.Array) -> jax.Array:
-    """``√v`` of what is not negative."""
+    """``√v``, for a v that is not negative."""
     return jnp.where(v > 0, jnp.sqrt(v), v)
 
 
 def is_wide(dtype: np.dtype, computed: np.dtype) -> bool:
-    """Whether a dtype holds every number of the other one."""
+    """Whether `dtype` holds every number of `computed`."""
     ours, theirs = jnp.finfo(dtype), jnp.finfo(computed)
     return ours.nmant >= theirs.nmant and ours.minexp <= theirs.minexp
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def narrowed(x: jax.Array, dtype: np.dtype, dither: jax.Array) -> jax.Array:
-    """`x` in a narrower floating dtype: one of the two numbers around it, their mean over all dithers is `x`.
+    """Rounds `x` to one of the two numbers around it in a narrower floating dtype; the mean over all dithers is `x`.
 
     Finite numbers stay finite; nan and infinity stay what they are.
     """
@@ -163,7 +163,7 @@ def _converted(bits: jax.Array) -> jax.Array:
 
 
 def _upper_half(bits: jax.Array) -> jax.Array:
-    """The same: XLA for CPUs would round in a conversion, in as many operations as all else here takes."""
+    """The same for CPUs, where XLA's conversion would round, in as many operations as all else here takes."""
     return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.int16), jnp.bfloat16)
 
 
@@ -171,5 +171,5 @@ def _upper_half(bits: jax.Array) -> jax.Array:
 def _narrowed_jvp(
     dtype: np.dtype, primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    """That of a cast: on average it is one."""
+    """The derivative of a cast, which the rounding is on average."""
     return narrowed(primals[0], dtype, primals[1]), tangents[0].astype(dtype)

@@ -1,4 +1,4 @@
-"""The elementwise codes, and the storages that people ask for by one word: 32, 24 or 16 bits of state a parameter."""
+"""The elementwise codes, and the storages that have a name: 64, 32, 24 or 16 bits of state a parameter."""
 
 import dataclasses
 import typing
@@ -14,9 +14,9 @@ from adam_fn.algebra.slots import Slot, Unit
 from adam_fn.storage import noise
 from adam_fn.storage.codec import Cast, Codec, ratio, root, slot_of
 
-#: How the moments are stored, in one word; the number is that of the bits for Adam's two moments of a parameter.
+#: The name of a storage; ``24bit`` and ``16bit`` count the bits of Adam's two moments of a parameter.
 StorageName: TypeAlias = Literal["float32", "bfloat16", "24bit", "16bit"]
-#: How the moments are stored: a name, a codec for each slot, or codecs by the names of the stored arrays.
+#: A storage of moments: a name, a codec for each slot, or codecs by the names of the stored arrays.
 StorageLike: TypeAlias = StorageName | Codec | Mapping[str, Codec]
 
 _ONE = 0x3F800000  # The bits of 1.0.
@@ -24,7 +24,7 @@ _ONE = 0x3F800000  # The bits of 1.0.
 
 @dataclasses.dataclass(frozen=True)
 class MuLaw(Codec):
-    """Stores a slot that is bounded in its unit, such as ``r = m/√v``, in 8 bits: a μ-law, dithered.
+    """A dithered μ-law: stores a slot that is bounded in its unit, such as ``r = m/√v``, in 8 bits.
 
     ::
 
@@ -73,7 +73,7 @@ class MuLaw(Codec):
 
 
 def mu_law(r: jax.Array, dither: jax.Array, bits: int, bound: float) -> jax.Array:
-    """The code of the size of each element, int32 from 0 to that of the bound."""
+    """The code of the magnitude of each element, an int32 from 0 to the code of the bound."""
     shift = 27 - bits
     y = 1 + np.float32(_span(bits) / bound) * jnp.abs(r)
     place = jax.lax.bitcast_convert_type(y, jnp.int32) - _ONE
@@ -81,17 +81,17 @@ def mu_law(r: jax.Array, dither: jax.Array, bits: int, bound: float) -> jax.Arra
 
 
 def from_mu_law(code: jax.Array, bits: int, bound: float) -> jax.Array:
-    """The inverse of `mu_law`, float32."""
+    """Inverts `mu_law`, in float32."""
     y = jax.lax.bitcast_convert_type((code << (27 - bits)) + _ONE, jnp.float32)
     return (y - 1) * np.float32(bound / _span(bits))
 
 
 def _span(bits: int) -> float:
-    """Y - 1 for the y of the highest code."""
+    """The y of the highest code, minus 1."""
     return float(np.int32(_ONE + ((2 ** (bits - 1) - 1) << (27 - bits))).view(np.float32)) - 1
 
 
-#: Of the word's root s: the bits of its fraction, and its least exponent.
+#: The bits of the fraction of the root s in a `Word`, and its least exponent.
 FRACTION, LOWEST = 3, -52
 _SHIFT = 23 - FRACTION
 _OFFSET = ((127 + LOWEST) << FRACTION) - 1
@@ -101,18 +101,18 @@ _LARGEST = float(np.int32((_NAN - 1 + _OFFSET) << _SHIFT).view(np.float32))
 
 @dataclasses.dataclass(frozen=True)
 class Word(Codec):
-    """Stores both moments of Adam in one 16-bit word, an uint16 array: 7 bits for ``r = m/√v``, 9 bits for ``s = √v``.
+    """Both moments of Adam in one 16-bit word, a uint16 array: 7 bits for ``r = m/√v``, 9 bits for ``s = √v``.
 
     ::
 
         word = 2¹⁵ (r < 0) + 512 k + n
         y = 1 + 239 |r|/R,   k = ⌊(bits(y) - bits(1))/2²⁰ + u⌋,   n = ⌊bits(s)/2²⁰ + u⌋ - 599
 
-    u is a dither, another one for k and n. k has 8 codes an octave, and R the code 63; n is the exponent of s and 3
+    u is the dither, not the same for k and n. k has 8 codes an octave, and R the code 63; n is the exponent of s and 3
     bits of its fraction. Decoded, ``v = s²`` and ``m = r s``. ``n = 0`` stands for ``s = 0``, and 511 for nan and
     infinity, of m or of v. An s that is not 0 is stored as at least 2⁻⁵² and at most 1.625 2¹¹ (gradients from 2e-16
-    to 3e3); beyond that it saturates, and the update stays bounded. The stored array is called ``mu_nu``. AdaMax's s
-    is v itself. Where gradients are normalised before they are averaged, r is m.
+    to 3e3); beyond that it saturates, and the update stays bounded. The stored array is called ``mu_nu``. For
+    AdaMax s is v itself; for rules that normalise gradients before they average them, r is m.
 
     Attributes:
       bound: R; that of mu by default.
@@ -146,11 +146,11 @@ class Word(Codec):
         s = root(v) if self._is_root else v
         r = m if self.unit is None else ratio(m, s)
         k = mu_law(r, dither[0], 7, self.bound)
-        s = jnp.minimum(s, np.float32(_LARGEST)) + 0 * (r + s)  # nan where one of them is not finite.
+        s = jnp.minimum(s, np.float32(_LARGEST)) + 0 * (r + s)  # nan where r or s is not finite.
         bits = jax.lax.bitcast_convert_type(s, jnp.int32) & 0x7FFFFFFF  # A nan can have a sign.
         n = ((bits + noise.top(dither[1], _SHIFT)) >> _SHIFT) - _OFFSET
         n = jnp.minimum(jnp.maximum(n, jnp.minimum(bits, 1)), _NAN)
-        # The last operations are on floats: for a TPU they are then part of the pass that writes the parameters.
+        # The last operations are on floats, so that on a TPU they join the pass that writes the parameters.
         word = ((k << 9) + n).astype(jnp.float32)
         return jnp.where(r < 0, word + 2.0**15, word).astype(jnp.uint16)
 
@@ -170,7 +170,7 @@ WORD = "mu_nu"
 
 
 def named(storage: StorageName, slots: Mapping[str, Slot]) -> dict[str, Codec]:
-    """The codecs by the names of the stored arrays."""
+    """The codecs of a named storage, by the names of the stored arrays."""
     if storage not in typing.get_args(StorageName):
         raise ValueError(
             f"storage must be one of {list(typing.get_args(StorageName))}, a codec or a mapping, got {storage!r}"
@@ -185,9 +185,9 @@ def named(storage: StorageName, slots: Mapping[str, Slot]) -> dict[str, Codec]:
 
 
 def codecs_of(storage: StorageLike | None, slots: Mapping[str, Slot]) -> tuple[tuple[str, Codec], ...]:
-    """The codec of each stored array, every slot in exactly one of them; those without a codec are stored as computed.
+    """The codec of each stored array. Every slot is in exactly one; slots without a codec are stored as computed.
 
-    Raises an error for what is no storage, for unknown slots and for codecs that do not suit a slot.
+    Raises an error for anything that is not a storage, for unknown slots and for codecs that do not suit a slot.
     """
     if storage is None or isinstance(storage, Codec):
         storage = {} if storage is None else dict.fromkeys(slots, storage)

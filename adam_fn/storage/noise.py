@@ -1,4 +1,4 @@
-"""Dither: what is added to a number before its last bits are dropped, so that the rounding errors average to nothing.
+"""Dither: a number that is added before the last bits are dropped, so that the rounding errors average to zero.
 
 It needs no state, no random numbers and no communication. The dither of element ``[i, j, …]`` at step t is
 
@@ -6,13 +6,13 @@ It needs no state, no random numbers and no communication. The dither of element
 
     u = i·A + j·B + … + s(t)   (mod 2³²)
 
-This is a lattice: over the elements of a leaf u is spread more evenly than random numbers are. s(t) is spread evenly
-over time as well, without a period: of 2ⁿ successive steps from a multiple of 2ⁿ on, each 1/2ⁿ of the interval has one
-(a van der Corput sequence), but in which order is random (an Owen scrambling, by the hash of Laine and Karras,
-"Stratified sampling for stochastic transparency", 2011). So errors cancel within the memory of an average, and no
-periodic gradient keeps time with them. Each thing that is rounded has an s of its own. The indices
-are those in the whole leaf, so u is the same under any sharding; inside `shard_map` and `vmap` they are those in a
-shard or a member, and all of these share one dither.
+This is a lattice: over the elements of a leaf, u is spread more evenly than random numbers are. Over time, s(t) is
+spread evenly as well, but without a period: of 2ⁿ successive steps that start at a multiple of 2ⁿ, each 1/2ⁿ of the
+interval has exactly one (a van der Corput sequence), in a random order (an Owen scrambling, by the hash of Laine and
+Karras, "Stratified sampling for stochastic transparency", 2011). So errors cancel within the memory of an average, and
+no periodic gradient keeps time with them. Each array that is rounded has an s of its own. Indices count in the whole
+leaf, so u is the same under any sharding; inside `shard_map` and `vmap` they count in one shard or one mapped array,
+and all of these share one dither.
 """
 
 import functools
@@ -24,15 +24,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-#: The multiples of this, of its square A² and of A² + A, modulo 2³², fill the interval almost as evenly as those of the
-#: golden ratio: of n successive ones no gap is wider than 2/n.
+#: The multiples of this A, of A² and of A² + A, modulo 2³², fill the interval almost as evenly as those of the golden
+#: ratio: n successive ones leave no gap wider than 2/n.
 _FACTOR = 0x2FB276CF
 
 
 def times(count: jax.Array, names: Sequence[str]) -> dict[str, jax.Array]:
-    """s(t) of each thing that is rounded when `count` steps are made, by name: int32 scalars.
+    """The s(t) of each array that is rounded, after `count` steps, by name: int32 scalars.
 
-    Each is a scrambling of the one before, so that XLA for GPUs makes one kernel of them and of the count.
+    Each is a scrambling of the one before, so that XLA for GPUs computes them and the count in one kernel.
     """
     if not names:
         return {}
@@ -54,13 +54,13 @@ def dither(lattice: jax.Array, time: jax.Array) -> jax.Array:
 
 
 def lattice(like: jax.Array) -> jax.Array:
-    """``i·A + j·B + …`` of each element ``[i, j, …]``, int32 of the shape of an array and divided like it.
+    """``i·A + j·B + …`` of each element ``[i, j, …]``, int32, with the shape and the sharding of `like`.
 
-    It is computed from sums of all indices: what depends on one of them alone XLA would make vectors of, compute once
-    for all leaves of a shape, and fuse these leaves into one program, which takes long to compile.
+    It is computed from sums of all indices. A term of one index alone would be a vector, which XLA would compute once
+    for all leaves of a shape, and then fuse these leaves into one program that takes long to compile.
     """
     shape, place = like.shape, jax.typeof(like).sharding
-    # Over explicit axes each device would compute the whole leaf's without a sharding.
+    # Without a sharding, each device would compute the lattice of the whole leaf over explicit axes.
     indices = [
         jax.lax.broadcasted_iota(jnp.int32, shape, axis, out_sharding=place) for axis, n in enumerate(shape) if n > 1
     ]
@@ -73,5 +73,5 @@ def lattice(like: jax.Array) -> jax.Array:
 
 
 def top(dither: jax.Array, bits: int) -> jax.Array:
-    """The upper bits of a dither, an int32 that is not negative: what is added below the bits that are kept."""
+    """The upper bits of a dither, an int32 that is not negative, to be added below the bits that are kept."""
     return jax.lax.shift_right_logical(dither, jnp.int32(32 - bits))

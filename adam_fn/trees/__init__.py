@@ -1,1 +1,1 @@
-"""From one leaf to pytrees: optax transformations, their states and what they contain."""
+"""Pytrees: optax transformations, their states and the members of other transformations."""

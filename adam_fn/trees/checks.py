@@ -1,4 +1,4 @@
-"""Raises where a leaf's gradient, parameter and state do not belong together."""
+"""Checks that a leaf's gradient, parameter and state belong together."""
 
 import functools
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ def form_of_array(x: jax.Array | jax.ShapeDtypeStruct) -> tuple[tuple[int, ...],
 def expected_forms(
     codecs: tuple[tuple[str, Codec], ...], shape: tuple[int, ...], dtype: np.dtype
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Shapes and dtypes of what is stored of a parameter."""
+    """The shapes and dtypes of the stored arrays of a parameter."""
     if not codecs:
         return {}
     real = jax.eval_shape(as_real, jax.ShapeDtypeStruct(shape, dtype))

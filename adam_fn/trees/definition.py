@@ -1,4 +1,4 @@
-"""What defines a transformation, and how what is stored of each leaf becomes the trees of its state."""
+"""The definition of a transformation, and the trees of its state made from stored leaves."""
 
 import dataclasses
 import itertools
@@ -23,7 +23,7 @@ from adam_fn.trees.states import Form, Memory, form_of
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Definition(ByValue):
-    """Everything that defines a transformation. A pytree: its leaves are the hyperparameters given as arrays."""
+    """The definition of a transformation: a pytree, whose leaves are the hyperparameters given as arrays."""
 
     rule: Rule
     codecs: tuple[tuple[str, Codec], ...] = dataclasses.field(metadata={"static": True})
@@ -48,7 +48,7 @@ class Definition(ByValue):
         return tuple(found)
 
     def trained(self, leaves: Leaves, tree: PyTree) -> list[bool]:
-        """Which leaves are trained: floating or complex, and not frozen."""
+        """Whether each leaf is trained: floating or complex, and not frozen."""
         frozen = (
             leaves.broadcast_mask("frozen", self.frozen, tree)
             if self.frozen is not None
@@ -71,7 +71,7 @@ class Definition(ByValue):
 
 
 def tree_from_leaves(leaves: Leaves, stored: Sequence[jax.Array | None]) -> PyTree:
-    """A tree of the parameters' structure, of what is stored of each leaf; `optax.MaskedNode` where nothing is."""
+    """Converts one stored value per leaf to a tree of the parameters' structure, with `optax.MaskedNode` for None."""
     blank = [None if x is None else optax.MaskedNode() for x in leaves.leaves]
     return leaves.treedef.unflatten(b if x is None else x for b, x in zip(blank, stored, strict=True))
 
@@ -83,7 +83,7 @@ def weight_dtype(leaves: Leaves, trained: Sequence[bool]) -> np.dtype:
 
 
 def advanced(spec: Definition, memory: Memory) -> tuple[Rule, Memory]:
-    """The rule of a step, and the memory after it but for the slots."""
+    """The rule of a step, and the memory after it, except for the slots."""
     counts = tuple(jnp.zeros((), jnp.int32) if count is None else count for count in memory.counts)
     rule = Chain(spec.rule.parts()).at(counts)
     new = tuple(None if count is None else jnp.asarray(optax.safe_increment(count)) for count in memory.counts)

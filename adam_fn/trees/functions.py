@@ -1,7 +1,7 @@
 """The two functions of a transformation, made so that equal transformations compare equal, hash alike and pickle.
 
-They are objects of frozen dataclasses, which closures and bound methods could not be. Where hyperparameters are arrays
-they are closures over such objects: there Equinox looks for arrays, and Flax does not.
+They are instances of frozen dataclasses: closures and bound methods would be compared by identity. If hyperparameters
+are arrays, they are closures over such instances: Equinox looks for arrays in closures, and Flax does not.
 """
 
 import weakref
@@ -13,12 +13,12 @@ import optax
 
 from adam_fn.algebra.values import Method, method_of
 
-#: One function for equal objects, as long as somebody has it.
+#: The function of each object, shared by equal ones as long as it is in use.
 _FUNCTIONS: weakref.WeakValueDictionary[Method, Any] = weakref.WeakValueDictionary()
 
 
 class Functions(optax.GradientTransformationExtraArgs):
-    """``(init, update)`` of two `Method` objects."""
+    """The pair ``(init, update)``, made from two `Method` objects."""
 
     __slots__ = ()
 
@@ -45,10 +45,10 @@ def _function(method: Any) -> Any:  # noqa: ANN401
 
 
 def owner_of(tx: optax.GradientTransformation) -> Any:  # noqa: ANN401
-    """The object whose methods the functions of a transformation are, such as a `MasterWeights`, or None."""
+    """The object whose methods are the functions of a transformation, such as a `MasterWeights`, or None."""
     return getattr(method_of(tx.init), "owner", None)
 
 
 def write_of(tx: optax.GradientTransformation) -> Callable[..., Any] | None:
-    """``write(grads, state, params) -> (params, state)`` of a transformation of this package, or None."""
+    """The ``write(grads, state, params) -> (params, state)`` of a transformation of this package, or None."""
     return getattr(method_of(tx.update), "write", None)

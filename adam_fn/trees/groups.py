@@ -11,12 +11,12 @@ from adam_fn.trees.leaves import PyTree, match_patterns
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """What differs for some leaves.
+    """The settings that differ for some leaves.
 
     Attributes:
       rate: multiplies the learning rate, including one given by `update(..., learning_rate=x)`.
       decay: multiplies the weight decay; with ``decay="scaled"`` and ``"proximal"``, `rate` multiplies it as well.
-      frozen: not trained: no moments and a zero update.
+      frozen: whether the leaves are not trained: they have no moments and get a zero update.
     """
 
     rate: float = 1.0
@@ -88,7 +88,7 @@ class Groups:
         return [_product([group for group, hit in zip(groups, hits, strict=True) if hit]) for _, hits in found]
 
     def check_no_decay(self) -> None:
-        """Raises if a decay that is not there is multiplied."""
+        """Raises if a group multiplies the decay, for optimizers without decay."""
         for pattern, group in self.patterns:
             if group.decay != 1:
                 raise ValueError(f"the group {pattern!r} multiplies the decay, but weight_decay is not given")
@@ -105,7 +105,7 @@ def _product(groups: Sequence[Group]) -> Group:
 def rules_of(
     rule: Rule, clock: Clock, decays: Sequence[bool], groups: Sequence[Group] | None
 ) -> list[tuple[Rule, Clock]]:
-    """The rule of each leaf, and the time as it sees it; the same objects for leaves that are alike."""
+    """The rule and the clock of each leaf; the same objects for leaves that are alike."""
     kinds: dict[tuple[bool, Group | None], tuple[Rule, Clock]] = {}
 
     def of(decays: bool, group: Group | None) -> tuple[Rule, Clock]:

@@ -1,4 +1,4 @@
-"""Which arrays of a state belong to which parameter, and how arrays are divided over a mesh."""
+"""The layout of a state: which arrays belong to which parameter, and how they are divided over a mesh."""
 
 import contextvars
 import math
@@ -18,25 +18,25 @@ Shape: TypeAlias = tuple[int, ...]
 Division: TypeAlias = tuple[tuple[str, ...], ...]
 T = TypeVar("T")
 
-#: Whether the state is asked for to find where its parts belong.
+#: Whether an `init` is called only to find which arrays belong to which parameter.
 finding_layout: contextvars.ContextVar[bool] = contextvars.ContextVar("finding_layout", default=False)
 
 
 def division(sharding: Sharding | None, rank: int) -> Division:
-    """How an array is divided; what is not on a mesh counts as whole."""
+    """The division of an array; one that is not on a mesh counts as whole."""
     spec = sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()
     found = [() if x is None else (x,) if isinstance(x, str) else tuple(x) for x in spec]
     return tuple(found + [()] * (rank - len(found)))
 
 
 def divided(mesh: Mesh, over: Division) -> NamedSharding:
-    """The inverse of `division`."""
+    """The sharding with a division: the inverse of `division`."""
     spec = (None if not names else names[0] if len(names) == 1 else names for names in over)
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
 def devices(mesh: Mesh, names: Sequence[str]) -> int:
-    """How many devices there are along axes of the mesh."""
+    """The number of devices along axes of the mesh."""
     return math.prod(mesh.shape[name] for name in names)
 
 
@@ -47,7 +47,7 @@ def check_mesh(who: str, path: str, sharding: NamedSharding, mesh: Mesh) -> None
 
 
 def real_shape(p: jax.ShapeDtypeStruct) -> Shape:
-    """The shape of what is remembered of a parameter: that of two reals where it is complex."""
+    """The shape of the slots of a parameter: that of two reals if it is complex."""
     return (2, *p.shape) if jnp.issubdtype(p.dtype, jnp.complexfloating) else p.shape
 
 
@@ -56,9 +56,9 @@ class StateLayout:
 
     Attributes:
       leaves: the parameters.
-      shapes: of the parameters.
-      state: shapes and dtypes of the state.
-      is_known: whether optax can tell which arrays belong to a parameter; not where `optax.flatten` made one of all.
+      shapes: the shapes and dtypes of the parameters.
+      state: the shapes and dtypes of the state.
+      is_known: whether optax can tell which arrays belong to a parameter: not if `optax.flatten` made one of all.
     """
 
     def __init__(self, tx: optax.GradientTransformation, params: PyTree) -> None:
@@ -100,9 +100,9 @@ class StateLayout:
             finding_layout.reset(token)
 
     def shardings(self, mesh: Mesh, over: Sequence[Division]) -> PyTree:
-        """The shardings of the state, each array as its parameter is divided.
+        """The shardings of the state: each array is divided like its parameter.
 
-        Along an axis that does not divide evenly it is whole; one of another rank is whole altogether.
+        It is whole along axes that do not divide evenly, and altogether if its rank is another one.
         """
 
         def beside(i: int, x: jax.ShapeDtypeStruct) -> NamedSharding:
@@ -122,14 +122,14 @@ def _is_blank(x: object) -> bool:
 
 
 def without_placement(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """What `zero1` and `offload` wrap: they change where a state lives and not its structure."""
+    """The transformation inside `zero1` and `offload`, which change where a state lives and not its structure."""
     while hasattr(owner := owner_of(tx), "state_shardings"):
         tx = owner.tx
     return tx
 
 
 def owners(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
-    """The state with the number of the parameter in the place of each array that belongs to one, and else -1."""
+    """The state with each array replaced by the number of the parameter that it belongs to, or by -1."""
     slots = StateLayout(without_placement(tx), params)
     if not slots.is_known:
         raise ValueError(f"{tx!r} does not keep an array for each parameter (as under optax.flatten)")
@@ -142,7 +142,7 @@ def map_owned(
     *states: PyTree,
     other: Callable[[jax.Array], jax.Array] = lambda x: x,
 ) -> PyTree:
-    """`function` of the number of the parameter and of each array that belongs to one; of the others `other`."""
+    """Maps states: ``function(i, *arrays)`` for arrays that belong to parameter i, ``other(array)`` for the rest."""
 
     def each(i: int, *arrays: jax.Array) -> jax.Array:
         return other(arrays[0]) if i < 0 else function(i, *arrays)

@@ -1,4 +1,4 @@
-"""The leaves of a tree by path, and masks over them: where structures meet, and errors name the leaf."""
+"""The leaves of a tree by path, and masks over them: structures are compared here, and errors name the leaf."""
 
 import contextlib
 import fnmatch
@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import optax
 
-#: Any tree of JAX, of parameters, gradients or what else.
+#: Any tree of JAX, such as one of parameters or gradients.
 PyTree: TypeAlias = Any
 #: A tree of booleans (a prefix will do), or a function of the parameters that returns one.
 Mask: TypeAlias = PyTree | Callable[[PyTree], PyTree]
@@ -21,7 +21,7 @@ def join_keys(keys: jax.tree_util.KeyPath) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
-#: The classes with which frameworks box an array, and their packages: the ``value`` in a box has no name of its own.
+#: The classes, with their packages, in which frameworks box an array: the ``value`` in a box is not part of a path.
 _BOXES = {("flax", "AxisMetadata"), ("flax", "Variable"), ("flax", "VariableState"), ("penzai", "ParameterValue")}
 
 
@@ -31,7 +31,7 @@ def _is_box(kind: type) -> bool:
 
 
 def named_leaves(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[str, Any]]:
-    """The leaves with their paths as patterns and users see them, everywhere: without the ``value`` of boxes."""
+    """The leaves with their paths as patterns, errors and users see them: without the ``value`` of boxes."""
 
     def stops(x: object) -> bool:
         return _is_box(type(x)) or (is_leaf is not None and is_leaf(x))
@@ -48,24 +48,24 @@ def named_leaves(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> 
 
 
 def map_named(function: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
-    """`function` of the path and the value of each leaf."""
+    """Maps a tree by a `function` of the path and the value of each leaf."""
     return jax.tree.structure(tree).unflatten(function(name, leaf) for name, leaf in named_leaves(tree))
 
 
 def check_distinct(names: Iterable[str | None]) -> None:
-    """Raises if two leaves have the same path, where leaves are told apart by it."""
+    """Raises if two leaves have the same path, where leaves must be told apart by it."""
     known = [name for name in names if name is not None]
     if twice := [name for name in dict.fromkeys(known) if known.count(name) > 1]:
         raise ValueError(f"two leaves have the same path, {twice[0]}: rename a key that contains '/'")
 
 
 def display_path(path: str) -> str:
-    """A path in a sentence: that of a tree that is one leaf is empty."""
+    """A path in a sentence, since the path of a tree that is one leaf is empty."""
     return path or "the only leaf"
 
 
 def by_path(tree: PyTree) -> dict[str, Any]:
-    """The leaves of a tree by path; nothing for None and `optax.MaskedNode`."""
+    """The leaves of a tree by path, without None and `optax.MaskedNode`."""
     found = named_leaves(tree)
     check_distinct(name for name, _ in found)
     return dict(found)
@@ -89,7 +89,7 @@ class TreeMask(Hashable):
 
 
 def fixed_mask(name: str, mask: Mask | None) -> Hashable:
-    """The mask in a hashable form. A callable that is a pytree (an Equinox module of booleans) is a tree."""
+    """The mask in a hashable form. A callable that is a pytree (an Equinox module of booleans) counts as a tree."""
     if isinstance(mask, (str, type)):
         raise TypeError(
             f"{name} must be a tree of booleans or a function of the parameters, such as masks.path('*bias') or "
@@ -106,10 +106,10 @@ def fixed_mask(name: str, mask: Mask | None) -> Hashable:
 
 
 def arrays_of(tree: PyTree) -> PyTree:
-    """The tree with the arrays of Flax's mutable variables, and with None in the place of other things.
+    """Replaces Flax's mutable variables by their arrays, and things that are not arrays by None.
 
-    Such as the functions in an Equinox model. A variable of Flax is a leaf where it is one of JAX's mutable types
-    (``hijax=True``); elsewhere it is a container.
+    Such things are the functions in an Equinox model. A variable of Flax is a leaf if it is one of JAX's mutable types
+    (``hijax=True``), and otherwise a container.
     """
 
     def is_array(x: object) -> bool:
@@ -130,7 +130,7 @@ class Leaves:
 
     Attributes:
       names: their paths as patterns see them.
-      paths: the same as `display_path` in errors.
+      paths: their paths as errors show them; see `display_path`.
     """
 
     def __init__(self, tree: PyTree) -> None:
@@ -141,7 +141,7 @@ class Leaves:
         self.leaves = [leaf for _, leaf in flat]
 
     def align(self, tree: PyTree, what: str, of: str) -> list[Any]:
-        """What stands in `tree` at this tree's leaves, or an error that names the first path that differs."""
+        """Returns the parts of `tree` at this tree's leaves, or raises an error with the first path that differs."""
         try:
             found = self.treedef.flatten_up_to(tree)
         except (ValueError, TypeError) as error:
@@ -155,7 +155,7 @@ class Leaves:
         return found
 
     def broadcast_mask(self, name: str, mask: Mask, tree: PyTree) -> list[bool]:
-        """One boolean per leaf."""
+        """A mask as one boolean per leaf."""
         if not self.leaves:  # A placeholder for the parameters, as of `optax.tree_map_params`.
             return []
         if callable(mask):
@@ -186,7 +186,7 @@ class Leaves:
 
 
 def _containers(tree: PyTree, keys: jax.tree_util.KeyPath = ()) -> Iterator[tuple[str, type]]:
-    """The type of every node of a tree that is no leaf, by path, from the outside in."""
+    """The path and the type of every node of a tree that is not a leaf, from the outside in."""
     children, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree or x is None)
     if not jax.tree_util.treedef_is_leaf(treedef):
         yield join_keys(keys) or "the tree", type(tree)
@@ -195,7 +195,7 @@ def _containers(tree: PyTree, keys: jax.tree_util.KeyPath = ()) -> Iterator[tupl
 
 
 def _other_container(ours: PyTree, theirs: PyTree) -> str | None:
-    """Where trees whose leaves have the same paths differ all the same."""
+    """The first container whose type differs, for trees with equal leaf paths."""
     kinds = dict(_containers(ours))
     for path, kind in _containers(theirs):
         if kinds.get(path, kind) is not kind:
@@ -204,7 +204,7 @@ def _other_container(ours: PyTree, theirs: PyTree) -> str | None:
 
 
 def difference(ours: PyTree, theirs: PyTree) -> str | None:
-    """The first path at which `theirs` differs in structure from `ours`, in words; None where that is in no path."""
+    """Describes the first path at which the structure of `theirs` differs from `ours`; None if no path differs."""
     expected, found = Leaves(ours).paths, Leaves(theirs).paths
     if missing := [path for path in expected if path not in found]:
         return f"{missing[0]} is missing"
@@ -214,9 +214,9 @@ def difference(ours: PyTree, theirs: PyTree) -> str | None:
 
 
 def match_patterns(patterns: Sequence[str], tree: PyTree) -> list[tuple[str, list[bool]]]:
-    """The name of each leaf, None included, and which of the patterns match it.
+    """The path of each leaf, None included, and whether each of the patterns matches it.
 
-    A pattern that matches nothing is an error. What `optax.masked` took out of the tree can still be matched.
+    A pattern that matches nothing is an error. Leaves that `optax.masked` took out of the tree can be matched too.
     """
 
     def is_leaf(x: object) -> bool:
@@ -224,7 +224,7 @@ def match_patterns(patterns: Sequence[str], tree: PyTree) -> list[tuple[str, lis
 
     flat = named_leaves(tree, is_leaf)
     names = [name for name, _ in flat]
-    for pattern in patterns if flat else ():  # Without leaves it is a placeholder, as of `optax.tree_map_params`.
+    for pattern in patterns if flat else ():  # No leaves: a placeholder, as of `optax.tree_map_params`.
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             listed = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
             raise ValueError(f"the pattern {pattern!r} matches no parameter; their paths are {listed}")
@@ -237,7 +237,7 @@ def match_patterns(patterns: Sequence[str], tree: PyTree) -> list[tuple[str, lis
 
 @contextlib.contextmanager
 def leaf_in_errors(path: str) -> Iterator[None]:
-    """Adds to an error the leaf that it is about."""
+    """Adds a note to errors that names the leaf that they are about."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The transformations of this package inside of any transformation, with their states and hyperparameters."""
+"""Members: the transformations of this package inside another one, with their states and hyperparameters."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -32,13 +32,13 @@ class Member(NamedTuple):
         return any(rule.has_moments for rule in self.spec.rule.parts())
 
     def rule(self, ahead: int) -> Rule:
-        """With the values of the schedules; `ahead`: 0 at the last step, 1 at the next."""
+        """The rule with schedules evaluated at the last step (`ahead` is 0), at the next one (1), and so on."""
         counts = self.memory.counts
         then = (jnp.zeros((), jnp.int32) if count is None else earlier(count, ahead) for count in counts)
         return Chain(self.spec.rule.parts()).at(tuple(then))
 
     def kept(self, params: PyTree) -> PyTree:
-        """The parameters that have slots, and `optax.MaskedNode` in the place of the others."""
+        """The parameters that have slots, and `optax.MaskedNode` in place of the others."""
         name, _ = self.spec.codecs[0]
         leaves = Leaves(params)
         slots = leaves.align(self.memory.slots[name], f"the state's {name}", "the parameters")
@@ -58,15 +58,15 @@ def earlier(count: jax.Array, ahead: int) -> jax.Array:
 
 
 def calls_of(tx: optax.GradientTransformation, grads: PyTree, state: PyTree, params: PyTree) -> list[UpdateCall]:
-    """The updates that `tx` calls. What they compute is not used, so no compiled program contains it."""
+    """Lists the updates that `tx` calls. Their results are not used, so no compiled program contains them."""
     with recorded() as seen:
         try:
             tx.update(grads, state, params)
-        except TypeError:  # Inside of `lax.cond` updates must have the gradients' dtype, which may be a wider one.
+        except TypeError:  # Inside `lax.cond` updates must have the gradients' dtype: try a wider one.
             seen.clear()
             tx.update(jax.tree.map(_widened, grads), state, params)
     calls = [call for call in seen if isinstance(call, UpdateCall)]
-    # The last of equal ones: `MultiSteps` traces two branches. Hyperparameters that are arrays do not count.
+    # Only the last of equal calls: `MultiSteps` traces two branches. Array hyperparameters are not compared.
     return list({jax.tree.structure(call.spec): call for call in calls}.values())
 
 
@@ -75,14 +75,14 @@ def _widened(g: jax.Array) -> jax.Array:
 
 
 def members_of(tx: optax.GradientTransformation, state: PyTree, params: PyTree, ahead: int = 0) -> list[Member]:
-    """All parts, with the hyperparameters that `optax.inject_hyperparams` gives them at the step that is meant."""
+    """All members, with the hyperparameters of `optax.inject_hyperparams` at the last step, or `ahead` steps later."""
 
     def moved(path: jax.tree_util.KeyPath, x: Any) -> Any:  # noqa: ANN401
         is_count = path and path[-1] == jax.tree_util.GetAttrKey("count") and jnp.issubdtype(x.dtype, jnp.integer)
         return earlier(x, ahead) if is_count else x
 
     then = jax.tree_util.tree_map_with_path(moved, state)
-    # Where `init` puts it and not what was called with: inside of `lax.cond` (`MultiSteps`) that is of another program.
+    # States are taken from where `init` puts them: inside `lax.cond` (`MultiSteps`) a call's is of another program.
     states = located(tx, params).states(state)
     return [
         Member(call.spec, found)
@@ -93,7 +93,7 @@ def members_of(tx: optax.GradientTransformation, state: PyTree, params: PyTree, 
 
 
 def optimizer_of(parts: Sequence[Member]) -> Member:
-    """The part that has moments."""
+    """The only member that has moments, or an error."""
     found = [part for part in parts if part.has_moments]
     if len(found) != 1:
         raise ValueError(
@@ -105,7 +105,7 @@ def optimizer_of(parts: Sequence[Member]) -> Member:
 
 def hyperparameter(parts: Sequence[Member], kind: type[Rule], name: str, ahead: int) -> jax.Array | None:
     """The hyperparameter `name` of the only rule of type `kind`, or None."""
-    own = {id(part.spec): part for part in parts}.values()  # Many states may have the slots of one part.
+    own = {id(part.spec): part for part in parts}.values()  # Several members may share a definition.
     found = [rule for part in own for rule in part.rule(ahead).parts() if isinstance(rule, kind)]
     if len(found) > 1:
         raise ValueError(f"expected one {kind.__name__} in the transformation, found {len(found)}: {found}")
@@ -113,7 +113,7 @@ def hyperparameter(parts: Sequence[Member], kind: type[Rule], name: str, ahead: 
 
 
 def signal_to_noise_of(part: Member, params: PyTree) -> PyTree | None:
-    """None where the rule has none."""
+    """The ratio ``m̂/√v̂`` of every element, or None if the rule of the member has none."""
     kept = part.kept(params)
     leaves, rule = Leaves(kept), part.rule(0)
     slots = {name: leaves.align(slot, name, "the parameters") for name, slot in part.decoded(kept).items()}

@@ -1,4 +1,4 @@
-"""Which transformations a transformation contains: chains and wrappers, of any package, close over them."""
+"""Finds the members of a transformation: chains and wrappers, of any package, close over them."""
 
 import contextlib
 import contextvars
@@ -12,7 +12,7 @@ from adam_fn.trees.leaves import PyTree
 
 
 class UpdateCall(NamedTuple):
-    """A call of an update of this package: what defines the transformation, and the call's arguments."""
+    """A call of an `update` of this package: the definition of the transformation, and the call's arguments."""
 
     spec: Any
     grads: PyTree
@@ -26,7 +26,7 @@ _marked: contextvars.ContextVar[list[object] | None] = contextvars.ContextVar("a
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[object]]:
-    """Lists what is noted inside, by this thread: the `UpdateCall` of every `update`."""
+    """Lists what this thread records inside the context: the `UpdateCall` of every `update`."""
     seen: list[object] = []
     token = _seen.set(seen)
     try:
@@ -37,7 +37,7 @@ def recorded() -> Iterator[list[object]]:
 
 @contextlib.contextmanager
 def unrecorded() -> Iterator[None]:
-    """Keeps what is noted inside from `recorded`: it belongs to another program."""
+    """Hides from `recorded` what is recorded inside the context: it belongs to another program."""
     token = _seen.set(None)
     try:
         yield
@@ -53,7 +53,7 @@ def record(what: object) -> None:
 
 @jax.tree_util.register_pytree_node_class
 class Marked:
-    """The state of a transformation of this package inside of another state, while `located` looks for it."""
+    """The state of a member inside another state, while `located` looks for it."""
 
     def __init__(self, number: int, state: PyTree) -> None:
         self.number, self.state = number, state
@@ -67,12 +67,12 @@ class Marked:
 
 
 def is_marking() -> bool:
-    """Whether `located` calls an `init`."""
+    """Whether `located` is calling an `init`."""
     return _marked.get() is not None
 
 
 def marked(spec: object, state: PyTree) -> PyTree:
-    """The state that an `init` returns, marked where `located` looks for it."""
+    """The state that an `init` returns, marked if `located` looks for it."""
     if (specs := _marked.get()) is None:
         return state
     specs.append(spec)
@@ -80,24 +80,24 @@ def marked(spec: object, state: PyTree) -> PyTree:
 
 
 class Located(NamedTuple):
-    """The state of a transformation, as shapes and dtypes, with the states of this package's in it.
+    """The state of a transformation, as shapes and dtypes, and where in it the states of its members are.
 
     Attributes:
-      specs: what defines each transformation of this package, in the order in which their states are made.
-      state: the state, `Marked` where theirs are.
+      specs: the definition of each member, in the order in which their states are made.
+      state: the state, with a `Marked` for the state of each member.
     """
 
     specs: list[Any]
     state: PyTree
 
     def states(self, state: PyTree) -> list[tuple[Any, PyTree]]:
-        """What defines each transformation of this package, and its state in a state of the same structure."""
+        """The definition of each member, and its state within a state of the same structure."""
         marks, treedef = jax.tree.flatten(self.state, is_leaf=lambda x: isinstance(x, Marked))
         found = zip(marks, treedef.flatten_up_to(state), strict=True)
         return [(self.specs[mark.number], own) for mark, own in found if isinstance(mark, Marked)]
 
     def map(self, function: Callable[..., PyTree], *states: PyTree) -> PyTree:
-        """The first state with `function` of what defines each transformation of this package, and of its states."""
+        """Maps states to one: `function` of the definition and the states of each member, the first state elsewhere."""
         marks, treedef = jax.tree.flatten(self.state, is_leaf=lambda x: isinstance(x, Marked))
         rows = zip(marks, *map(treedef.flatten_up_to, states), strict=True)
         return treedef.unflatten(
@@ -106,7 +106,7 @@ class Located(NamedTuple):
 
 
 def located(tx: optax.GradientTransformation, params: PyTree) -> Located:
-    """Calls an `init` without computing anything, to see what it makes and where."""
+    """Calls an `init`, without computing anything, to find the states of its members."""
 
     def init(params: PyTree) -> PyTree:
         return tx.init(params)

@@ -1,4 +1,4 @@
-"""The form of a state: for each part of the rule what optax's transformation of the same meaning has there.
+"""The form of a state: for each part of the rule, the state of optax's transformation of the same meaning.
 
 `optax.adamw` is a chain of three transformations, and the state of `adam_fn.adamw` is that of this chain. A part that
 optax lacks has a named tuple of the same form: ``count``, and a field for each stored array.
@@ -21,17 +21,17 @@ from adam_fn.algebra.rule import Rule
 from adam_fn.storage.codec import Codec
 from adam_fn.trees.leaves import PyTree
 
-#: The state of a transformation: optax has no type for that of a chain.
+#: The state of a transformation; optax has no type for the state of a chain.
 State: TypeAlias = Any
 
 
 class Memory(NamedTuple):
-    """What a step reads of a state and writes into the next.
+    """The contents of a state: a step reads one and writes the next.
 
     Attributes:
       counts: the number of updates made so far, for each part of the rule; None where nothing depends on it.
       weights: the bias weights that are kept.
-      slots: by the name of the stored array a tree of the parameters' structure.
+      slots: a tree of the parameters' structure for each stored array, by name.
       others: further counts of the same steps, by field.
     """
 
@@ -53,7 +53,7 @@ class _Link(NamedTuple):
       kind: the type of the named tuple.
       counts: its fields that count steps.
       fields: its fields by the names of the stored arrays.
-      masked: whether it is inside of `optax.MaskedState`.
+      masked: whether it is inside `optax.MaskedState`.
     """
 
     kind: type[Any]
@@ -62,7 +62,7 @@ class _Link(NamedTuple):
     masked: bool = False
 
     def problem(self, state: object) -> str | None:
-        """Why an object is not a state of this form."""
+        """The reason why an object is not a state of this form, or None."""
         if self.masked:
             if type(state) is not optax.MaskedState:
                 return f"MaskedState expected, got a {type(state).__name__}"
@@ -76,7 +76,7 @@ class _Link(NamedTuple):
         return next(iter(counts.values()), None), slots, {field: counts[field] for field in self.counts[1:]}
 
     def made(self, count: jax.Array | None, slots: Mapping[str, PyTree], others: Mapping[str, jax.Array]) -> State:
-        # Each an array of its own: a program that donates the state must not get one buffer twice.
+        # Each count is an array of its own: a program that donates the state must not get one buffer twice.
         counts: dict[str, Any] = {}
         for field in self.counts:
             counts[field] = others.get(field, jnp.add(cast(jax.Array, count), 0)) if counts else count
@@ -87,7 +87,7 @@ class _Link(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """The form of a state: of the only part, or the tuple of those of the parts; and `BiasWeights` after them.
+    """The form of a state: that of the only part or the tuple of those of all parts, and `BiasWeights` after them.
 
     Attributes:
       links: one for each part.
@@ -161,12 +161,12 @@ class Form:
 
 
 def form_of(rule: Rule, codecs: Sequence[tuple[str, Codec]], *, masked: bool) -> Form:
-    """The form of the state of a rule; `masked`: whether a mask says where weights decay."""
+    """The form of the state of a rule; `masked` tells whether a mask selects the leaves that decay."""
     kept = sum(map(is_kept, rule.betas))
     links: list[_Link] = []
     left = dict(codecs)
     for part, names in rule.named_parts():
-        own = {full: name for name, full in names.items()}  # The slots' names in the part by those in the rule.
+        own = {full: name for name, full in names.items()}  # The slots' names in the part, by those in the rule.
         stored = {x: own[x] if len(codec.slots) == 1 else x for x, codec in left.items() if codec.slots[0] in own}
         links.append(_link(part, stored, masked=masked and isinstance(part, WeightDecay)))
     return Form(tuple(links), kept)
@@ -190,7 +190,7 @@ def _link(part: Rule, stored: Mapping[str, str], *, masked: bool) -> _Link:
 
 @functools.cache
 def _decay_schedule() -> type[Any]:
-    """The type with which `optax.add_decayed_weights` counts steps, which has no public name."""
+    """The type of state in which `optax.add_decayed_weights` counts steps; it has no public name."""
     return type(jax.eval_shape(optax.add_decayed_weights(lambda _: 0.0).init, ()))
 
 
@@ -198,7 +198,7 @@ def _decay_schedule() -> type[Any]:
 def state_type(fields: tuple[str, ...]) -> type[Any]:
     """The type of the state of a part that optax lacks: ``count``, and the stored arrays by name."""
     kind = collections.namedtuple("MomentsState", ("count", *fields), module=__name__)
-    kind.__qualname__ = f"MomentsState({','.join(fields)})"  # By which pickle finds it again.
+    kind.__qualname__ = f"MomentsState({','.join(fields)})"  # The name by which pickle finds it.
     kind.__doc__ = "The number of updates made so far, an int32 scalar, and what is stored of each moment."
     return kind
 

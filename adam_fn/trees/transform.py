@@ -40,9 +40,8 @@ def _init(spec: Definition, params: PyTree) -> State:
     leaves = Leaves(params)
     trained = spec.trained(leaves, params)
     if spec.mask is not None:
-        leaves.broadcast_mask(
-            "mask", spec.mask, params
-        )  # Of another structure it is an error now and not at the first step.
+        # A mask of another structure is an error now and not at the first step.
+        leaves.broadcast_mask("mask", spec.mask, params)
     blank = [
         {name: zeros_like(jnp.asarray(p)) + slot.initial for name, slot in spec.rule.slots.items()} if train else None
         for p, train in zip(leaves.leaves, trained, strict=True)
@@ -58,7 +57,7 @@ def _init(spec: Definition, params: PyTree) -> State:
 def coded(
     spec: Definition, leaves: Leaves, params: PyTree, slots: Sequence[Mapping[str, jax.Array] | None], count: jax.Array
 ) -> dict[str, PyTree]:
-    """The trees of a state, of the slots of each leaf (None where there are none)."""
+    """Encodes the slots of each leaf, or None, into the trees of a state."""
     times = _times(spec, count)
     stored: list[Stored | None] = []
     for path, own, codecs in zip(leaves.paths, slots, spec.codecs_of(leaves, params), strict=True):
@@ -92,7 +91,7 @@ def _update(
     destination: Destination = UPDATES,
 ) -> tuple[PyTree, PyTree | None, State]:
     """The results of a step: updates or parameters, remainders and the state; `time` is for a dithering destination."""
-    # Numbers become arrays when they are traced; under `disable_jit` here.
+    # Tracing turns numbers into arrays; under `disable_jit` that is done here.
     grads, params = (jax.tree.map(_as_array, tree) for tree in (grads, params))
     learning_rate = None if learning_rate is None else jnp.asarray(learning_rate)
     memory = spec.form.read(state)
@@ -209,9 +208,9 @@ class Update(Method):
         time: jax.Array | None = None,
         learning_rate: ArrayLike | None = None,
     ) -> tuple[PyTree, PyTree | None, State]:
-        """What `destination` makes of the updates and of `remainder`, a tree of what is stored beside the parameters.
+        """Makes a step whose results go to `destination`; `remainder` is the tree of what is stored beside parameters.
 
-        `time`: that of `noise.times` at this step, for a `destination` that dithers.
+        `time` is that of `noise.times` at this step, for a `destination` that dithers.
         """
         self.spec.form.check(state)
         record(UpdateCall(self.spec, grads, state, params))
@@ -220,7 +219,7 @@ class Update(Method):
         )
 
     def rates(self, params: PyTree) -> list[float]:
-        """What multiplies the rate of each leaf, None included."""
+        """The multiplier of the rate of each leaf, None included."""
         groups = self.spec.groups
         return (
             [1.0] * len(Leaves(params).leaves) if groups is None else [group.rate for group in groups.per_leaf(params)]
@@ -254,7 +253,7 @@ def transform(
     storage_mask: Mask | None = None,
     groups: Groups | Mapping[str, Group] | None = None,
 ) -> Transformation:
-    """A rule as an optax transformation.
+    """Lifts a rule to an optax transformation.
 
     Args:
       rule: what to compute; ``transform(a >> b)`` equals ``optax.chain(transform(a), transform(b))``.

@@ -1,1 +1,1 @@
-"""What is not elementwise, and what is done around an optimizer."""
+"""Transformations around an optimizer, and those that are not elementwise."""

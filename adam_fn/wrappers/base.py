@@ -1,4 +1,4 @@
-"""What is not elementwise: optax transformations around others, made so that equal ones compare equal."""
+"""Optax transformations around others, which need not be elementwise; equal ones compare equal."""
 
 import abc
 import dataclasses
@@ -17,9 +17,9 @@ from adam_fn.trees.leaves import PyTree, arrays_of
 
 
 class TreeTransformation(abc.ABC):
-    """A transformation as a frozen dataclass of what defines it.
+    """A transformation as a frozen dataclass of its arguments.
 
-    `transformation` gives the pair of functions that optax knows.
+    `transformation` returns it as the pair of functions that optax knows.
     """
 
     def __init_subclass__(cls) -> None:
@@ -60,14 +60,14 @@ class _Method(Method):
         return getattr(self.owner, self.name)(*args, **kwargs)
 
     def write(self, grads: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
-        """Of an update: see `TreeTransformation.write`."""
+        """Calls `TreeTransformation.write`, for an `update`."""
         return self.owner.write(grads, state, params)
 
 
 def step_parameters(
     tx: optax.GradientTransformation, grads: PyTree, state: optax.OptState, params: PyTree
 ) -> tuple[PyTree, PyTree]:
-    """The new parameters and the new state of any transformation; one of this package stores no update on the way."""
+    """The new parameters and the new state of any transformation; those of this package store no update for it."""
     if (write := write_of(tx)) is not None:
         return write(grads, state, params)
     updates, state = tx.update(grads, state, params)
@@ -75,14 +75,14 @@ def step_parameters(
 
 
 def is_trained(update: jax.Array | None) -> bool:
-    """Whether an update is of a trained leaf; those of integers and booleans are zeros that nothing may scale."""
+    """Whether an update is of a trained leaf; updates of integers and booleans are zeros that nothing may scale."""
     return update is not None and jnp.issubdtype(jnp.result_type(update), jnp.inexact)
 
 
 def map_trained(function: Callable[..., jax.Array], updates: PyTree, *others: PyTree) -> PyTree:
-    """The updates with `function` of each trained leaf, and of what stands in its place in the other trees.
+    """Applies `function` to each trained leaf of the updates, and to the same leaf of the other trees.
 
-    A leaf of integers may have a floating update, all zeros, where its gradient was one.
+    An integer leaf may have a floating update, all zeros, if its gradient was floating.
     """
     leaves, treedef = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
     rows = zip(leaves, *map(treedef.flatten_up_to, others), strict=True)
@@ -90,16 +90,16 @@ def map_trained(function: Callable[..., jax.Array], updates: PyTree, *others: Py
 
 
 def inner(x: jax.Array, y: jax.Array) -> jax.Array:
-    """The inner product in the dtype of the arithmetic; of complex arrays that of their reals.
+    """The inner product in the dtype of the arithmetic; complex arrays count as two reals.
 
-    Not `jnp.vdot`, which would flatten what is sharded.
+    It does not use `jnp.vdot`, which would flatten sharded arrays.
     """
     x, y = (as_real(z).astype(compute_dtype(z.dtype)) for z in (x, y))
     return jnp.sum(x * y)
 
 
 def check_transformation(tx: object, name: str) -> None:
-    """Raises if what the wrapper `name` is to wrap is no transformation."""
+    """Raises if the wrapper `name` was given anything but a transformation."""
     if not callable(getattr(tx, "update", None)):
         raise TypeError(f"{name} wraps a transformation, as in {name}(adam_fn.adamw(1e-3)), got {tx!r}")
 
@@ -126,7 +126,7 @@ def varying_axes(x: jax.Array) -> frozenset[str]:
 
 
 def alike_over_devices(tree: PyTree) -> PyTree:
-    """The tree with every array varying along all axes along which any of them does: control flow needs them equal."""
+    """Makes all arrays vary along the same axes, all those along which any of them does, as control flow needs."""
     axes = frozenset[str]().union(*map(varying_axes, jax.tree.leaves(tree)))
 
     def cast(x: jax.Array) -> jax.Array:

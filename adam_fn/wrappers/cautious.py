@@ -14,7 +14,7 @@ from adam_fn.wrappers.base import TreeTransformation, check_transformation, map_
 
 @dataclasses.dataclass(frozen=True)
 class Cautious(TreeTransformation):
-    """See `cautious`."""
+    """The implementation of `cautious`."""
 
     tx: optax.GradientTransformation
     floor: ArrayLike
@@ -35,10 +35,10 @@ def _masked(updates: PyTree, grads: PyTree, floor: ArrayLike) -> PyTree:
         if u.size == 0:
             return u
         u_real, g_real = (as_real(x).astype(compute_dtype(x.dtype)) for x in (u, g))
-        # Signs, not products: those of two small float16 numbers are 0.
+        # Signs, not products: the product of two small float16 numbers is 0.
         agrees = (jnp.sign(u_real) == -jnp.sign(g_real)) & (g_real != 0)
         scale = 1 / jnp.maximum(agrees.mean(dtype=u_real.dtype), floor)
-        # A product and not a choice, so that a nan stays one.
+        # A product and not a choice, so that nan stays nan.
         return as_dtype(u_real * jnp.where(agrees, scale, 0), u.dtype)
 
     return map_trained(masked, updates, grads)

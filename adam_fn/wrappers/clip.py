@@ -17,7 +17,7 @@ from adam_fn.wrappers.base import TreeTransformation, is_trained, map_trained
 
 @dataclasses.dataclass(frozen=True)
 class ClipByGlobalNorm(TreeTransformation):
-    """See `clip_by_global_norm`."""
+    """The implementation of `clip_by_global_norm`."""
 
     max_norm: ArrayLike
 
@@ -42,11 +42,11 @@ def _clipped(updates: PyTree, max_norm: ArrayLike) -> PyTree:
     def total(function: object) -> jax.Array:
         return sum((jnp.sum(function(x.astype(dtype))) for x in found), jnp.zeros((), dtype))  # pyright: ignore[reportCallIssue]
 
-    # One pass over the elements: the squares as they are, and times powers of two for the trees where those leave the
-    # range. Of a sum that is used, what is lost in it is too small to be seen beside the rest.
+    # One pass over the elements sums the squares as they are and, for trees whose squares leave the range, times powers
+    # of two. Whatever underflows in the sum that is used is too small to be seen beside the rest.
     half = jnp.finfo(dtype).maxexp // 2
     up, down = 2.0**half, 2.0 ** -(half + half // 2)
-    # XLA would multiply the squares by the square of a constant, which is 0 or infinite.
+    # Without `opaque` XLA would multiply the squares by the square of a constant, which is 0 or infinite.
     plain, large, small = (total(lambda x, by=by: (x * by) ** 2) for by in opaque(jnp.asarray([1.0, down, up], dtype)))
     infinities = total(lambda x: jnp.isinf(x).astype(dtype))
 
@@ -55,11 +55,11 @@ def _clipped(updates: PyTree, max_norm: ArrayLike) -> PyTree:
     root = safe_sqrt(jnp.where(is_small, small, jnp.where(is_large, large, plain)))
     root = jnp.where(infinite, jnp.sqrt(infinities), root)
     scale = jnp.where(is_small, up, jnp.where(is_large, down, 1.0)).astype(dtype)
-    clips = ~(root / scale <= max_norm) | infinite  # A norm that is nan clips, and everything is nan.
+    clips = ~(root / scale <= max_norm) | infinite  # A norm of nan clips, and makes everything nan.
 
     def clipped(u: jax.Array) -> jax.Array:
         x = as_real(u).astype(dtype)
-        # In this order: the norm may be above the largest number, and max_norm divided by it below the least.
+        # In this order: the norm may exceed the largest number, and max_norm divided by it may be below the least.
         x = (
             jnp.where(infinite, jnp.where(jnp.isinf(x), jnp.sign(x), 0), x * scale)
             / jnp.where(root == 0, 1, root)

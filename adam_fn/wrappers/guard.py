@@ -35,13 +35,13 @@ class GuardState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SkipNonfinite(TreeTransformation):
-    """See `skip_nonfinite`."""
+    """The implementation of `skip_nonfinite`."""
 
     tx: optax.GradientTransformation
     max_consecutive: int
 
     def init(self, params: PyTree) -> GuardState:
-        # Two arrays, not one: a buffer can be donated once.
+        # Two arrays, not one: a buffer can be donated only once.
         return GuardState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), self.tx.init(params))
 
     def update(

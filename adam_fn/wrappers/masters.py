@@ -1,4 +1,4 @@
-"""bfloat16 parameters that learn: how a float32 update is written to a parameter with fewer bits.
+"""bfloat16 parameters that learn: a float32 update is written to a parameter with fewer bits.
 
 A bfloat16 parameter has 8 significant bits: an update below 2⁻⁹ of it is rounded away. `master_weights` keeps the
 missing bits; `stochastic_rounding` makes the rounding right on average. Both emit the float32 difference q - p, so that
@@ -59,7 +59,7 @@ class Params:
         return dtype == jnp.bfloat16
 
     def align(self, tree: PyTree, what: str) -> list[Any]:
-        """The leaves of another tree; those of bfloat16 parameters have their shape, or are None."""
+        """The leaves of another tree, or an error if that of a bfloat16 parameter is neither of its shape nor None."""
         leaves = self._tree.align(tree, f"{self.name}: the {what}s", "the parameters")
         for path, short, p, x in zip(self.paths, self.short, self.leaves, leaves, strict=True):
             if short and x is not None and jnp.shape(x) != p.shape:
@@ -67,7 +67,7 @@ class Params:
         return leaves
 
     def widened(self, leaves: Sequence[Any]) -> PyTree:
-        """The tree of `leaves`, those of bfloat16 parameters in float32."""
+        """The tree of `leaves`, with those of bfloat16 parameters in float32."""
         return self.treedef.unflatten(
             x.astype(jnp.float32) if short and x is not None else x for short, x in zip(self.short, leaves, strict=True)
         )
@@ -75,7 +75,7 @@ class Params:
 
 @dataclasses.dataclass(frozen=True)
 class MasterDestination(Destination):
-    """A step of the master of a bfloat16 parameter: `Inputs.remainder` is its remainder."""
+    """The destination that steps the master of a bfloat16 parameter, whose remainder is `Inputs.remainder`."""
 
     bits: int
     parameters: bool = False
@@ -102,7 +102,7 @@ class MasterDestination(Destination):
 
 @dataclasses.dataclass(frozen=True)
 class MasterWeights(TreeTransformation):
-    """See `master_weights`. Around a transformation of this package the masters are never stored."""
+    """The implementation of `master_weights`. Around a transformation of this package, masters are never stored."""
 
     tx: optax.GradientTransformation
     bits: int
@@ -138,7 +138,7 @@ class MasterWeights(TreeTransformation):
         learning_rate: ArrayLike | None = None,
         **extra_args: PyTree,
     ) -> tuple[PyTree, MasterState]:
-        """A step of the masters, each where its parameter is stepped."""
+        """Steps each master where its parameter is stepped, inside the wrapped transformation."""
         del extra_args  # Meant for other links of a chain.
         update = cast(Update, method_of(self.tx.update))
         tree = Params("master_weights", params)
@@ -152,7 +152,7 @@ class MasterWeights(TreeTransformation):
 
 @functools.partial(jax.jit, static_argnums=1)
 def _first(params: PyTree, bits: int) -> tuple[PyTree, PyTree]:
-    """The remainders, all 0, and the masters."""
+    """The first remainders, which are 0, and the first masters."""
     tree = Params("master_weights", params)
 
     def zeros(short: bool, p: jax.Array | None) -> Any:  # noqa: ANN401
@@ -178,7 +178,7 @@ def _joined(grads: PyTree, remainder: PyTree, params: PyTree, bits: int) -> tupl
 
 
 def _check_remainders(tree: Params, remainders: Sequence[Any], bits: int) -> None:
-    """Raises if what is stored beside a parameter is not of its kind."""
+    """Raises if a remainder has not the dtype that its parameter needs."""
     for path, short, p, r in zip(tree.paths, tree.short, tree.leaves, remainders, strict=True):
         found = str(getattr(r, "dtype", "none"))
         if found == f"int{bits}" and not short:
@@ -209,7 +209,7 @@ def _written(updates: PyTree, masters: PyTree, remainder: PyTree, params: PyTree
 
 
 def master_weights(tx: optax.GradientTransformation, bits: int = 16) -> optax.GradientTransformationExtraArgs:
-    """float32 master weights for bfloat16 parameters, in 2 more bytes per parameter (or 1), around any transformation.
+    """Keeps float32 masters of bfloat16 parameters, in 2 more bytes per parameter (or 1), around any transformation.
 
     ::
 

@@ -33,7 +33,7 @@ class RoundingState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RoundedDestination(Destination):
-    """A step of a bfloat16 parameter in float32, rounded to one of the two bfloat16 around the result."""
+    """The destination that rounds the float32 step of a bfloat16 parameter to one of the two bfloat16 around it."""
 
     parameters: bool = False
 
@@ -52,7 +52,7 @@ class RoundedDestination(Destination):
 
 @dataclasses.dataclass(frozen=True)
 class StochasticRounding(TreeTransformation):
-    """See `stochastic_rounding`."""
+    """The implementation of `stochastic_rounding`."""
 
     tx: optax.GradientTransformation
     seed: int
@@ -88,7 +88,7 @@ class StochasticRounding(TreeTransformation):
         learning_rate: ArrayLike | None = None,
         **extra_args: PyTree,
     ) -> tuple[PyTree, RoundingState]:
-        """A step, each parameter rounded where it is stepped."""
+        """Makes a step that rounds each parameter where it is stepped."""
         del extra_args  # Meant for other links of a chain.
         update = cast(Update, method_of(self.tx.update))
         Params("stochastic_rounding", params).align(grads, "gradient")
@@ -106,7 +106,7 @@ class StochasticRounding(TreeTransformation):
 
 @jax.jit
 def _time(count: jax.Array, seed: jax.Array) -> jax.Array:
-    """That of a step: a sequence of its own for each seed."""
+    """The `noise.times` of a step, from a sequence of its own for each seed."""
     return noise.times(count, ["parameters"])["parameters"] ^ (seed * np.uint32(0x9E3779B9)).astype(jnp.int32)
 
 
@@ -121,7 +121,7 @@ def _rounded(time: jax.Array, updates: PyTree, params: PyTree) -> PyTree:
 
 
 def stochastic_rounding(tx: optax.GradientTransformation, seed: int = 0) -> optax.GradientTransformationExtraArgs:
-    """Rounds what is written to bfloat16 parameters so that small updates arrive on average, around any transformation.
+    """Rounds bfloat16 parameters so that small updates arrive on average, around any transformation.
 
     ::
 
@@ -130,7 +130,7 @@ def stochastic_rounding(tx: optax.GradientTransformation, seed: int = 0) -> opta
 
     ``tx = adam_fn.stochastic_rounding(adam_fn.adamw(1e-3))``. `tx` sees gradients and parameters in float32. The
     updates u are float32, and `optax.apply_updates` lands on q exactly (`equinox.apply_updates` would leave float32
-    parameters, which nothing rounds from then on). Which of the two it is depends on the seed, the step and the
+    parameters, which nothing rounds from then on). Which of the two q is depends on the seed, the step and the
     element's place in its leaf, never on the sharding, and is spread evenly over the steps.
     Nothing but the step is stored. A member of a `vmap` or a shard of a `shard_map` is rounded as it would be alone, so
     members are rounded alike; to give each its own dither, start them at distant steps:

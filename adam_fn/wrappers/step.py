@@ -20,7 +20,7 @@ class Step(Protocol):
 
 
 def make_step(tx: optax.GradientTransformation) -> Step:
-    """``step(params, state, grads) -> (params, state)``: one compiled program that works in place.
+    """Makes ``step(params, state, grads) -> (params, state)``, one compiled program that works in place.
 
     It donates `params` and `state`: their buffers are reused for the results. Do not use them again, and do not pass
     the same buffer twice (as with tied leaves, or a parameter passed as its own gradient). `tx` is any optax

@@ -1,4 +1,4 @@
-"""Any transformation's moments in bfloat16."""
+"""Keeps the moments of any transformation in bfloat16."""
 
 import collections
 import dataclasses
@@ -30,7 +30,7 @@ class StoredState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Stored(TreeTransformation):
-    """See `stored`."""
+    """The implementation of `stored`."""
 
     tx: optax.GradientTransformation
 
@@ -52,7 +52,7 @@ class Stored(TreeTransformation):
         return new, StoredState(count, _narrow(inner, marks, count))
 
     def _marks(self, params: PyTree) -> PyTree:
-        """For each array of the inner state that is stored in bfloat16 which one it is of its parameter's, else -1."""
+        """Numbers the arrays of each parameter that are stored in bfloat16; -1 for other arrays of the inner state."""
         slots = StateLayout(self.tx, params)
         numbers = collections.Counter[int]()
 

@@ -61,7 +61,7 @@ def stepped(tx: adam_fn.Transformation, shape: tuple[int, ...], write: Destinati
     for t in range(steps):
         done = compiled(jnp.int32(t), clock_at(rule, t), p, low, stored)
         found.append(done)
-        stored, low = done[0].stored, done[0].low
+        stored, low = done[0].stored, done[0].remainder
         p = done[0].result if write.parameters else p
     return found
 
@@ -78,7 +78,7 @@ def test_every_rule_by_every_way(case: Case) -> None:
                     wide, other_wide = np.asarray(a, np.float64), np.asarray(b, np.float64)
                     if a.dtype == jnp.float32:
                         np.testing.assert_allclose(other_wide, wide, rtol=2e-5, atol=1e-6, err_msg=f"{storage} {write}")
-                    elif a is first.low:  # The last bit of a master is one of float32.
+                    elif a is first.remainder:  # The last bit of a master is one of float32.
                         assert (np.abs(wide - other_wide) > 2).mean() < 2e-2
                     else:
                         assert (wide != other_wide).mean() < 2e-3, f"{storage} {write} {a.dtype}"
@@ -94,7 +94,7 @@ def test_which_way_each_device_goes(monkeypatch: pytest.MonkeyPatch) -> None:
             return ways["default"](*args)
 
         monkeypatch.setattr(run.jax.lax, "platform_dependent", record)
-        monkeypatch.setattr(cpu, "alone", lambda: True)
+        monkeypatch.setattr(cpu, "single_device", lambda: True)
         leaf = jax.ShapeDtypeStruct(shape, dtype)
         jax.clear_caches()
         jax.eval_shape(tx.update, leaf, jax.eval_shape(tx.init, leaf), leaf)
@@ -115,7 +115,7 @@ def test_what_the_new_state_is_computed_from() -> None:
         now = Times(times(jnp.int32(1), list(rule.slots)))
 
         def step(p: Any, stored: Any) -> Any:
-            return body(rule, codecs, UPDATES, Inputs(jnp.ones(()), p), stored, clock, now).stored
+            return body(rule, codecs, UPDATES, Inputs(jnp.ones(2), p), stored, clock, now).stored
 
         return sources(step, jnp.ones(()), stored_of(tx, tx.init(jnp.ones(3))))
 
@@ -136,7 +136,7 @@ def test_temporaries_on_a_cpu(storage: Any, kind: str, monkeypatch: pytest.Monke
     leaf = jax.ShapeDtypeStruct((2048, 2048), "float32" if kind in ("parameters", "updates") else "bfloat16")
     state = jax.eval_shape(tx.init, leaf)
     step = jax.jit(tx.update, donate_argnums=1) if kind == "updates" else adam_fn.make_step(tx)
-    monkeypatch.setattr(cpu, "alone", lambda: True)
+    monkeypatch.setattr(cpu, "single_device", lambda: True)
     jax.clear_caches()
     memory = step.lower(leaf, state, leaf).compile(compiling.FULL).memory_analysis()
     assert memory is not None
@@ -212,7 +212,7 @@ def test_derivatives_and_batches_of_large_leaves(monkeypatch: pytest.MonkeyPatch
         batch = jax.jit(jax.vmap(lambda p, g: TX.update(g, TX.init(p), p)))(jnp.stack([p, -p]), jnp.stack([p, 2 * p]))
         return derivatives, batch
 
-    monkeypatch.setattr(cpu, "alone", lambda: True)
+    monkeypatch.setattr(cpu, "single_device", lambda: True)
     jax.clear_caches()
     found = both()
     monkeypatch.setattr(cpu, "LARGE", 1 << 40)

@@ -14,7 +14,7 @@ from helpers.runs import full_jit
 from helpers.states import slots_of
 
 import adam_fn
-from adam_fn.algebra.bias import Weight, lagged_after, weigh, weight_after
+from adam_fn.algebra.bias import Lagged, Weight, weigh, weights_of
 
 BETAS = (0.999, 0.9999, 0.99999, 0.999999)
 
@@ -68,7 +68,7 @@ def test_bias_weight_of_a_constant_beta(beta: float) -> None:
     many = np.exp(random.uniform(0, np.log(2**31 - 1), 120)).astype(np.int64)
     steps = np.unique(np.concatenate([np.arange(1, 60), many, LARGEST_ERRORS, [2**31 - 1]])).astype(np.int32)
     dtype = jnp.dtype(jnp.float32)
-    found = full_jit(jax.vmap(lambda t: (weight_after(beta, t, dtype), lagged_after(beta, t, dtype))))(steps)
+    found = full_jit(jax.vmap(lambda t: weights_of([beta, Lagged(beta)], (), t, dtype)))(steps)
     for t, *weights in zip(steps, *map(np.asarray, found), strict=True):
         for x, expected, units in zip(weights, exact_powers(beta, int(t)), (2, 4), strict=True):
             if expected > 1e-37:

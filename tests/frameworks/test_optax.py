@@ -249,7 +249,7 @@ def test_leaf_is_traced_once_for_equal_leaves() -> None:
     params = {str(i): jnp.ones(7) for i in range(20)} | {f"m{i}": jnp.ones((7, 2)) for i in range(20)}
     tx = adam_fn.adam(1e-3)
     text = jax.jit(tx.update).lower(params, tx.init(params), params).as_text()
-    assert text.count("func.func private @run_leaf") == 2
+    assert text.count("func.func private @step_leaf") == 2
 
 
 def test_vmap_over_learning_rates() -> None:

@@ -139,7 +139,7 @@ def test_leaves_of_one_shape_share_a_program() -> None:
     patterns = {str(i): Group(rate=0.5**i, decay=2.0**i) for i in range(6)}
     tx = adam_fn.adamw(1e-3, groups=patterns)
     text = jax.jit(tx.update).lower(layers, tx.init(layers), layers).as_text()
-    assert text.count("func.func private @run_leaf") == 1
+    assert text.count("func.func private @step_leaf") == 1
 
 
 @pytest.mark.parametrize("storage", ["bfloat16", "24bit", "16bit"])
