@@ -55,8 +55,8 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> dict[str, Any]
       tx: any optax transformation.
       params: arrays or `jax.ShapeDtypeStruct`; nothing is computed or allocated.
     """
-    specs, state = located(tx, params)
-    specs = [spec for spec in specs if spec.codecs]
+    definitions, state = located(tx, params)
+    definitions = [definition for definition in definitions if definition.codecs]
     # `Cast()` stores in the dtype of the arithmetic. Where there is only one, it is described as the cast to that one.
     kinds = {
         compute_dtype(kind)
@@ -64,16 +64,16 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> dict[str, Any]
         if jnp.issubdtype(kind, jnp.inexact)
     }
     plain = str(Cast(kinds.pop()) if len(kinds) == 1 else Cast())
-    parts = [type(part).__name__ for spec in specs for part in spec.rule.parts() if part.slots]
+    parts = [type(part).__name__ for definition in definitions for part in definition.rule.parts() if part.slots]
     return {
         "format": _FORMAT,
         "rules": parts,
         "storage": {
-            f"storage/{name}" if len(specs) == 1 else f"storage/{i}/{name}": plain
+            f"storage/{name}" if len(definitions) == 1 else f"storage/{i}/{name}": plain
             if str(codec) == str(Cast())
             else str(codec)
-            for i, spec in enumerate(specs)
-            for name, codec in spec.codecs
+            for i, definition in enumerate(definitions)
+            for name, codec in definition.codecs
         },
         "params": _forms("params", params),
         "state": _forms("state", _unmarked(state)),

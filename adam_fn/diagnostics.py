@@ -31,7 +31,7 @@ import optax
 from jax.typing import ArrayLike
 
 from adam_fn.algebra.links import Rate, WeightDecay
-from adam_fn.algebra.norms import norm, quotient, reals, rms, share
+from adam_fn.algebra.norms import norm, norm_ratio, reals, rms, share
 from adam_fn.trees.leaves import Leaves, PyTree, by_path
 from adam_fn.trees.members import Member, hyperparameter, members_of, optimizer_of, signal_to_noise_of, storage_errors
 
@@ -110,15 +110,15 @@ def moments(tx: optax.GradientTransformation, state: PyTree, params: PyTree) -> 
     in bfloat16. They are the raw averages, without bias correction. `params` are only used for structure, shapes and
     dtypes. See the module for leaves that are not trained, for complex leaves and for errors.
     """
-    part = optimizer_of(members_of(tx, state, params))
-    return part.decoded(part.kept(params))
+    member = optimizer_of(members_of(tx, state, params))
+    return member.decoded(member.kept(params))
 
 
-def _required(tx_parts: Sequence[Member], params: PyTree) -> PyTree:
-    part = optimizer_of(tx_parts)
-    ratio = signal_to_noise_of(part, params)
+def _required(members: Sequence[Member], params: PyTree) -> PyTree:
+    member = optimizer_of(members)
+    ratio = signal_to_noise_of(member, params)
     if ratio is None:
-        raise ValueError(f"{part.spec.rule} has no m̂/√v̂: its slots are {sorted(part.memory.slots)}")
+        raise ValueError(f"{part.definition.rule} has no m̂/√v̂: its slots are {sorted(part.memory.slots)}")
     return ratio
 
 
@@ -153,14 +153,14 @@ def effective_step(
       params: the parameters, for their structure.
       learning_rate: α, if ``update(..., learning_rate=x)`` set it; the transformation's rate by default.
     """
-    parts = members_of(tx, state, params)
-    return _scaled(_required(parts, params), _rate(parts, learning_rate, required=True))
+    members = members_of(tx, state, params)
+    return _scaled(_required(members, params), _rate(members, learning_rate, required=True))
 
 
-def _rate(parts: Sequence[Member], given: ArrayLike | None, *, required: bool = False) -> jax.Array | None:
+def _rate(members: Sequence[Member], given: ArrayLike | None, *, required: bool = False) -> jax.Array | None:
     if given is not None:
         return jnp.asarray(given, float)
-    found = hyperparameter(parts, Rate, "learning_rate", 0)
+    found = hyperparameter(members, Rate, "learning_rate", 0)
     if found is None and required:
         raise ValueError("expected one Rate in the transformation, found 0: pass learning_rate")
     return found
@@ -188,7 +188,7 @@ def update_to_weight(updates: PyTree, params: PyTree) -> PyTree:
     About 1e-3 is common. The ratio is 0 if the update is 0, and inf if only the parameter is 0; integer leaves become
     `optax.MaskedNode`. `params` may be the parameters before or after the step.
     """
-    return jax.tree.map(lambda u, p: quotient(norm([u]), norm([p])), reals(updates), reals(params))
+    return jax.tree.map(lambda u, p: norm_ratio(norm([u]), norm([p])), reals(updates), reals(params))
 
 
 @_compiled
@@ -213,7 +213,7 @@ def quantisation_error(
         module for the rest.
     """
     return {
-        name: jax.tree.map(lambda s, e: quotient(norm([e]), norm([s])), exact, error)
+        name: jax.tree.map(lambda s, e: norm_ratio(norm([e]), norm([s])), exact, error)
         for name, (exact, error) in storage_errors(tx, grads, state, params).items()
     }
 
@@ -259,8 +259,8 @@ def summary(
       learning_rate: α, if ``update(..., learning_rate=x)`` set it.
       per_leaf: adds the same for each leaf, as ``signal_to_noise/layers/0/kernel``, with the paths of `adam_fn.masks`.
     """
-    parts = members_of(tx, state, params)
-    optimizer = optimizer_of(parts)
+    members = members_of(tx, state, params)
+    optimizer = optimizer_of(members)
     found: dict[str, jax.Array] = {}
 
     def add(key: str, function: Callable[..., jax.Array], *trees: PyTree) -> None:
@@ -268,12 +268,12 @@ def summary(
         if per_leaf:
             found.update(_named(key, jax.tree.map(lambda *x: function(*([y] for y in x)), *trees)))
 
-    rate = _rate(parts, learning_rate)
+    rate = _rate(members, learning_rate)
     if rate is not None:
         found["learning_rate"] = rate
         ahead = hyperparameter(members_of(tx, state, params, 1), Rate, "learning_rate", 1)
         found["next_learning_rate"] = rate if ahead is None else ahead
-    decay = hyperparameter(parts, WeightDecay, "weight_decay", 0)
+    decay = hyperparameter(members, WeightDecay, "weight_decay", 0)
     found["weight_decay"] = jnp.zeros(()) if decay is None else decay
     ratio = signal_to_noise_of(optimizer, params)
     if ratio is not None:
@@ -283,10 +283,10 @@ def summary(
         add("at_bound", lambda x: share(x, 0.99), ratio)
     if updates is not None:
         kept = optimizer.kept(params)
-        add("update_to_weight", lambda u, p: quotient(norm(u), norm(p)), reals(_like(updates, kept)), reals(kept))
+        add("update_to_weight", lambda u, p: norm_ratio(norm(u), norm(p)), reals(_like(updates, kept)), reals(kept))
     if grads is not None:
         for name, (exact, error) in storage_errors(tx, grads, state, params).items():
-            add(f"quantisation_error/{name}", lambda s, e: quotient(norm(e), norm(s)), exact, error)
+            add(f"quantisation_error/{name}", lambda s, e: norm_ratio(norm(e), norm(s)), exact, error)
     return {key: x.astype(np.float32) for key, x in found.items()}
 
 

@@ -242,23 +242,27 @@ def _fresh(
         raise ValueError(f'second must be "mean" or "zero", got {second!r}')
     leaves = Leaves(params)
 
-    def begun(spec: Definition, new: PyTree, old: PyTree) -> PyTree:
-        if not spec.codecs:
+    def begun(definition: Definition, new: PyTree, old: PyTree) -> PyTree:
+        if not definition.codecs:
             return new
-        kept = Member(spec, old).kept(params)
+        kept = Member(definition, old).kept(params)
         inside = Leaves(kept)
         places = [i for i, x in enumerate(leaves.align(kept, "the parameters", "the state")) if not _is_masked(x)]
         slots = {
             name: inside.align(tree, f"the state's {name}", "the parameters")
-            for name, tree in Update(spec).decoded(old, kept).items()
+            for name, tree in Update(definition).decoded(old, kept).items()
         }
         values = [
-            None if p is None else _first_slots(spec, p, masks[i], {name: x[k] for name, x in slots.items()}, second)
+            None
+            if p is None
+            else _first_slots(definition, p, masks[i], {name: x[k] for name, x in slots.items()}, second)
             for k, (i, p) in enumerate(zip(places, inside.leaves, strict=True))
         ]
-        memory = spec.form.read(new)
-        stored = coded(spec, inside, kept, values, spec.form.read(old).steps)
-        return spec.form.made(memory._replace(slots={name: stored.get(name, x) for name, x in memory.slots.items()}))
+        memory = definition.form.read(new)
+        stored = coded(definition, inside, kept, values, definition.form.read(old).steps)
+        return definition.form.made(
+            memory._replace(slots={name: stored.get(name, x) for name, x in memory.slots.items()})
+        )
 
     return located(without_placement(tx), params).map(begun, tx.init(params), state)
 
@@ -268,14 +272,14 @@ def _is_masked(x: object) -> bool:
 
 
 def _first_slots(
-    spec: Definition, p: jax.Array, mask: jax.Array, old: Mapping[str, jax.Array], second: Second
+    definition: Definition, p: jax.Array, mask: jax.Array, old: Mapping[str, jax.Array], second: Second
 ) -> dict[str, jax.Array]:
     """The values with which the slots of new elements of a leaf begin."""
     zeros = zeros_like(p)
-    averages = [x for part, names in spec.rule.named_parts() if isinstance(part, Average) for x in names.values()]
+    averages = [x for part, names in definition.rule.named_parts() if isinstance(part, Average) for x in names.values()]
     known = jnp.broadcast_to(~mask, zeros.shape)
     found: dict[str, jax.Array] = {}
-    for name, slot in spec.rule.slots.items():
+    for name, slot in definition.rule.slots.items():
         if name in averages:
             found[name] = as_real(p).astype(zeros.dtype)
             continue

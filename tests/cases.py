@@ -57,7 +57,7 @@ class Case:
 
 def rule_of(tx: adam_fn.Transformation) -> adam_fn.Rule:
     """The rule that a transformation was made of."""
-    return tx.update.spec.rule
+    return tx.update.definition.rule
 
 
 CASES = (

@@ -33,7 +33,7 @@ def share(arrays: Sequence[jax.Array], threshold: float) -> jax.Array:
     return sum((jnp.sum(jnp.abs(x) >= threshold, dtype=x.dtype) for x in arrays), jnp.zeros(())) / size(arrays)
 
 
-def quotient(x: jax.Array, y: jax.Array) -> jax.Array:
+def norm_ratio(x: jax.Array, y: jax.Array) -> jax.Array:
     """The ratio ``x/y`` of norms; 0 where both are 0."""
     return jnp.where(x == 0, x, x / jnp.where((x == 0) & (y == 0), 1, y))
 

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from adam_fn.devices.zero1_plan import Place, Plan, plan
 from adam_fn.trees.functions import owner_of, write_of
-from adam_fn.trees.layout import devices, divided, division, finding_layout
+from adam_fn.trees.layout import device_count, divided, division, finding_layout
 from adam_fn.trees.leaves import Leaves, PyTree, difference, leaf_in_errors
 from adam_fn.trees.recording import is_marking
 from adam_fn.wrappers.base import TreeTransformation, varying_axes
@@ -82,7 +82,9 @@ class Zero1(TreeTransformation):
         grads = self._each(grads, "gradients", self._reduced)
         if params is not None:
             params = self._each(params, "parameters", self._part)
-        spread = self.plan.places.treedef.unflatten(None if x is None else x.spread for x in self.plan.places.leaves)
+        spread = self.plan.places.treedef.unflatten(
+            None if x is None else x.step_sharding for x in self.plan.places.leaves
+        )
         new, state = self._within(run, (spread, self.plan.state.tree()), grads, self._kept(state), params, **extra_args)
         return self._each(new, "results", self._gathered), self._kept(state)
 
@@ -131,18 +133,20 @@ class Zero1(TreeTransformation):
     def _part(self, leaf: Place, x: jax.Array) -> jax.Array:
         """Divides a parameter."""
         if not self._inside():
-            return _placed(x, leaf.spread)
+            return _placed(x, leaf.step_sharding)
         if leaf.axis is None:
             return x
-        length = x.shape[leaf.axis] // devices(self.mesh, self.names)
+        length = x.shape[leaf.axis] // device_count(self.mesh, self.names)
         return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(self.names) * length, length, leaf.axis)
 
     def _reduced(self, leaf: Place, x: jax.Array) -> jax.Array:
         """Divides a gradient; inside a `shard_map`, after summing what the devices hold."""
         if not self._inside():
             # Without the first constraint XLA carries the second one into the backward pass.
-            return _placed(x, leaf.own, leaf.spread)
-        own = {name for names in division(leaf.own, len(leaf.shape)) for name in names}  # FSDP: parts are not summed.
+            return _placed(x, leaf.sharding, leaf.step_sharding)
+        own = {
+            name for names in division(leaf.sharding, len(leaf.shape)) for name in names
+        }  # FSDP: parts are not summed.
         over = tuple(name for name in self.names if name in varying_axes(x) - own)
         if over == self.names and leaf.axis is not None:
             return jax.lax.psum_scatter(x, over, scatter_dimension=leaf.axis, tiled=True)
@@ -152,7 +156,7 @@ class Zero1(TreeTransformation):
         """Gathers the result of a parameter's step where the parameter lives."""
         if not self._inside():
             # The first constraint keeps the computation divided; only its result is gathered.
-            return _placed(x, leaf.spread, leaf.own)
+            return _placed(x, leaf.step_sharding, leaf.sharding)
         if leaf.axis is None:
             return x
         return jax.lax.all_gather(x, self.names, axis=leaf.axis, tiled=True, to="invarying")
@@ -229,4 +233,4 @@ def undivided(tx: optax.GradientTransformation) -> dict[str, int]:
         if not hasattr(owner, "tx"):
             raise TypeError("undivided expected a transformation that zero1 made")
         owner = owner_of(owner.tx)
-    return dict(owner.plan.whole)
+    return dict(owner.plan.undivided)

@@ -10,7 +10,7 @@ import jax
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from adam_fn.trees.layout import Division, Shape, StateLayout, check_mesh, devices, divided, division
+from adam_fn.trees.layout import Division, Shape, StateLayout, check_mesh, device_count, divided, division
 from adam_fn.trees.leaves import PyTree, display_path
 
 #: Leaves of fewer elements are not worth a warning.
@@ -24,15 +24,15 @@ class Place:
     Attributes:
       path: its name in errors.
       shape: its whole shape.
-      own: its sharding between the steps.
-      spread: its sharding during a step; equal to `own` if it is not divided further.
+      sharding: its sharding between the steps.
+      step_sharding: its sharding during a step; equal to `sharding` if it is not divided further.
       axis: the axis along which it is divided further, or None.
     """
 
     path: str
     shape: Shape
-    own: NamedSharding
-    spread: NamedSharding
+    sharding: NamedSharding
+    step_sharding: NamedSharding
     axis: int | None = None
 
 
@@ -54,12 +54,12 @@ class Plan:
     Attributes:
       places: a `Place` for each parameter, or None.
       state: the shardings of the state.
-      whole: path and number of elements of each parameter whose state is not divided.
+      undivided: path and number of elements of each parameter whose state is not divided.
     """
 
     places: Tree
     state: Tree
-    whole: tuple[tuple[str, int], ...]
+    undivided: tuple[tuple[str, int], ...]
 
 
 def plan(tx: optax.GradientTransformation, params: PyTree, mesh: Mesh, names: Sequence[str]) -> Plan:
@@ -90,11 +90,11 @@ def plan(tx: optax.GradientTransformation, params: PyTree, mesh: Mesh, names: Se
     large = [f"{display_path(path)} of shape {shape}" for path, shape in whole.items() if math.prod(shape) >= SMALL]
     if large:
         warnings.warn(
-            f"zero1: the state of {', '.join(large)} stays whole on each of the {devices(mesh, names)} devices of "
+            f"zero1: the state of {', '.join(large)} stays whole on each of the {device_count(mesh, names)} devices of "
             f"{' and '.join(map(repr, names))}: no axis can be divided evenly among them",
             stacklevel=3,
         )
-    over = [() if place is None else division(place.spread, len(place.shape)) for place in places]
+    over = [() if place is None else division(place.step_sharding, len(place.shape)) for place in places]
     leaves, treedef = jax.tree.flatten(slots.shardings(mesh, over))
     sizes = tuple((path, math.prod(shape)) for path, shape in whole.items())
     tree = Tree(tuple(places), slots.leaves.treedef)
@@ -103,5 +103,5 @@ def plan(tx: optax.GradientTransformation, params: PyTree, mesh: Mesh, names: Se
 
 def first_axis(mesh: Mesh, names: Sequence[str], own: Division, shape: Shape) -> int | None:
     """The first axis along which a leaf can be divided further, or None."""
-    parts = (devices(mesh, (*own[axis], *names)) for axis in range(len(shape)))
+    parts = (device_count(mesh, (*own[axis], *names)) for axis in range(len(shape)))
     return next((axis for axis, n in enumerate(parts) if shape[axis] and shape[axis] % n == 0), None)

@@ -23,7 +23,7 @@ Lattice: TypeAlias = Callable[[], jax.Array]
 
 
 class Times(NamedTuple):
-    """The `noise.times` of a step: for each slot that is rounded, and for a `Destination` that dithers."""
+    """The `noise.time_offsets` of a step: for each slot that is rounded, and for a `Destination` that dithers."""
 
     slots: Mapping[str, jax.Array]
     write: jax.Array | None = None
@@ -61,7 +61,7 @@ def decode(codecs: Codecs, stored: Stored, dtype: DTypeLike) -> dict[str, jax.Ar
 
 
 def encode(codecs: Codecs, slots: Slots, lattice: Lattice, times: Slots) -> dict[str, jax.Array]:
-    """Encodes the slots of a leaf; `times` are the `noise.times` of each slot that is rounded."""
+    """Encodes the slots of a leaf; `time_offsets` are the `noise.time_offsets` of each slot that is rounded."""
 
     def measured(slot: str, unit: Unit | None) -> jax.Array:
         if unit is None:

@@ -91,7 +91,7 @@ class Swats(TreeTransformation):
 
     @property
     def _spec(self) -> Definition:
-        return method_of(self.adam.update).spec
+        return method_of(self.adam.update).definition
 
     def init(self, params: PyTree) -> SwatsState:
         adam = self.adam.init(params)
@@ -124,37 +124,37 @@ class Swats(TreeTransformation):
 
 @functools.partial(jax.jit, static_argnames="write")
 def _step(
-    spec: Definition, rule: Adam, rate: Rate, tolerance: ArrayLike, call: _Call, *, write: bool
+    definition: Definition, rule: Adam, rate: Rate, tolerance: ArrayLike, call: _Call, *, write: bool
 ) -> tuple[PyTree, SwatsState]:
     """Adam's step or SGD's: the updates, or with `write` the new parameters, and the new state."""
     alpha = jnp.asarray(
-        rate.at(spec.form.read(call.state.adam).steps).learning_rate if call.rate is None else call.rate
+        rate.at(definition.form.read(call.state.adam).steps).learning_rate if call.rate is None else call.rate
     )
     alpha, call = alike_over_devices((alpha, call))  # Each device of a `shard_map` may switch on its own.
     with unrecorded():
-        return _either(write, spec, rule, alpha, tolerance, call)
+        return _either(write, definition, rule, alpha, tolerance, call)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _either(
-    write: bool, spec: Definition, rule: Adam, alpha: jax.Array, tolerance: ArrayLike, call: _Call
+    write: bool, definition: Definition, rule: Adam, alpha: jax.Array, tolerance: ArrayLike, call: _Call
 ) -> tuple[PyTree, SwatsState]:
     """Runs one of two loops, each once or not at all.
 
     XLA copies whatever leaves a conditional, but changes in place what a loop carries.
     """
     state = call.state
-    like = jax.eval_shape(functools.partial(_adam, write), spec, rule, alpha, tolerance, call)[0]
+    like = jax.eval_shape(functools.partial(_adam, write), definition, rule, alpha, tolerance, call)[0]
     blank = jax.tree.map(jnp.zeros_like, like)
 
     def own(result: PyTree, state: SwatsState) -> _Call:
         return call._replace(state=state, params=result if write else call.params)
 
     def adam(carry: tuple[PyTree, SwatsState]) -> tuple[PyTree, SwatsState]:
-        return _adam(write, spec, rule, alpha, tolerance, own(*carry))
+        return _adam(write, definition, rule, alpha, tolerance, own(*carry))
 
     def sgd(carry: tuple[PyTree, SwatsState]) -> tuple[PyTree, SwatsState]:
-        return _sgd(write, spec, rule, alpha, own(*carry))
+        return _sgd(write, definition, rule, alpha, own(*carry))
 
     carry = (call.params if write else blank, state)
     return run_at_most_once(state.switched, sgd, run_at_most_once(~state.switched, adam, carry))
@@ -164,11 +164,11 @@ def _either(
 def _either_jvp(write: bool, primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]) -> tuple[PyTree, PyTree]:
     """The derivative of a conditional, since a loop has none in reverse."""
 
-    def either(spec: Definition, rule: Adam, alpha: jax.Array, tolerance: ArrayLike, call: _Call) -> PyTree:
+    def either(definition: Definition, rule: Adam, alpha: jax.Array, tolerance: ArrayLike, call: _Call) -> PyTree:
         return jax.lax.cond(
             call.state.switched,
-            lambda: _sgd(write, spec, rule, alpha, call),
-            lambda: _adam(write, spec, rule, alpha, tolerance, call),
+            lambda: _sgd(write, definition, rule, alpha, call),
+            lambda: _adam(write, definition, rule, alpha, tolerance, call),
         )
 
     return jax.jvp(either, primals, tangents)
@@ -186,28 +186,28 @@ def _restarted_jvp(primals: tuple[jax.Array, PyTree], tangents: tuple[PyTree, Py
     return jax.jvp(functools.partial(jax.tree.map, lambda x: jnp.where(now, jnp.zeros_like(x), x)), (mu,), tangents[1:])
 
 
-def _sgd(write: bool, spec: Definition, rule: Adam, alpha: jax.Array, call: _Call) -> tuple[PyTree, SwatsState]:
+def _sgd(write: bool, definition: Definition, rule: Adam, alpha: jax.Array, call: _Call) -> tuple[PyTree, SwatsState]:
     """A step after the switch. Of Adam's moments, only m is read and changed."""
     grads, state, params, _ = call
-    codecs = tuple((name, codec) for name, codec in spec.codecs if name == "mu")
-    sgd = Update(dataclasses.replace(spec, rule=Momentum(rule.b1) >> Rate(0.0), codecs=codecs))
+    codecs = tuple((name, codec) for name, codec in definition.codecs if name == "mu")
+    sgd = Update(dataclasses.replace(definition, rule=Momentum(rule.b1) >> Rate(0.0), codecs=codecs))
     # `adam_rate` is not 0 after the switch; but `vmap` runs both branches, and derivatives pass through both.
     switched_at = jnp.where(state.switched, state.adam_rate, 1)
-    memory, own = spec.form.read(state.adam), sgd.spec.form
+    memory, own = definition.form.read(state.adam), sgd.definition.form
     before = own.made(Memory((memory.steps, None), (), {"mu": memory.slots["mu"]}))
     step = sgd.write if write else sgd
     result, after = step(grads, before, params, learning_rate=state.sgd_rate * (alpha / switched_at))
     counts = tuple(None if count is None else jnp.asarray(optax.safe_increment(count)) for count in memory.counts)
     adam = memory._replace(counts=counts, slots={**memory.slots, **own.read(after).slots})
-    return result, state._replace(adam=spec.form.made(adam))
+    return result, state._replace(adam=definition.form.made(adam))
 
 
 def _adam(
-    write: bool, spec: Definition, rule: Adam, alpha: jax.Array, tolerance: ArrayLike, call: _Call
+    write: bool, definition: Definition, rule: Adam, alpha: jax.Array, tolerance: ArrayLike, call: _Call
 ) -> tuple[PyTree, SwatsState]:
     """Adam's step, and the search for SGD's rate."""
     grads, state, params, given = call
-    update = Update(spec)
+    update = Update(definition)
     steps, adam = update(grads, state.adam, params, learning_rate=given)
     rates = update.rates(grads if params is None else params)
     leaves, treedef = jax.tree.flatten(steps, is_leaf=lambda x: x is None)
@@ -220,17 +220,17 @@ def _adam(
     length = sum((inner(u, u) for u, *_ in pairs), jnp.zeros((), dtype))
     found = (length / jnp.where(along == 0, 1, along)).astype(dtype)
     defined = (along != 0) & jnp.isfinite(found)
-    count, memory = spec.form.read(state.adam).steps, spec.form.read(adam)
+    count, memory = definition.form.read(state.adam).steps, definition.form.read(adam)
     part = one_minus(rule.at(count).b2)
     average = jnp.where(defined, state.average + part * (found - state.average), state.average)
-    mean = average / spec.weights(memory, dtype)[1]
+    mean = average / definition.weights(memory, dtype)[1]
     # At the first step the mean is the rate itself.
     now = defined & (count > 0) & (jnp.abs(mean - found) < tolerance) & (mean > 0)
     sgd_rate = jnp.where(now, mean, state.sgd_rate)
     adam_rate = jnp.where(now, jnp.asarray(alpha, dtype), state.adam_rate)
 
     restarted = _restarted(now, memory.slots["mu"])
-    adam = spec.form.made(memory._replace(slots={**memory.slots, "mu": restarted}))
+    adam = definition.form.made(memory._replace(slots={**memory.slots, "mu": restarted}))
     result = optax.apply_updates(cast(optax.Params, params), steps) if write else steps
     return result, SwatsState(adam, average, now, sgd_rate, adam_rate)
 
@@ -276,6 +276,6 @@ def swats(
         raise ValueError(f"b1 must be in (0, 1), because swats needs a momentum; got {b1}")
     rate = Rate(learning_rate)
     adam = optimizer(rule, learning_rate, **options)
-    if "mu" not in dict(method_of(adam.update).spec.codecs):
+    if "mu" not in dict(method_of(adam.update).definition.codecs):
         raise ValueError("swats needs mu by itself, since after the switch nothing else is changed: store it by a Cast")
     return Swats(adam, rule, rate, tolerance).transformation()

@@ -12,7 +12,7 @@ from adam_fn.family.adam import Adam
 from adam_fn.family.adamax import AdaMax
 from adam_fn.family.amsgrad import AMSGrad
 from adam_fn.family.lion import Lion
-from adam_fn.interop.moments import Axes, Moments, Paths, Target, Transpose, as_array, fail, in_order
+from adam_fn.interop.moments import Axes, MomentsByPath, Paths, Target, Transpose, as_array, fail, in_order
 from adam_fn.trees.leaves import PyTree
 from adam_fn.trees.states import State
 
@@ -67,7 +67,7 @@ def from_keras(
     for i, slot, number in _places(target, given, len(order)):
         if slot is not None and (path := order[number]) is not None:
             slots.setdefault(slot, {})[path] = axes.ours(path, as_array(given[i]))
-    return target.state(Moments(int(as_array(given[0])), slots), "the variables of Keras")
+    return target.state(MomentsByPath(int(as_array(given[0])), slots), "the variables of Keras")
 
 
 def to_keras(

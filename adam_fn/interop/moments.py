@@ -36,7 +36,7 @@ Paths: TypeAlias = Sequence[str | None] | Mapping[str, str | None] | Callable[[s
 Transpose: TypeAlias = Mapping[str, Sequence[int]]
 
 
-class Moments(NamedTuple):
+class MomentsByPath(NamedTuple):
     """A state in a form that belongs to no framework.
 
     Attributes:
@@ -81,15 +81,15 @@ class Target:
         self._paths = leaves.names
         check_distinct(self._paths)
         self._leaves = dict(zip(self._paths, leaves.leaves, strict=True))
-        trained = zip(self._paths, update.spec.trained(leaves, self.params), strict=True)
+        trained = zip(self._paths, update.definition.trained(leaves, self.params), strict=True)
         self.trained = [path for path, train in trained if train]
 
     @property
     def rule(self) -> Rule:
         """The part of the rule that has the moments."""
-        members = [part for part in self.update.spec.rule.parts() if part.slots]
+        members = [part for part in self.update.definition.rule.parts() if part.slots]
         if len(members) != 1:
-            raise TypeError(f"expected a rule that contains exactly one optimizer, got {self.update.spec.rule}")
+            raise TypeError(f"expected a rule that contains exactly one optimizer, got {self.update.definition.rule}")
         return members[0]
 
     def form(self, forms: Mapping[type[Rule], Any], framework: str) -> Any:  # noqa: ANN401
@@ -111,26 +111,28 @@ class Target:
 
     def weights(self, count: int) -> NDArray[np.float64]:
         """The bias weights after `count` steps, ``1 - βᵗ`` where β is constant; shape ``[n]``."""
-        memory = _memory(self.update.spec, count)
-        found = np.asarray(self.update.spec.weights(memory, jnp.result_type(float)), np.float64)
-        kept = [i for i, beta in enumerate(self.update.spec.rule.betas) if is_kept(beta)]
+        memory = _memory(self.update.definition, count)
+        found = np.asarray(self.update.definition.weights(memory, jnp.result_type(float)), np.float64)
+        kept = [i for i, beta in enumerate(self.update.definition.rule.betas) if is_kept(beta)]
         for i, weight in zip(kept, memory.weights, strict=True):  # The rest has more digits.
             found[i] = np.float64(weight.main) + np.float64(weight.rest)
         return found
 
-    def state(self, moments: Moments, source: str) -> State:
+    def state(self, moments: MomentsByPath, source: str) -> State:
         """Returns the state of the transformation, or raises an error that lists all that does not fit in `source`."""
         fail(self._problems(moments), f"{source} does not fit the parameters")
         outer = self.tx.init(self._outer)
-        form = self.update.spec.form
+        form = self.update.definition.form
         blank = form.read(outer.inner if isinstance(outer, MasterState) else outer)
         values = [
-            {name: moments.slots[name][path] for name in self.update.spec.rule.slots} if path in self.trained else None
+            {name: moments.slots[name][path] for name in self.update.definition.rule.slots}
+            if path in self.trained
+            else None
             for path in self._paths
         ]
-        slots = _stored(self.update.spec, values, self.params, np.int32(moments.count))
+        slots = _stored(self.update.definition, values, self.params, np.int32(moments.count))
         # Added to the zeros of the first state, so that they live where these live.
-        memory = _memory(self.update.spec, moments.count)
+        memory = _memory(self.update.definition, moments.count)
         counts, weights = jax.tree.map(
             lambda zero, x: zero + np.asarray(x, zero.dtype),
             (blank.counts, blank.weights),
@@ -139,15 +141,15 @@ class Target:
         state = form.made(Memory(counts, weights, slots))
         return outer._replace(inner=state) if isinstance(outer, MasterState) else state
 
-    def moments(self, state: State) -> Moments:
+    def moments(self, state: State) -> MomentsByPath:
         """The moments and the count of a state of the transformation."""
         inner = state.inner if isinstance(state, MasterState) else state
-        self.update.spec.form.check(inner)
+        self.update.definition.form.check(inner)
         slots = {}
         for name, tree in self.update.decoded(inner, self.params).items():
             found = dict(zip(self._paths, self._treedef.flatten_up_to(tree), strict=True))
             slots[name] = {path: self._joined(path, found[path]) for path in self.trained}
-        return Moments(int(self.update.spec.form.read(inner).steps), slots)
+        return MomentsByPath(int(self.update.definition.form.read(inner).steps), slots)
 
     def uncovered(self, paths: Iterable[str | None]) -> Iterable[str]:
         """Lists the differences between some paths and those of the trained parameters."""
@@ -159,10 +161,10 @@ class Target:
         dtype = jnp.result_type(self._leaves[path])
         return as_dtype(x, dtype) if jnp.issubdtype(dtype, jnp.complexfloating) else x
 
-    def _problems(self, moments: Moments) -> Iterable[str]:
+    def _problems(self, moments: MomentsByPath) -> Iterable[str]:
         if moments.count < 0:
             yield f"the number of steps is {moments.count}"
-        stored = list(self.update.spec.rule.slots)
+        stored = list(self.update.definition.rule.slots)
         for path in self.trained:
             if missing := [name for name in stored if path not in moments.slots.get(name, {})]:
                 yield f"{display_path(path)}: no {', '.join(missing)}"
@@ -183,7 +185,7 @@ class Target:
 
 @jax.jit
 def _stored(
-    spec: Definition, values: Sequence[Mapping[str, Array] | None], params: PyTree, count: jax.Array
+    definition: Definition, values: Sequence[Mapping[str, Array] | None], params: PyTree, count: jax.Array
 ) -> dict[str, PyTree]:
     """The slots of a state, made from arrays for each trained leaf; they get the parameters' shardings."""
     leaves = Leaves(params)
@@ -195,23 +197,23 @@ def _stored(
         with leaf_in_errors(path):
             zeros = zeros_like(jnp.asarray(p))
             found.append({name: zeros + as_real(jnp.asarray(x)).astype(zeros.dtype) for name, x in own.items()})
-    return coded(spec, leaves, params, found, count)
+    return coded(definition, leaves, params, found, count)
 
 
 @jax.jit
-def _run(spec: Definition, count: jax.Array, memory: Memory) -> Memory:
-    return jax.lax.fori_loop(0, count, lambda _, memory: advanced(spec, memory)[1], memory)
+def _run(definition: Definition, count: jax.Array, memory: Memory) -> Memory:
+    return jax.lax.fori_loop(0, count, lambda _, memory: advanced(definition, memory)[1], memory)
 
 
-def _memory(spec: Definition, count: int) -> Memory:
+def _memory(definition: Definition, count: int) -> Memory:
     """The memory after `count` steps, except for the slots, in JAX's default dtype."""
     zero = jnp.zeros((), float)
-    weights = (Weight(zero, zero),) * sum(map(is_kept, spec.rule.betas))
-    counts: tuple[Any, ...] = tuple(np.int32(count) if link.counts else None for link in spec.form.links)
+    weights = (Weight(zero, zero),) * sum(map(is_kept, definition.rule.betas))
+    counts: tuple[Any, ...] = tuple(np.int32(count) if link.counts else None for link in definition.form.links)
     if not weights:
         return Memory(counts, (), {})
     blank = Memory(tuple(None if x is None else jnp.zeros((), jnp.int32) for x in counts), weights, {})
-    return Memory(counts, _run(spec, np.int32(count), blank).weights, {})
+    return Memory(counts, _run(definition, np.int32(count), blank).weights, {})
 
 
 def in_order(paths: Paths, names: Sequence[str] | None, number: int, framework: str) -> list[str | None]:

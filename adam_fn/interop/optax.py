@@ -22,7 +22,7 @@ from adam_fn.family.amsgrad import AMSGrad
 from adam_fn.family.lion import Lion
 from adam_fn.family.radam import RAdam
 from adam_fn.family.yogi import Yogi
-from adam_fn.interop.moments import ByPath, Moments, Target, fail
+from adam_fn.interop.moments import ByPath, MomentsByPath, Target, fail
 from adam_fn.trees.leaves import PyTree, by_path, display_path, join_keys, map_named
 from adam_fn.trees.states import State
 
@@ -135,7 +135,7 @@ def from_optax(tx: optax.GradientTransformation, params: PyTree, optax_state: St
     if "nu_max" in slots:
         weight = _corrected(target, count)
         slots["nu_max"] = {path: jnp.asarray(x) * weight for path, x in slots["nu_max"].items()}
-    return target.state(Moments(count, slots), "the state of optax")
+    return target.state(MomentsByPath(count, slots), "the state of optax")
 
 
 def to_optax(tx: optax.GradientTransformation, params: PyTree, state: State, optax_state: S) -> S:

@@ -45,9 +45,9 @@ def change_storage(
         )
     new = target.state(source.moments(state), "the state")
     inner = state.inner if isinstance(state, MasterState) else state
-    kept = source.update.spec.form.read(inner)
+    kept = source.update.definition.form.read(inner)
     # Keeps the old state's counts and bias weights: another schedule of β in `tx` would have led to other weights.
-    form = target.update.spec.form
+    form = target.update.definition.form
     made = form.read(new.inner if isinstance(new, MasterState) else new)
     if len(made.weights) == len(kept.weights):
         made = made._replace(weights=kept.weights)
@@ -56,8 +56,8 @@ def change_storage(
     made = made._replace(counts=tuple(x if y is None else y for x, y in counts)) if same else made
     if not isinstance(new, MasterState):
         return form.made(made)
-    low = state.remainder if isinstance(state, MasterState) else new.remainder
-    return MasterState(low, form.made(made))
+    remainder = state.remainder if isinstance(state, MasterState) else new.remainder
+    return MasterState(remainder, form.made(made))
 
 
 def _bits(tx: optax.GradientTransformation) -> int:

@@ -14,7 +14,7 @@ from adam_fn.family.adam import Adam
 from adam_fn.family.adamax import AdaMax
 from adam_fn.family.amsgrad import AMSGrad
 from adam_fn.family.radam import RAdam
-from adam_fn.interop.moments import Axes, Moments, Paths, Target, Transpose, as_array, fail, in_order
+from adam_fn.interop.moments import Axes, MomentsByPath, Paths, Target, Transpose, as_array, fail, in_order
 from adam_fn.trees.leaves import PyTree
 from adam_fn.trees.states import State
 
@@ -97,7 +97,7 @@ def from_torch(
     if len(set(steps.values())) > 1:
         fail((f"{path}: {count}" for path, count in steps.items()), "torch's parameters have made different steps")
     count = next(iter(steps.values()), 0)
-    return target.state(Moments(count, slots), "the state of torch")
+    return target.state(MomentsByPath(count, slots), "the state of torch")
 
 
 def to_torch(

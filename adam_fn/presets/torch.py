@@ -76,8 +76,8 @@ def torch_nadam(
     ψ is `momentum_decay`. The moments are those of ``g + λp``, or with `decoupled_weight_decay` the step has ``- αλp``.
     There: as in `torch_adam`. Source: ``torch/optim/nadam.py``.
     """
-    meaning = with_decay_kind("scaled" if decoupled_weight_decay else "l2", options)
-    return nadam(learning_rate, b1, b2, eps, momentum_decay=momentum_decay, **meaning)
+    options_with_decay = with_decay_kind("scaled" if decoupled_weight_decay else "l2", options)
+    return nadam(learning_rate, b1, b2, eps, momentum_decay=momentum_decay, **options_with_decay)
 
 
 @lists_options
@@ -95,5 +95,5 @@ def torch_radam(
     It alone of torch's optimizers has the epsilon hat. Weight decay and names are as in `torch_nadam`. Source:
     ``torch/optim/radam.py``.
     """
-    meaning = with_decay_kind("scaled" if decoupled_weight_decay else "l2", options)
-    return radam(learning_rate, b1, b2, eps, eps_hat=True, **meaning)
+    options_with_decay = with_decay_kind("scaled" if decoupled_weight_decay else "l2", options)
+    return radam(learning_rate, b1, b2, eps, eps_hat=True, **options_with_decay)

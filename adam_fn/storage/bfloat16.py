@@ -47,11 +47,11 @@ def remainder_of(x: jax.Array, q: jax.Array, bits: int) -> jax.Array:
     return jnp.where(joined, difference, 0).astype(f"int{bits}")
 
 
-def join(p: jax.Array, low: jax.Array, bits: int) -> jax.Array:
+def join(p: jax.Array, remainder: jax.Array, bits: int) -> jax.Array:
     """The float32 master of a bfloat16 parameter and its remainder."""
     wide = p.astype(jnp.float32)
     whole = ((bits_of(wide) & 0x7FFFFFFF) >> (16 - bits)).astype(jnp.int32)
-    return as_float(jnp.maximum(whole + low.astype(jnp.int32), 0) << (16 - bits), wide)
+    return as_float(jnp.maximum(whole + remainder.astype(jnp.int32), 0) << (16 - bits), wide)
 
 
 def landing(p: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -69,5 +69,5 @@ def round_stochastically(x: jax.Array, dither: jax.Array) -> jax.Array:
 
     Finite numbers stay finite.
     """
-    magnitude = ((bits_of(x) & 0x7FFFFFFF).astype(jnp.int32) + noise.top(dither, 16)) >> 16
+    magnitude = ((bits_of(x) & 0x7FFFFFFF).astype(jnp.int32) + noise.upper_bits(dither, 16)) >> 16
     return as_float(jnp.minimum(magnitude, LARGEST) << 16, x)

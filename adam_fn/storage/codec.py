@@ -143,14 +143,14 @@ def narrowed(x: jax.Array, dtype: np.dtype, dither: jax.Array) -> jax.Array:
     wide, narrow = jnp.finfo(x.dtype), jnp.finfo(dtype)
     drop = wide.nmant - narrow.nmant
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"int{wide.bits}"))
-    low = noise.top(dither, min(drop, 31)).astype(bits.dtype) << max(drop - 31, 0)
+    low = noise.upper_bits(dither, min(drop, 31)).astype(bits.dtype) << max(drop - 31, 0)
     bits = bits + jnp.where(jnp.isfinite(x), low, 0)
     if dtype == jnp.bfloat16 and wide.bits == 32:
         return jax.lax.platform_dependent(bits, cpu=_upper_half, default=_converted)
     rounded = jax.lax.bitcast_convert_type(bits & np.asarray(-(1 << drop), bits.dtype), x.dtype)
     if narrow.minexp > wide.minexp:  # There are numbers outside its range.
         least = float(narrow.smallest_subnormal)
-        small = jnp.floor(x / least + noise.top(dither, 24).astype(x.dtype) * 2.0**-24) * least
+        small = jnp.floor(x / least + noise.upper_bits(dither, 24).astype(x.dtype) * 2.0**-24) * least
         inside = jnp.clip(rounded, -float(narrow.max), float(narrow.max))
         inside = jnp.where(jnp.abs(x) < float(narrow.smallest_normal), small, inside)
         rounded = jnp.where(jnp.isfinite(x), inside, x)

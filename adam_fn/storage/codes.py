@@ -77,7 +77,7 @@ def mu_law(r: jax.Array, dither: jax.Array, bits: int, bound: float) -> jax.Arra
     shift = 27 - bits
     y = 1 + np.float32(_span(bits) / bound) * jnp.abs(r)
     place = jax.lax.bitcast_convert_type(y, jnp.int32) - _ONE
-    return jnp.minimum((place + noise.top(dither, shift)) >> shift, 2 ** (bits - 1) - 1)
+    return jnp.minimum((place + noise.upper_bits(dither, shift)) >> shift, 2 ** (bits - 1) - 1)
 
 
 def from_mu_law(code: jax.Array, bits: int, bound: float) -> jax.Array:
@@ -148,7 +148,7 @@ class Word(Codec):
         k = mu_law(r, dither[0], 7, self.bound)
         s = jnp.minimum(s, np.float32(_LARGEST)) + 0 * (r + s)  # nan where r or s is not finite.
         bits = jax.lax.bitcast_convert_type(s, jnp.int32) & 0x7FFFFFFF  # A nan can have a sign.
-        n = ((bits + noise.top(dither[1], _SHIFT)) >> _SHIFT) - _OFFSET
+        n = ((bits + noise.upper_bits(dither[1], _SHIFT)) >> _SHIFT) - _OFFSET
         n = jnp.minimum(jnp.maximum(n, jnp.minimum(bits, 1)), _NAN)
         # The last operations are on floats, so that on a TPU they join the pass that writes the parameters.
         word = ((k << 9) + n).astype(jnp.float32)

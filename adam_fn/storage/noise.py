@@ -29,7 +29,7 @@ import numpy as np
 _FACTOR = 0x2FB276CF
 
 
-def times(count: jax.Array, names: Sequence[str]) -> dict[str, jax.Array]:
+def time_offsets(count: jax.Array, names: Sequence[str]) -> dict[str, jax.Array]:
     """The s(t) of each array that is rounded, after `count` steps, by name: int32 scalars.
 
     Each is a scrambling of the one before, so that XLA for GPUs computes them and the count in one kernel.
@@ -72,6 +72,6 @@ def lattice(like: jax.Array) -> jax.Array:
     return found * np.int32(_FACTOR)
 
 
-def top(dither: jax.Array, bits: int) -> jax.Array:
+def upper_bits(dither: jax.Array, bits: int) -> jax.Array:
     """The upper bits of a dither, an int32 that is not negative, to be added below the bits that are kept."""
     return jax.lax.shift_right_logical(dither, jnp.int32(32 - bits))

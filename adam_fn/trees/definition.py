@@ -82,13 +82,13 @@ def weight_dtype(leaves: Leaves, trained: Sequence[bool]) -> np.dtype:
     return jnp.dtype(jnp.float64 if jnp.float64 in kinds else jnp.float32)
 
 
-def advanced(spec: Definition, memory: Memory) -> tuple[Rule, Memory]:
+def advanced(definition: Definition, memory: Memory) -> tuple[Rule, Memory]:
     """The rule of a step, and the memory after it, except for the slots."""
     counts = tuple(jnp.zeros((), jnp.int32) if count is None else count for count in memory.counts)
-    rule = Chain(spec.rule.parts()).at(counts)
+    rule = Chain(definition.rule.parts()).at(counts)
     new = tuple(None if count is None else jnp.asarray(optax.safe_increment(count)) for count in memory.counts)
     kept: list[Weight] = []
-    for part, now, count in zip(spec.rule.parts(), rule.parts(), counts, strict=True):
+    for part, now, count in zip(definition.rule.parts(), rule.parts(), counts, strict=True):
         betas = [beta(count) if callable(beta) else beta for beta in now.betas]
         kept += advance_weights(part.betas, betas, memory.weights[len(kept) :])
     others = {field: jnp.asarray(optax.safe_increment(count)) for field, count in memory.others.items()}

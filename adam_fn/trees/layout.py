@@ -35,7 +35,7 @@ def divided(mesh: Mesh, over: Division) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def devices(mesh: Mesh, names: Sequence[str]) -> int:
+def device_count(mesh: Mesh, names: Sequence[str]) -> int:
     """The number of devices along axes of the mesh."""
     return math.prod(mesh.shape[name] for name in names)
 
@@ -111,7 +111,9 @@ class StateLayout:
             if len(x.shape) != len(real_shape(p)):
                 return NamedSharding(mesh, PartitionSpec())
             wanted = ((),) * (len(x.shape) - len(p.shape)) + over[i]
-            even = (names if n % devices(mesh, names) == 0 else () for n, names in zip(x.shape, wanted, strict=True))
+            even = (
+                names if n % device_count(mesh, names) == 0 else () for n, names in zip(x.shape, wanted, strict=True)
+            )
             return divided(mesh, tuple(even))
 
         return self.map(beside, lambda _: NamedSharding(mesh, PartitionSpec()))

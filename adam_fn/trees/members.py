@@ -20,26 +20,26 @@ from adam_fn.trees.transform import Update
 class Member(NamedTuple):
     """A transformation of this package that another one contains, with its state after a step."""
 
-    spec: Any
+    definition: Any
     state: Any
 
     @property
     def memory(self) -> Memory:
-        return self.spec.form.read(self.state)
+        return self.definition.form.read(self.state)
 
     @property
     def has_moments(self) -> bool:
-        return any(rule.has_moments for rule in self.spec.rule.parts())
+        return any(rule.has_moments for rule in self.definition.rule.parts())
 
     def rule(self, ahead: int) -> Rule:
         """The rule with schedules evaluated at the last step (`ahead` is 0), at the next one (1), and so on."""
         counts = self.memory.counts
         then = (jnp.zeros((), jnp.int32) if count is None else earlier(count, ahead) for count in counts)
-        return Chain(self.spec.rule.parts()).at(tuple(then))
+        return Chain(self.definition.rule.parts()).at(tuple(then))
 
     def kept(self, params: PyTree) -> PyTree:
         """The parameters that have slots, and `optax.MaskedNode` in place of the others."""
-        name, _ = self.spec.codecs[0]
+        name, _ = self.definition.codecs[0]
         leaves = Leaves(params)
         slots = leaves.align(self.memory.slots[name], f"the state's {name}", "the parameters")
         blank = [isinstance(x, optax.MaskedNode) for x in slots]
@@ -49,7 +49,7 @@ class Member(NamedTuple):
 
     def decoded(self, params: PyTree) -> dict[str, PyTree]:
         """The slots as arrays in the dtype of the arithmetic."""
-        return Update(self.spec).decoded(self.state, params)
+        return Update(self.definition).decoded(self.state, params)
 
 
 def earlier(count: jax.Array, ahead: int) -> jax.Array:
@@ -67,7 +67,7 @@ def calls_of(tx: optax.GradientTransformation, grads: PyTree, state: PyTree, par
             tx.update(jax.tree.map(_widened, grads), state, params)
     calls = [call for call in seen if isinstance(call, UpdateCall)]
     # Only the last of equal calls: `MultiSteps` traces two branches. Array hyperparameters are not compared.
-    return list({jax.tree.structure(call.spec): call for call in calls}.values())
+    return list({jax.tree.structure(call.definition): call for call in calls}.values())
 
 
 def _widened(g: jax.Array) -> jax.Array:
@@ -85,16 +85,16 @@ def members_of(tx: optax.GradientTransformation, state: PyTree, params: PyTree, 
     # States are taken from where `init` puts them: inside `lax.cond` (`MultiSteps`) a call's is of another program.
     states = located(tx, params).states(state)
     return [
-        Member(call.spec, found)
+        Member(call.definition, found)
         for call in calls_of(tx, jax.tree.map(jnp.zeros_like, params), then, params)
-        for spec, found in states
-        if jax.tree.structure(spec) == jax.tree.structure(call.spec)
+        for definition, found in states
+        if jax.tree.structure(definition) == jax.tree.structure(call.definition)
     ]
 
 
-def optimizer_of(parts: Sequence[Member]) -> Member:
+def optimizer_of(members: Sequence[Member]) -> Member:
     """The only member that has moments, or an error."""
-    found = [part for part in parts if part.has_moments]
+    found = [member for member in members if member.has_moments]
     if len(found) != 1:
         raise ValueError(
             f"expected a transformation that contains exactly one adam_fn optimizer, found {len(found)}: pass the one "
@@ -103,10 +103,10 @@ def optimizer_of(parts: Sequence[Member]) -> Member:
     return found[0]
 
 
-def hyperparameter(parts: Sequence[Member], kind: type[Rule], name: str, ahead: int) -> jax.Array | None:
+def hyperparameter(members: Sequence[Member], kind: type[Rule], name: str, ahead: int) -> jax.Array | None:
     """The hyperparameter `name` of the only rule of type `kind`, or None."""
-    own = {id(part.spec): part for part in parts}.values()  # Several members may share a definition.
-    found = [rule for part in own for rule in part.rule(ahead).parts() if isinstance(rule, kind)]
+    own = {id(member.definition): member for member in members}.values()  # Several members may share a definition.
+    found = [rule for member in own for rule in member.rule(ahead).parts() if isinstance(rule, kind)]
     if len(found) > 1:
         raise ValueError(f"expected one {kind.__name__} in the transformation, found {len(found)}: {found}")
     return jnp.asarray(getattr(found[0], name), float) if found else None
@@ -119,7 +119,7 @@ def signal_to_noise_of(part: Member, params: PyTree) -> PyTree | None:
     slots = {name: leaves.align(slot, name, "the parameters") for name, slot in part.decoded(kept).items()}
     memory = part.memory
     counts = tuple(None if count is None else earlier(count, 0) for count in memory.counts)
-    clock = Clock(counts, part.spec.weights(memory, jnp.result_type(float)))
+    clock = Clock(counts, part.definition.weights(memory, jnp.result_type(float)))
     found: list[jax.Array | None] = []
     for i, p in enumerate(leaves.leaves):
         if p is None:
@@ -138,20 +138,20 @@ def storage_errors(
     tx: optax.GradientTransformation, grads: PyTree, state: PyTree, params: PyTree
 ) -> dict[str, tuple[PyTree, PyTree]]:
     """For each slot that is not stored exactly: its exact new value and the error of storing it."""
-    found = [call for call in calls_of(tx, grads, state, params) if Member(call.spec, call.state).has_moments]
+    found = [call for call in calls_of(tx, grads, state, params) if Member(call.definition, call.state).has_moments]
     if len(found) != 1:
-        optimizer_of([Member(call.spec, call.state) for call in found])
-    spec, grads, before, params = found[0]
-    exact_ones = codecs_of(None, spec.rule.slots)
-    coded = [slot for name, codec in spec.codecs if (name, codec) not in exact_ones for slot in codec.slots]
+        optimizer_of([Member(call.definition, call.state) for call in found])
+    definition, grads, before, params = found[0]
+    exact_ones = codecs_of(None, definition.rule.slots)
+    coded = [slot for name, codec in definition.codecs if (name, codec) not in exact_ones for slot in codec.slots]
     if not coded:
         return {}
     reference = grads if params is None else params
-    plain = dataclasses.replace(spec, codecs=exact_ones, storage_mask=None)
-    slots = Member(spec, before).decoded(reference)
-    memory = spec.form.read(before)
+    plain = dataclasses.replace(definition, codecs=exact_ones, storage_mask=None)
+    slots = Member(definition, before).decoded(reference)
+    memory = definition.form.read(before)
     _, exact = Update(plain)(grads, plain.form.made(memory._replace(slots=slots)), params)
     exact = plain.form.read(exact).slots
-    _, after = Update(spec)(grads, before, params)
-    stored = Update(spec).decoded(after, reference)
+    _, after = Update(definition)(grads, before, params)
+    stored = Update(definition).decoded(after, reference)
     return {name: (exact[name], jax.tree.map(jnp.subtract, stored[name], exact[name])) for name in coded}

@@ -14,7 +14,7 @@ from adam_fn.trees.leaves import PyTree
 class UpdateCall(NamedTuple):
     """A call of an `update` of this package: the definition of the transformation, and the call's arguments."""
 
-    spec: Any
+    definition: Any
     grads: PyTree
     state: Any
     params: PyTree | None
@@ -71,12 +71,12 @@ def is_marking() -> bool:
     return _marked.get() is not None
 
 
-def marked(spec: object, state: PyTree) -> PyTree:
+def marked(definition: object, state: PyTree) -> PyTree:
     """The state that an `init` returns, marked if `located` looks for it."""
-    if (specs := _marked.get()) is None:
+    if (definitions := _marked.get()) is None:
         return state
-    specs.append(spec)
-    return Marked(len(specs) - 1, state)
+    definitions.append(definition)
+    return Marked(len(definitions) - 1, state)
 
 
 class Located(NamedTuple):
@@ -87,21 +87,21 @@ class Located(NamedTuple):
       state: the state, with a `Marked` for the state of each member.
     """
 
-    specs: list[Any]
+    definitions: list[Any]
     state: PyTree
 
     def states(self, state: PyTree) -> list[tuple[Any, PyTree]]:
         """The definition of each member, and its state within a state of the same structure."""
         marks, treedef = jax.tree.flatten(self.state, is_leaf=lambda x: isinstance(x, Marked))
         found = zip(marks, treedef.flatten_up_to(state), strict=True)
-        return [(self.specs[mark.number], own) for mark, own in found if isinstance(mark, Marked)]
+        return [(self.definitions[mark.number], own) for mark, own in found if isinstance(mark, Marked)]
 
     def map(self, function: Callable[..., PyTree], *states: PyTree) -> PyTree:
         """Maps states to one: `function` of the definition and the states of each member, the first state elsewhere."""
         marks, treedef = jax.tree.flatten(self.state, is_leaf=lambda x: isinstance(x, Marked))
         rows = zip(marks, *map(treedef.flatten_up_to, states), strict=True)
         return treedef.unflatten(
-            function(self.specs[mark.number], *own) if isinstance(mark, Marked) else own[0] for mark, *own in rows
+            function(self.definitions[mark.number], *own) if isinstance(mark, Marked) else own[0] for mark, *own in rows
         )
 
 
@@ -111,11 +111,11 @@ def located(tx: optax.GradientTransformation, params: PyTree) -> Located:
     def init(params: PyTree) -> PyTree:
         return tx.init(params)
 
-    specs: list[Any] = []
-    token = _marked.set(specs)
+    definitions: list[Any] = []
+    token = _marked.set(definitions)
     try:
         # JAX may return cached shapes without calling `init`; a new function and `disable_jit` force the call.
         with jax.disable_jit():
-            return Located(specs, jax.eval_shape(init, params))
+            return Located(definitions, jax.eval_shape(init, params))
     finally:
         _marked.reset(token)

@@ -36,42 +36,53 @@ from adam_fn.trees.states import Memory, State
 
 
 @jax.jit
-def _init(spec: Definition, params: PyTree) -> State:
+def _init(definition: Definition, params: PyTree) -> State:
     leaves = Leaves(params)
-    trained = spec.trained(leaves, params)
-    if spec.mask is not None:
+    trained = definition.trained(leaves, params)
+    if definition.mask is not None:
         # A mask of another structure is an error now and not at the first step.
-        leaves.broadcast_mask("mask", spec.mask, params)
+        leaves.broadcast_mask("mask", definition.mask, params)
     blank = [
-        {name: zeros_like(jnp.asarray(p)) + slot.initial for name, slot in spec.rule.slots.items()} if train else None
+        {name: zeros_like(jnp.asarray(p)) + slot.initial for name, slot in definition.rule.slots.items()}
+        if train
+        else None
         for p, train in zip(leaves.leaves, trained, strict=True)
     ]
     count = jnp.zeros((), jnp.int32)
-    slots = coded(spec, leaves, params, blank, count)
+    slots = coded(definition, leaves, params, blank, count)
     dtype = weight_dtype(leaves, trained)
-    weights = tuple(Weight(jnp.zeros((), dtype), jnp.zeros((), dtype)) for _ in range(spec.form.kept))
-    counts = tuple(jnp.zeros((), jnp.int32) for _ in spec.form.links)
-    return spec.form.made(Memory(counts, weights, slots))
+    weights = tuple(Weight(jnp.zeros((), dtype), jnp.zeros((), dtype)) for _ in range(definition.form.kept))
+    counts = tuple(jnp.zeros((), jnp.int32) for _ in definition.form.links)
+    return definition.form.made(Memory(counts, weights, slots))
 
 
 def coded(
-    spec: Definition, leaves: Leaves, params: PyTree, slots: Sequence[Mapping[str, jax.Array] | None], count: jax.Array
+    definition: Definition,
+    leaves: Leaves,
+    params: PyTree,
+    slots: Sequence[Mapping[str, jax.Array] | None],
+    count: jax.Array,
 ) -> dict[str, PyTree]:
     """Encodes the slots of each leaf, or None, into the trees of a state."""
-    times = _times(spec, count)
+    times = _times(definition, count)
     stored: list[Stored | None] = []
-    for path, own, codecs in zip(leaves.paths, slots, spec.codecs_of(leaves, params), strict=True):
+    for path, own, codecs in zip(leaves.paths, slots, definition.codecs_of(leaves, params), strict=True):
         with leaf_in_errors(path):
             stored.append(encode(codecs, own, lattice_of(next(iter(own.values()))), times) if own else own)
-    return _trees(spec, leaves, stored)
+    return _trees(definition, leaves, stored)
 
 
-def _times(spec: Definition, count: jax.Array) -> dict[str, jax.Array]:
-    return noise.times(count, [slot for _, codec in spec.codecs if not codec.exact for slot in codec.slots])
+def _times(definition: Definition, count: jax.Array) -> dict[str, jax.Array]:
+    return noise.time_offsets(
+        count, [slot for _, codec in definition.codecs if not codec.exact for slot in codec.slots]
+    )
 
 
-def _trees(spec: Definition, leaves: Leaves, stored: Sequence[Stored | None]) -> dict[str, PyTree]:
-    return {name: tree_from_leaves(leaves, [None if x is None else x[name] for x in stored]) for name, _ in spec.codecs}
+def _trees(definition: Definition, leaves: Leaves, stored: Sequence[Stored | None]) -> dict[str, PyTree]:
+    return {
+        name: tree_from_leaves(leaves, [None if x is None else x[name] for x in stored])
+        for name, _ in definition.codecs
+    }
 
 
 def _as_array(x: Any) -> Any:  # noqa: ANN401
@@ -80,7 +91,7 @@ def _as_array(x: Any) -> Any:  # noqa: ANN401
 
 @functools.partial(jax.jit, static_argnames="destination")
 def _update(
-    spec: Definition,
+    definition: Definition,
     grads: PyTree,
     state: State,
     params: PyTree | None,
@@ -94,19 +105,21 @@ def _update(
     # Tracing turns numbers into arrays; under `disable_jit` that is done here.
     grads, params = (jax.tree.map(_as_array, tree) for tree in (grads, params))
     learning_rate = None if learning_rate is None else jnp.asarray(learning_rate)
-    memory = spec.form.read(state)
+    memory = definition.form.read(state)
     reference = grads if params is None else params
     leaves = Leaves(reference)
     gradients = leaves.align(grads, "the gradients", "the parameters")
-    trained = spec.trained(leaves, reference)
-    own = spec.codecs_of(leaves, reference)
+    trained = definition.trained(leaves, reference)
+    own = definition.codecs_of(leaves, reference)
     slots = {name: leaves.align(tree, f"the state's {name}", "the parameters") for name, tree in memory.slots.items()}
 
-    decays = [True] * len(trained) if spec.mask is None else leaves.broadcast_mask("mask", spec.mask, reference)
-    rule, after = advanced(spec, memory)
-    clock = Clock(memory.counts, spec.weights(after, weight_dtype(leaves, trained)), learning_rate)
-    rules = rules_of(rule, clock, decays, None if spec.groups is None else spec.groups.per_leaf(reference))
-    times = Times(_times(spec, after.steps), time)
+    decays = (
+        [True] * len(trained) if definition.mask is None else leaves.broadcast_mask("mask", definition.mask, reference)
+    )
+    rule, after = advanced(definition, memory)
+    clock = Clock(memory.counts, definition.weights(after, weight_dtype(leaves, trained)), learning_rate)
+    rules = rules_of(rule, clock, decays, None if definition.groups is None else definition.groups.per_leaf(reference))
+    times = Times(_times(definition, after.steps), time)
 
     remainders = (
         [None] * len(trained)
@@ -131,15 +144,15 @@ def _update(
         updates.append(done.result)
         stored.append(done.stored)
         remainders[i] = remainders[i] if done.remainder is None else done.remainder
-    new_state = spec.form.made(after._replace(slots=_trees(spec, leaves, stored)))
+    new_state = definition.form.made(after._replace(slots=_trees(definition, leaves, stored)))
     new_remainder = None if remainder is None else leaves.treedef.unflatten(remainders)
     return leaves.treedef.unflatten(updates), new_remainder, new_state
 
 
 @jax.jit
-def _decoded(spec: Definition, slots: Mapping[str, PyTree], params: PyTree) -> dict[str, PyTree]:
+def _decoded(definition: Definition, slots: Mapping[str, PyTree], params: PyTree) -> dict[str, PyTree]:
     leaves = Leaves(params)
-    trained, own = spec.trained(leaves, params), spec.codecs_of(leaves, params)
+    trained, own = definition.trained(leaves, params), definition.codecs_of(leaves, params)
     stored = {name: leaves.align(tree, f"the state's {name}", "the parameters") for name, tree in slots.items()}
     found = [
         decode(own[i], {name: x[i] for name, x in stored.items()}, compute_dtype(jnp.result_type(p)))
@@ -147,7 +160,10 @@ def _decoded(spec: Definition, slots: Mapping[str, PyTree], params: PyTree) -> d
         else None
         for i, p in enumerate(leaves.leaves)
     ]
-    return {name: tree_from_leaves(leaves, [None if x is None else x[name] for x in found]) for name in spec.rule.slots}
+    return {
+        name: tree_from_leaves(leaves, [None if x is None else x[name] for x in found])
+        for name in definition.rule.slots
+    }
 
 
 @jax.tree_util.register_dataclass
@@ -155,11 +171,11 @@ def _decoded(spec: Definition, slots: Mapping[str, PyTree], params: PyTree) -> d
 class Init(Method):
     """``init(params) -> state``: the state before the first step, sharded like the parameters."""
 
-    spec: Definition
+    definition: Definition
 
     def __call__(self, params: PyTree) -> State:
-        self.spec.rule.check_arrays()
-        return marked(self.spec, _init(self.spec, arrays_of(params)))
+        self.definition.rule.check_arrays()
+        return marked(self.definition, _init(self.definition, arrays_of(params)))
 
 
 @jax.tree_util.register_dataclass
@@ -167,7 +183,7 @@ class Init(Method):
 class Update(Method):
     """``update(grads, state, params) -> (updates, state)``; `learning_rate` replaces the rate for this step."""
 
-    spec: Definition
+    definition: Definition
 
     def __call__(
         self,
@@ -179,10 +195,10 @@ class Update(Method):
         **extra_args: object,
     ) -> tuple[PyTree, State]:
         del extra_args  # Meant for other links of a chain.
-        self.spec.form.check(state)
+        self.definition.form.check(state)
         params = arrays_of(params)
-        record(UpdateCall(self.spec, updates, state, params))
-        new, _, after = _update(self.spec, updates, state, params, rate_of_step(learning_rate))
+        record(UpdateCall(self.definition, updates, state, params))
+        new, _, after = _update(self.definition, updates, state, params, rate_of_step(learning_rate))
         return new, after
 
     def write(
@@ -193,8 +209,8 @@ class Update(Method):
         No update is ever stored: in a program that donates `params` and `state` every leaf is changed in place.
         """
         rate = rate_of_step(learning_rate)
-        self.spec.form.check(state)
-        new, _, after = _update(self.spec, grads, state, params, rate, destination=PARAMETERS)
+        self.definition.form.check(state)
+        new, _, after = _update(self.definition, grads, state, params, rate, destination=PARAMETERS)
         return new, after
 
     def written(
@@ -210,24 +226,24 @@ class Update(Method):
     ) -> tuple[PyTree, PyTree | None, State]:
         """Makes a step whose results go to `destination`; `remainder` is the tree of what is stored beside parameters.
 
-        `time` is that of `noise.times` at this step, for a `destination` that dithers.
+        `time` is that of `noise.time_offsets` at this step, for a `destination` that dithers.
         """
-        self.spec.form.check(state)
-        record(UpdateCall(self.spec, grads, state, params))
+        self.definition.form.check(state)
+        record(UpdateCall(self.definition, grads, state, params))
         return _update(
-            self.spec, grads, state, params, rate_of_step(learning_rate), remainder, time, destination=destination
+            self.definition, grads, state, params, rate_of_step(learning_rate), remainder, time, destination=destination
         )
 
     def rates(self, params: PyTree) -> list[float]:
         """The multiplier of the rate of each leaf, None included."""
-        groups = self.spec.groups
+        groups = self.definition.groups
         return (
             [1.0] * len(Leaves(params).leaves) if groups is None else [group.rate for group in groups.per_leaf(params)]
         )
 
     def decoded(self, state: State, params: PyTree) -> dict[str, PyTree]:
         """The slots as arrays in the dtype of the arithmetic, in the structure of `params` (or gradients)."""
-        return _decoded(self.spec, self.spec.form.read(state).slots, params)
+        return _decoded(self.definition, self.definition.form.read(state).slots, params)
 
 
 class Transformation(Functions):
@@ -278,5 +294,5 @@ def transform(
         )
     masks = {"mask": mask, "frozen": frozen, "storage_mask": storage_mask}
     fixed = {name: fixed_mask(name, value) for name, value in masks.items()}
-    spec = Definition(rule, codecs, **fixed, groups=None if groups is None else Groups.made_of(groups))
-    return Transformation(Init(spec), Update(spec))
+    definition = Definition(rule, codecs, **fixed, groups=None if groups is None else Groups.made_of(groups))
+    return Transformation(Init(definition), Update(definition))

@@ -106,8 +106,8 @@ class StochasticRounding(TreeTransformation):
 
 @jax.jit
 def _time(count: jax.Array, seed: jax.Array) -> jax.Array:
-    """The `noise.times` of a step, from a sequence of its own for each seed."""
-    return noise.times(count, ["parameters"])["parameters"] ^ (seed * np.uint32(0x9E3779B9)).astype(jnp.int32)
+    """The `noise.time_offsets` of a step, from a sequence of its own for each seed."""
+    return noise.time_offsets(count, ["parameters"])["parameters"] ^ (seed * np.uint32(0x9E3779B9)).astype(jnp.int32)
 
 
 @jax.jit

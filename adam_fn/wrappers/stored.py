@@ -29,7 +29,7 @@ class StoredState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored(TreeTransformation):
+class StoredMoments(TreeTransformation):
     """The implementation of `stored`."""
 
     tx: optax.GradientTransformation
@@ -76,7 +76,7 @@ def _widened(mark: int, x: jax.Array) -> jax.Array:
 
 def _narrow(inner: PyTree, marks: PyTree, count: jax.Array) -> PyTree:
     number = max(jax.tree.leaves(marks), default=-1) + 1
-    times = noise.times(count, [f"stored {i}" for i in range(number)])
+    times = noise.time_offsets(count, [f"stored {i}" for i in range(number)])
 
     def stored(mark: int, x: jax.Array) -> jax.Array:
         if mark < 0:
@@ -103,4 +103,4 @@ def stored(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
       tx: any optax transformation.
     """
     check_transformation(tx, "stored")
-    return Stored(tx).transformation()
+    return StoredMoments(tx).transformation()

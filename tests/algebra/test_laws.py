@@ -92,7 +92,8 @@ def test_executors_agree() -> None:
     @full_jit
     def compiled(g: jax.Array, stored: list[Any], clocks: list[Clock]) -> list[Any]:
         found = [
-            step(step_leaf, *each, destination=UPDATES) for each in zip(CASES, [g] * len(CASES), stored, clocks, strict=True)
+            step(step_leaf, *each, destination=UPDATES)
+            for each in zip(CASES, [g] * len(CASES), stored, clocks, strict=True)
         ]
         return [(done.result, done.stored) for done in found]
 

@@ -22,7 +22,7 @@ from adam_fn.execute.body import Times, body
 from adam_fn.execute.destination import PARAMETERS, UPDATES, Destination, Inputs
 from adam_fn.execute.sources import PARAMETER, sources
 from adam_fn.storage.codes import codecs_of
-from adam_fn.storage.noise import times
+from adam_fn.storage.noise import time_offsets
 from adam_fn.wrappers.masters import MasterDestination
 from adam_fn.wrappers.rounding import RoundedDestination
 
@@ -42,7 +42,7 @@ TX = adam_fn.adamw(1e-2, storage="24bit", weight_decay=0.1)
 
 def stepped(tx: adam_fn.Transformation, shape: tuple[int, ...], write: Destination, steps: int = 3) -> list[Any]:
     """Some steps of a leaf, each by every way from what the first way left."""
-    rule, codecs = rule_of(tx), dict(tx.update.spec.codecs)
+    rule, codecs = rule_of(tx), dict(tx.update.definition.codecs)
     narrow = write.for_dtype(np.dtype(jnp.bfloat16)) is write and write not in (PARAMETERS, UPDATES)
     p = jax.random.normal(jax.random.key(0), shape).astype(jnp.bfloat16 if narrow else jnp.float32)
     low = jnp.zeros(shape, f"int{write.bits}") if isinstance(write, MasterDestination) else None
@@ -51,7 +51,7 @@ def stepped(tx: adam_fn.Transformation, shape: tuple[int, ...], write: Destinati
     def every(count: jax.Array, clock: Clock, p: jax.Array, low: Any, stored: Any) -> Any:
         g = jax.random.normal(jax.random.key(count), shape) * jnp.exp(jax.random.normal(jax.random.key(7), shape))
         inputs = Inputs(jax.lax.optimization_barrier(g.astype(p.dtype)), p, low)
-        starts = times(count, [*rule.slots, "parameters"])
+        starts = time_offsets(count, [*rule.slots, "parameters"])
         now = Times(starts, starts["parameters"] if isinstance(write, RoundedDestination) else None)
         ways = WAYS if low is not None else {"body": body, "order": cpu.ordered}
         arrays = rule.at(count), codecs, write, inputs, stored, clock, now
@@ -110,9 +110,9 @@ def test_which_way_each_device_goes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_the_new_state_is_computed_from() -> None:
     def found(tx: adam_fn.Transformation) -> dict[str, set[str]]:
-        rule, codecs = rule_of(tx), dict(tx.update.spec.codecs)
+        rule, codecs = rule_of(tx), dict(tx.update.definition.codecs)
         clock = clock_at(rule, 1)
-        now = Times(times(jnp.int32(1), list(rule.slots)))
+        now = Times(time_offsets(jnp.int32(1), list(rule.slots)))
 
         def step(p: Any, stored: Any) -> Any:
             return body(rule, codecs, UPDATES, Inputs(jnp.ones(2), p), stored, clock, now).stored

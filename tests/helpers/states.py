@@ -29,7 +29,7 @@ def slots_of(state: Any) -> dict[str, Any]:
 
 def stored_of(tx: Any, state: Any) -> dict[str, Any]:
     """What is stored of each moment, by the names that the rule and its codecs have for it."""
-    return tx.update.spec.form.read(state).slots
+    return tx.update.definition.form.read(state).slots
 
 
 def count_of(state: Any) -> Any:
@@ -51,7 +51,7 @@ def clock_at(rule: adam_fn.Rule, count: int) -> Clock:
 
 def bias_weights(tx: Any, state: Any) -> np.ndarray:
     """The bias weights of all decay rates, kept or computed from the count, as the last step had them."""
-    spec = tx.update.spec
+    spec = tx.update.definition
     return np.asarray(spec.weights(spec.form.read(state), jnp.dtype(jnp.float32)), np.float64)
 
 

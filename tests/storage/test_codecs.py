@@ -155,7 +155,7 @@ def test_times_are_even_and_without_a_period() -> None:
     """Of 2ⁿ steps each 1/2ⁿ of the interval has one; no frequency has much of their spectrum; each thing its own."""
     names = ["mu", "nu", "parameters"]
     steps = jnp.arange(4096) + 3 * 4096
-    found = jax.jit(jax.vmap(lambda t: noise.times(t, names)))(steps)
+    found = jax.jit(jax.vmap(lambda t: noise.time_offsets(t, names)))(steps)
     streams = np.stack([np.asarray(found[x]).astype(np.int64) % 2**32 / 2**32 for x in names])
     for n in (4, 64, 1024):
         parts = np.floor(streams.reshape(3, -1, n) * n).astype(int)

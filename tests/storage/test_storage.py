@@ -25,7 +25,9 @@ def test_options_of_storage() -> None:
     named: dict[Any, Any] = {"float32": Cast("float32"), "bfloat16": Cast("bfloat16"), "24bit": both}
     for storage, same in named.items():
         tx = adam_fn.adam(1e-3, storage=storage)
-        assert tx == adam_fn.adam(1e-3, storage=same) == adam_fn.adam(1e-3, storage=Storage(tx.update.spec.codecs))
+        assert (
+            tx == adam_fn.adam(1e-3, storage=same) == adam_fn.adam(1e-3, storage=Storage(tx.update.definition.codecs))
+        )
         assert pickle.loads(pickle.dumps(tx)) == tx
         assert hash(pickle.loads(pickle.dumps(tx))) == hash(tx)
     assert adam_fn.adam(1e-3, storage="16bit") == adam_fn.adam(1e-3, storage={"mu_nu": Word()})
