@@ -118,7 +118,7 @@ def _required(members: Sequence[Member], params: PyTree) -> PyTree:
     member = optimizer_of(members)
     ratio = signal_to_noise_of(member, params)
     if ratio is None:
-        raise ValueError(f"{part.definition.rule} has no m̂/√v̂: its slots are {sorted(part.memory.slots)}")
+        raise ValueError(f"{member.definition.rule} has no m̂/√v̂: its slots are {sorted(member.memory.slots)}")
     return ratio
 
 

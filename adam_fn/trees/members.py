@@ -112,14 +112,14 @@ def hyperparameter(members: Sequence[Member], kind: type[Rule], name: str, ahead
     return jnp.asarray(getattr(found[0], name), float) if found else None
 
 
-def signal_to_noise_of(part: Member, params: PyTree) -> PyTree | None:
+def signal_to_noise_of(member: Member, params: PyTree) -> PyTree | None:
     """The ratio ``m̂/√v̂`` of every element, or None if the rule of the member has none."""
-    kept = part.kept(params)
-    leaves, rule = Leaves(kept), part.rule(0)
-    slots = {name: leaves.align(slot, name, "the parameters") for name, slot in part.decoded(kept).items()}
-    memory = part.memory
+    kept = member.kept(params)
+    leaves, rule = Leaves(kept), member.rule(0)
+    slots = {name: leaves.align(slot, name, "the parameters") for name, slot in member.decoded(kept).items()}
+    memory = member.memory
     counts = tuple(None if count is None else earlier(count, 0) for count in memory.counts)
-    clock = Clock(counts, part.definition.weights(memory, jnp.result_type(float)))
+    clock = Clock(counts, member.definition.weights(memory, jnp.result_type(float)))
     found: list[jax.Array | None] = []
     for i, p in enumerate(leaves.leaves):
         if p is None:
