@@ -27,7 +27,7 @@ from adam_fn.trees.leaves import Leaves, PyTree, check_distinct, match_patterns
 from adam_fn.trees.members import Member
 from adam_fn.trees.recording import located
 from adam_fn.trees.states import State
-from adam_fn.trees.transform import Update, coded
+from adam_fn.trees.update import Update, coded
 from adam_fn.wrappers.averaging import Average
 
 #: The value with which second moments of new elements begin; see `reset`.

@@ -106,7 +106,7 @@ def test_static_argument_of_jit() -> None:
 
 
 def test_equal_transformations_share_compilations() -> None:
-    from adam_fn.trees.transform import _init, _update
+    from adam_fn.trees.update import _init, _update
 
     p = jnp.ones(17)
     adam_fn.adam(1e-3).update(p, adam_fn.adam(1e-3).init(p), p)
@@ -253,7 +253,7 @@ def test_decay_forms() -> None:
 
 
 def test_learning_rate_override() -> None:
-    from adam_fn.trees.transform import _update
+    from adam_fn.trees.update import _update
 
     p, g = jnp.asarray(PARAMS), jnp.asarray(GRADS[0])
     tx = optax.chain(optax.clip(100.0), adam_fn.adamw(1e-3))

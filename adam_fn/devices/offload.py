@@ -40,9 +40,11 @@ class Offload(TreeTransformation):
         update = optax.with_extra_args_support(self.tx).update
         return self._step(update, updates, state, params, **extra_args)
 
-    def write(self, grads: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
+    def write(self, grads: PyTree, state: PyTree, params: PyTree, **extra_args: PyTree) -> tuple[PyTree, PyTree]:
         own = write_of(self.tx)
-        return super().write(grads, state, params) if own is None else self._step(own, grads, state, params)
+        return (
+            super().write(grads, state, params, **extra_args) if own is None else self._step(own, grads, state, params)
+        )
 
     def state_shardings(self, params: PyTree) -> PyTree:
         """The shardings of the state of these parameters."""

@@ -23,10 +23,17 @@ Lattice: TypeAlias = Callable[[], jax.Array]
 
 
 class Times(NamedTuple):
-    """The `noise.time_offsets` of a step: for each slot that is rounded, and for a `Destination` that dithers."""
+    """What dithers depend on beside the element.
+
+    Attributes:
+      slots: the `noise.time_offsets` of the slots that are rounded.
+      write: the one of a `Destination` that dithers.
+      layer: the number of the layer, if the leaf is one layer's part of a stack.
+    """
 
     slots: Mapping[str, jax.Array]
     write: jax.Array | None = None
+    layer: jax.Array | None = None
 
 
 class LeafResult(NamedTuple):
@@ -37,9 +44,9 @@ class LeafResult(NamedTuple):
     stored: dict[str, jax.Array]
 
 
-def lattice_of(like: jax.Array) -> Lattice:
+def lattice_of(like: jax.Array, layer: jax.Array | None = None) -> Lattice:
     """The lattice of a leaf, computed when it is first needed."""
-    return functools.cache(functools.partial(noise.lattice, like))
+    return functools.cache(functools.partial(noise.lattice, like, layer))
 
 
 def _unit(unit: Unit, slots: Slots) -> jax.Array:
@@ -92,6 +99,6 @@ def body(
     if found != expected:
         names = " >> ".join(type(part).__name__ for part in rule.parts())
         raise ValueError(f"{names}.leaf returned shapes {found}, expected {expected}")
-    lattice = lattice_of(gradient)
+    lattice = lattice_of(gradient, times.layer)
     dither = None if times.write is None else noise.dither(lattice(), times.write)
     return LeafResult(*destination.write(inputs, u.astype(g.dtype), dither), encode(codecs, new, lattice, times.slots))

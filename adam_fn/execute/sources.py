@@ -1,7 +1,6 @@
 """Finds which old arrays the new state of a leaf is computed from, by tracing a step."""
 
 from collections.abc import Callable, Mapping
-from typing import cast
 
 import jax
 import jax.extend.core
@@ -21,14 +20,32 @@ def sources(
     """
     number, old = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2,), x.dtype), (p, dict(stored)))
     names = sorted(old)
-    jaxpr = jax.make_jaxpr(step)(number, old).jaxpr
     labels: list[str] = [*([] if p is None else [PARAMETER]), *names]
-    inputs = list(zip(labels, jaxpr.invars, strict=True))
-    found: dict[str, set[str]] = {}
-    for name, out in zip(names, jaxpr.outvars, strict=True):
-        needed = {cast(object, out)}
-        for equation in reversed(jaxpr.eqns):
-            if needed.intersection(equation.outvars):
-                needed.update(x for x in equation.invars if not isinstance(x, jax.extend.core.Literal))
-        found[name] = {source for source, x in inputs if x in needed}
-    return found
+    needed = dependencies(jax.make_jaxpr(step)(number, old).jaxpr)
+    return {name: {labels[i] for i in own} for name, own in zip(names, needed, strict=True)}
+
+
+def dependencies(jaxpr: jax.extend.core.Jaxpr) -> list[set[int]]:
+    """The numbers of the inputs on which each output depends; loops and branches depend on all that they are given."""
+    known: dict[object, set[int]] = {x: {i} for i, x in enumerate(jaxpr.invars)}
+
+    def of(x: object) -> set[int]:
+        return set() if isinstance(x, jax.extend.core.Literal) else known.get(x, set())
+
+    for equation in jaxpr.eqns:
+        given = [of(x) for x in equation.invars]
+        inner = next((x for x in equation.params.values() if isinstance(x, jax.extend.core.ClosedJaxpr)), None)
+        calls = equation.primitive.name in {
+            "jit",
+            "pjit",
+            "closed_call",
+            "custom_jvp_call",
+            "custom_vjp_call",
+            "remat2",
+        }
+        if calls and inner is not None:
+            results = [set[int]().union(*(given[i] for i in own)) for own in dependencies(inner.jaxpr)]
+        else:
+            results = [set[int]().union(*given)] * len(equation.outvars)
+        known.update(zip(equation.outvars, results, strict=True))
+    return [of(x) for x in jaxpr.outvars]

@@ -23,7 +23,8 @@ from adam_fn.trees.definition import Definition, weight_dtype
 from adam_fn.trees.leaves import Leaves, PyTree
 from adam_fn.trees.recording import UpdateCall, record, unrecorded
 from adam_fn.trees.states import Memory, State
-from adam_fn.trees.transform import Transformation, Update
+from adam_fn.trees.transform import Transformation
+from adam_fn.trees.update import Update
 from adam_fn.wrappers.base import WIDE, TreeTransformation, alike_over_devices, check_state, inner, is_trained
 
 
@@ -114,7 +115,9 @@ class Swats(TreeTransformation):
         record(UpdateCall(self._spec, updates, state.adam, params))
         return self._step(_Call(updates, state, params, rate_of_step(learning_rate)), write=False)
 
-    def write(self, grads: PyTree, state: SwatsState, params: PyTree) -> tuple[PyTree, SwatsState]:
+    def write(
+        self, grads: PyTree, state: SwatsState, params: PyTree, **extra_args: PyTree
+    ) -> tuple[PyTree, SwatsState]:
         check_state(state, SwatsState, "swats", **_DTYPES)
         return self._step(_Call(grads, state, params, None), write=True)
 

@@ -23,7 +23,7 @@ from adam_fn.trees.definition import Definition, advanced
 from adam_fn.trees.functions import owner_of
 from adam_fn.trees.leaves import Leaves, PyTree, check_distinct, display_path, leaf_in_errors
 from adam_fn.trees.states import Memory, State
-from adam_fn.trees.transform import Update, coded
+from adam_fn.trees.update import Update, coded
 from adam_fn.wrappers.masters import MasterState, MasterWeights
 
 #: An array of any framework.

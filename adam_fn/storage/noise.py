@@ -53,17 +53,22 @@ def dither(lattice: jax.Array, time: jax.Array) -> jax.Array:
     return lattice + jnp.reshape(time, (1,) * lattice.ndim)
 
 
-def lattice(like: jax.Array) -> jax.Array:
+def lattice(like: jax.Array, layer: jax.Array | None = None) -> jax.Array:
     """``i·A + j·B + …`` of each element ``[i, j, …]``, int32, with the shape and the sharding of `like`.
 
     It is computed from sums of all indices. A term of one index alone would be a vector, which XLA would compute once
     for all leaves of a shape, and then fuse these leaves into one program that takes long to compile.
+
+    With `layer`, the array is this layer's part of a stack of layers, with a first axis of length 1, and gets the
+    lattice that it has in the stack.
     """
     shape, place = like.shape, jax.typeof(like).sharding
     # Without a sharding, each device would compute the lattice of the whole leaf over explicit axes.
     indices = [
         jax.lax.broadcasted_iota(jnp.int32, shape, axis, out_sharding=place) for axis, n in enumerate(shape) if n > 1
     ]
+    if layer is not None:  # Two reals, of a complex number, stand before the axis of the layers.
+        indices.insert(shape[0] != 1, jnp.reshape(layer.astype(jnp.int32), (1,) * like.ndim))
     if not indices:
         return jnp.zeros_like(like, jnp.int32)
     found = functools.reduce(operator.add, indices)

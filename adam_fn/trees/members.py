@@ -14,7 +14,7 @@ from adam_fn.storage.codes import codecs_of
 from adam_fn.trees.leaves import Leaves, PyTree
 from adam_fn.trees.recording import UpdateCall, located, recorded
 from adam_fn.trees.states import Memory
-from adam_fn.trees.transform import Update
+from adam_fn.trees.update import Update
 
 
 class Member(NamedTuple):

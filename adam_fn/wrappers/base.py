@@ -35,9 +35,9 @@ class TreeTransformation(abc.ABC):
     ) -> tuple[PyTree, PyTree]:
         """The new updates and the new state."""
 
-    def write(self, grads: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
+    def write(self, grads: PyTree, state: PyTree, params: PyTree, **extra_args: PyTree) -> tuple[PyTree, PyTree]:
         """The new parameters and the new state."""
-        updates, state = self.update(grads, state, params)
+        updates, state = self.update(grads, state, params, **extra_args)
         return optax.apply_updates(params, updates), state
 
     def transformation(self) -> optax.GradientTransformationExtraArgs:
@@ -59,18 +59,22 @@ class _Method(Method):
         kwargs |= {"params": arrays_of(kwargs["params"])} if "params" in kwargs else {}
         return getattr(self.owner, self.name)(*args, **kwargs)
 
-    def write(self, grads: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
+    def write(self, grads: PyTree, state: PyTree, params: PyTree, **extra_args: PyTree) -> tuple[PyTree, PyTree]:
         """Calls `TreeTransformation.write`, for an `update`."""
-        return self.owner.write(grads, state, params)
+        return self.owner.write(grads, state, params, **extra_args)
 
 
 def step_parameters(
-    tx: optax.GradientTransformation, grads: PyTree, state: optax.OptState, params: PyTree
+    tx: optax.GradientTransformation,
+    grads: PyTree,
+    state: optax.OptState,
+    params: PyTree,
+    **extra_args: PyTree,
 ) -> tuple[PyTree, PyTree]:
     """The new parameters and the new state of any transformation; those of this package store no update for it."""
     if (write := write_of(tx)) is not None:
-        return write(grads, state, params)
-    updates, state = tx.update(grads, state, params)
+        return write(grads, state, params, **extra_args)
+    updates, state = optax.with_extra_args_support(tx).update(grads, state, params, **extra_args)
     return optax.apply_updates(params, updates), state
 
 

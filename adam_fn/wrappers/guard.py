@@ -51,9 +51,11 @@ class SkipNonfinite(TreeTransformation):
         new, inner = optax.with_extra_args_support(self.tx).update(updates, state.inner, params, **extra_args)
         return _guarded(self.max_consecutive, updates, state, inner, new)
 
-    def write(self, grads: PyTree, state: GuardState, params: PyTree) -> tuple[PyTree, GuardState]:
+    def write(
+        self, grads: PyTree, state: GuardState, params: PyTree, **extra_args: PyTree
+    ) -> tuple[PyTree, GuardState]:
         check_state(state, GuardState, "skip_nonfinite", skipped=COUNT, consecutive=COUNT)
-        new, inner = step_parameters(self.tx, grads, state.inner, params)
+        new, inner = step_parameters(self.tx, grads, state.inner, params, **extra_args)
         return _guarded(self.max_consecutive, grads, state, inner, new, params)
 
 
@@ -65,8 +67,7 @@ def _guarded(
     finite = jnp.asarray(True)
     for g in filter(is_trained, jax.tree.leaves(grads)):
         finite &= jnp.isfinite(g).all()
-    consecutive = jnp.where(finite, 0, optax.safe_increment(state.consecutive))
-    made = finite | (consecutive > max_consecutive)
+    made, after = decided(max_consecutive, finite, state)
 
     def nothing(u: jax.Array) -> jax.Array:
         # -0 + 0 is 0, so adding 0 would change a parameter of -0; adding -0 does not.
@@ -76,8 +77,15 @@ def _guarded(
         return jnp.where(made, new, old)
 
     result = jax.tree.map(choose, new, jax.tree.map(nothing, new) if old is None else old)
+    return result, after._replace(inner=jax.tree.map(choose, inner, state.inner))
+
+
+def decided(max_consecutive: int, finite: jax.Array, state: GuardState) -> tuple[jax.Array, GuardState]:
+    """Whether a step is made, and the state after it but for that of the wrapped transformation."""
+    consecutive = jnp.where(finite, 0, optax.safe_increment(state.consecutive))
+    made = finite | (consecutive > max_consecutive)
     skipped = jnp.where(made, state.skipped, optax.safe_increment(state.skipped))
-    return result, GuardState(skipped, consecutive, jax.tree.map(choose, inner, state.inner))
+    return made, state._replace(skipped=skipped, consecutive=consecutive)
 
 
 def skip_nonfinite(

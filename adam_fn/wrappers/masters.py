@@ -14,14 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.typing import ArrayLike
 
 from adam_fn.algebra.values import method_of
 from adam_fn.execute.compiler import zeros_like
 from adam_fn.execute.destination import PARAMETERS, UPDATES, Destination, Inputs
 from adam_fn.storage.bfloat16 import join, landing, remainder_of, visible
 from adam_fn.trees.leaves import Leaves, PyTree
-from adam_fn.trees.transform import Update
+from adam_fn.trees.update import Update
 from adam_fn.wrappers.base import TreeTransformation, check_state, check_transformation
 
 
@@ -122,11 +121,13 @@ class MasterWeights(TreeTransformation):
         new, remainder = _written(wide, masters, state.remainder, params, self.bits)
         return new, MasterState(remainder, inner)
 
-    def write(self, grads: PyTree, state: MasterState, params: PyTree) -> tuple[PyTree, MasterState]:
+    def write(
+        self, grads: PyTree, state: MasterState, params: PyTree, **extra_args: PyTree
+    ) -> tuple[PyTree, MasterState]:
         if not isinstance(method_of(self.tx.update), Update):
-            return super().write(grads, state, params)
+            return super().write(grads, state, params, **extra_args)
         check_state(state, MasterState, "master_weights")
-        return self._inside(grads, state, params, MasterDestination(self.bits, parameters=True))
+        return self._inside(grads, state, params, MasterDestination(self.bits, parameters=True), **extra_args)
 
     def _inside(
         self,
@@ -134,18 +135,15 @@ class MasterWeights(TreeTransformation):
         state: MasterState,
         params: PyTree,
         destination: MasterDestination,
-        *,
-        learning_rate: ArrayLike | None = None,
         **extra_args: PyTree,
     ) -> tuple[PyTree, MasterState]:
         """Steps each master where its parameter is stepped, inside the wrapped transformation."""
-        del extra_args  # Meant for other links of a chain.
         update = cast(Update, method_of(self.tx.update))
         tree = Params("master_weights", params)
         tree.align(grads, "gradient")
         _check_remainders(tree, tree.align(state.remainder, "state's remainder"), self.bits)
         new, remainder, inner = update.written(
-            grads, state.inner, params, destination, remainder=state.remainder, learning_rate=learning_rate
+            grads, state.inner, params, destination, remainder=state.remainder, **extra_args
         )
         return new, MasterState(remainder, inner)
 

@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.typing import ArrayLike
 
 from adam_fn.algebra.values import method_of
 from adam_fn.execute.destination import PARAMETERS, UPDATES, Destination, Inputs
 from adam_fn.storage import noise
 from adam_fn.storage.bfloat16 import landing, round_stochastically
 from adam_fn.trees.leaves import PyTree
-from adam_fn.trees.transform import Update
+from adam_fn.trees.update import Update
 from adam_fn.wrappers.base import COUNT, TreeTransformation, check_state, check_transformation
 from adam_fn.wrappers.masters import Params
 
@@ -70,13 +69,15 @@ class StochasticRounding(TreeTransformation):
         tree = Params("stochastic_rounding", params)
         wide, masters = (tree.widened(tree.align(updates, "gradient")), tree.widened(tree.leaves))
         wide, inner = optax.with_extra_args_support(self.tx).update(wide, state.inner, masters, **extra_args)
-        return _rounded(self._time(state), wide, params), self._next(state, inner)
+        return _rounded(self._time(state), wide, params, extra_args.get("layer")), self._next(state, inner)
 
-    def write(self, grads: PyTree, state: RoundingState, params: PyTree) -> tuple[PyTree, RoundingState]:
+    def write(
+        self, grads: PyTree, state: RoundingState, params: PyTree, **extra_args: PyTree
+    ) -> tuple[PyTree, RoundingState]:
         if not isinstance(method_of(self.tx.update), Update):
-            return super().write(grads, state, params)
+            return super().write(grads, state, params, **extra_args)
         check_state(state, RoundingState, "stochastic_rounding", count=COUNT)
-        return self._inside(grads, state, params, RoundedDestination(parameters=True))
+        return self._inside(grads, state, params, RoundedDestination(parameters=True), **extra_args)
 
     def _inside(
         self,
@@ -84,17 +85,12 @@ class StochasticRounding(TreeTransformation):
         state: RoundingState,
         params: PyTree,
         destination: RoundedDestination,
-        *,
-        learning_rate: ArrayLike | None = None,
         **extra_args: PyTree,
     ) -> tuple[PyTree, RoundingState]:
         """Makes a step that rounds each parameter where it is stepped."""
-        del extra_args  # Meant for other links of a chain.
         update = cast(Update, method_of(self.tx.update))
         Params("stochastic_rounding", params).align(grads, "gradient")
-        new, _, inner = update.written(
-            grads, state.inner, params, destination, time=self._time(state), learning_rate=learning_rate
-        )
+        new, _, inner = update.written(grads, state.inner, params, destination, time=self._time(state), **extra_args)
         return new, self._next(state, inner)
 
     def _time(self, state: RoundingState) -> jax.Array:
@@ -111,12 +107,12 @@ def _time(count: jax.Array, seed: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _rounded(time: jax.Array, updates: PyTree, params: PyTree) -> PyTree:
+def _rounded(time: jax.Array, updates: PyTree, params: PyTree, layer: jax.Array | None = None) -> PyTree:
     tree = Params("stochastic_rounding", params)
     new = tree.align(updates, "update")
     for i, (short, u, p) in enumerate(zip(tree.short, new, tree.leaves, strict=True)):
         if short and u is not None:
-            new[i], _ = RoundedDestination().write(Inputs(u, p), u, noise.dither(noise.lattice(p), time))
+            new[i], _ = RoundedDestination().write(Inputs(u, p), u, noise.dither(noise.lattice(p, layer), time))
     return tree.treedef.unflatten(new)
 
 

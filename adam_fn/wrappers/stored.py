@@ -49,7 +49,7 @@ class StoredMoments(TreeTransformation):
         wide = jax.tree.map(_widened, marks, state.inner)
         new, inner = optax.with_extra_args_support(self.tx).update(updates, wide, params, **extra_args)
         count = jnp.asarray(optax.safe_increment(state.count))
-        return new, StoredState(count, _narrow(inner, marks, count))
+        return new, StoredState(count, _narrow(inner, marks, count, extra_args.get("layer")))
 
     def _marks(self, params: PyTree) -> PyTree:
         """Numbers the arrays of each parameter that are stored in bfloat16; -1 for other arrays of the inner state."""
@@ -74,14 +74,14 @@ def _widened(mark: int, x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32)
 
 
-def _narrow(inner: PyTree, marks: PyTree, count: jax.Array) -> PyTree:
+def _narrow(inner: PyTree, marks: PyTree, count: jax.Array, layer: jax.Array | None = None) -> PyTree:
     number = max(jax.tree.leaves(marks), default=-1) + 1
     times = noise.time_offsets(count, [f"stored {i}" for i in range(number)])
 
     def stored(mark: int, x: jax.Array) -> jax.Array:
         if mark < 0:
             return x
-        return narrowed(x, jnp.dtype(jnp.bfloat16), noise.dither(noise.lattice(x), times[f"stored {mark}"]))
+        return narrowed(x, jnp.dtype(jnp.bfloat16), noise.dither(noise.lattice(x, layer), times[f"stored {mark}"]))
 
     return jax.tree.map(stored, marks, inner)
 
