@@ -1,5 +1,6 @@
 """The Adam family for JAX: exact, at any precision, as optax transformations."""
 
+from adam_fn import backward as backward
 from adam_fn import checkpoint as checkpoint
 from adam_fn import diagnostics as diagnostics
 from adam_fn import interop as interop
@@ -155,6 +156,7 @@ __all__ = [
     "amsgrad",
     "average_params",
     "averaged_params",
+    "backward",
     "cautious",
     "checkpoint",
     "clip_by_global_norm",

@@ -1,5 +1,6 @@
 """The step inside the backward pass is `value_and_grad` and then `make_step`, bit for bit, whatever the optimizer."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,6 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import compiling
 from helpers.runs import full_jit
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -428,6 +428,6 @@ def test_no_gradient_of_all_layers_is_stored() -> None:
         lambda p, h, batch: jnp.tanh(h @ p["w"]),
         lambda p, h, batch: jnp.mean((h + p["b"][None]) ** 2),
     )
-    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(wide, tx.init(wide), jnp.ones((4, 256)))
-    memory: Any = lowered.compile(compiling.FULL).memory_analysis()
-    assert memory.temp_size_in_bytes < 6 * 4 * 256 * 256  # 16 layers of one gradient would be 16 of these.
+    text = jax.jit(step).lower(wide, tx.init(wide), jnp.ones((4, 256))).as_text()
+    # The only arrays of the size of all layers are the parameters and the moments, changed in their places.
+    assert {*re.findall(r"stablehlo\.(\w+)[^\n]*-> tensor<16x256x256xf32>", text)} == {"dynamic_update_slice"}

@@ -25,9 +25,9 @@ ROOMS = (
     ("masks", "options", "wrappers"),
     ("checkpoint", "diagnostics"),
     ("family", "devices"),
-    ("presets", "interop", "surgery"),
+    ("backward", "presets", "interop", "surgery"),
 )
-PUBLIC = {"checkpoint", "diagnostics", "interop", "masks", "options", "presets", "schedules", "surgery"}
+PUBLIC = {"backward", "checkpoint", "diagnostics", "interop", "masks", "options", "presets", "schedules", "surgery"}
 PRIVATE = {"algebra", "devices", "execute", "family", "storage", "trees", "wrappers"}
 
 
