@@ -11,6 +11,8 @@ import optax
 from jax.typing import ArrayLike
 
 from adam_fn.algebra.norms import norm, reals
+from adam_fn.execute.compiler import opaque, run_at_most_once
+from adam_fn.execute.sources import dependencies
 from adam_fn.trees.leaves import PyTree
 from adam_fn.trees.stack import Stack
 from adam_fn.wrappers.base import step_parameters
@@ -174,24 +176,58 @@ class Run:
                 new, after = jax.tree.map(functools.partial(jnp.where, made), (new, after), (params, state))
             return new, dict(zip(numbers, jax.tree.leaves(after), strict=True))
 
-        def use(carry: Any, i: jax.Array, slices: list[Any], grads: list[Any]) -> Any:  # noqa: ANN401
-            params, arrays = carry
-            g = stack.tree([_scaled(x, scale) for x in grads], None)
-            p, layer = stack.tree(slices, None), {"layer": i} if stack.length > 1 else {}
+        def again(i: jax.Array, g: list[Any], slices: list[Any], parts: dict[int, jax.Array]) -> Any:  # noqa: ANN401
+            given = parts | {k: stack.state[k] for k in shared}
+            layer = {"layer": i} if stack.length > 1 else {}
+            new, after = stepped(stack.tree(g, None), stack.tree(slices, None), given, **layer)
+            return stack.split(new)[0], {k: after[k] for k in of_layers}
 
-            def again(i: jax.Array, g: PyTree) -> Any:  # noqa: ANN401
-                parts = {k: _take(arrays[k], i, stack.axis(k)) for k in of_layers}
-                return stepped(g, p, parts | {k: stack.state[k] for k in shared}, **layer)
+        def taken(arrays: dict[int, jax.Array], i: jax.Array) -> dict[int, jax.Array]:
+            return {k: _take(arrays[k], i, stack.axis(k)) for k in of_layers}
 
-            new = stack.split(again(i, g)[0])[0]
+        def in_turn(
+            params: list[Any], arrays: dict[int, jax.Array], i: jax.Array, g: list[Any], slices: list[Any]
+        ) -> Any:  # noqa: ANN401
+            """One array after the other, each computed anew.
+
+            XLA for GPUs writes each into its stack by a kernel of its own, and would store what these have in common.
+            """
+            new = again(i, g, slices, taken(arrays, i))[0]
             params = [_put(x, part, i) for x, part in zip(params, new, strict=True)]
-            # One array after the other, each computed anew: XLA for GPUs writes each into its stack by a kernel of its
-            # own, and would store in float32 what these have in common.
             after, last = dict[int, jax.Array](), params
             for k in of_layers:
-                i, g, last = jax.lax.optimization_barrier((i, g, last))
-                after[k] = last = _put(arrays[k], again(i, g)[1][k], i, stack.axis(k))
+                i, g, last = opaque((i, g, last))
+                slices, last = opaque((slices, last)) if reads_parameters else (slices, last)
+                after[k] = last = _put(arrays[k], again(i, g, slices, taken(arrays, i))[1][k], i, stack.axis(k))
             return params, after
+
+        def at_once(
+            params: list[Any], arrays: dict[int, jax.Array], i: jax.Array, g: list[Any], slices: list[Any]
+        ) -> Any:  # noqa: ANN401
+            """All arrays, in a loop that runs once.
+
+            XLA for CPUs copies a stack where it does not see that a part is written after all that reads it.
+            """
+
+            def step(both: tuple[list[Any], dict[int, jax.Array]]) -> tuple[list[Any], dict[int, jax.Array]]:
+                return again(i, g, both[0], both[1])
+
+            new, after = run_at_most_once(i | 1 != 0, step, (slices, taken(arrays, i)))
+            params = [_put(x, part, i) for x, part in zip(params, new, strict=True)]
+            return params, {k: _put(arrays[k], after[k], i, stack.axis(k)) for k in of_layers}
+
+        def new_state(slices: list[Any], parts: dict[int, jax.Array], g: list[Any]) -> list[jax.Array]:
+            return list(again(jnp.int32(0), g, slices, parts)[1].values())
+
+        # Then a stack of parameters is written before the last thing that reads it, and what it was is stored.
+        parts = {k: stack.state[k] for k in of_layers}
+        one = jax.eval_shape(lambda: ([_take(p, 0) for p in ends.inside], taken(parts, jnp.int32(0))))
+        needed = dependencies(jax.make_jaxpr(new_state)(*one, one[0]).jaxpr)
+        reads_parameters = any(n < len(ends.inside) for own in needed for n in own)
+
+        def use(carry: Any, i: jax.Array, slices: list[Any], grads: list[Any]) -> Any:  # noqa: ANN401
+            g = [_scaled(x, scale) for x in grads]
+            return jax.lax.platform_dependent(*carry, i, g, slices, cpu=at_once, default=in_turn)
 
         carry = ends.inside, {k: stack.state[k] for k in of_layers}
         (inside, arrays), dh = self._backward(carry, ends, lambda carry: carry[0], use)

@@ -80,13 +80,17 @@ class Program:
     def __init__(self, text: str) -> None:
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry, self.results = "", tuple[Array, ...]()
+        self.constants: dict[str, list[int]] = {}  # Of each computation.
         body: dict[str, Instruction] = {}
+        numbers: list[int] = []
         for line in text.splitlines():
             if found := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
                 body = self.computations.setdefault(found.group(2), {})
                 self.entry = found.group(2) if found.group(1) else self.entry
+                numbers = self.constants.setdefault(found.group(2), [])
             elif parsed := instruction(line):
                 body[parsed.name] = parsed
+                numbers += [int(n) for n in re.findall(r"= s32\S* constant\((\d+)\)", line)]
                 if "ROOT" in line and body is self.computations.get(self.entry):
                     self.results = parsed.result
 
@@ -103,9 +107,17 @@ class Program:
         """How many kernels read or write an array of `size` elements or more."""
         return sum(each.is_kernel and any(x.size >= size for x in (*given, *each.result)) for each, given in self.run())
 
-    def cycles(self) -> int:
-        """The TPU compiler's estimates, added."""
-        return sum(int(x) for each, _ in self.run() for x in re.findall(r'"estimated_cycles":"(\d+)"', each.rest))
+    def cycles(self, name: str = "", *, in_full: bool = False) -> int:
+        """The TPU compiler's estimates, added: of a loop once, or in full as often as the number in its condition."""
+        total = 0
+        for each in self.computations[name or self.entry].values():
+            total += sum(int(x) for x in re.findall(r'"estimated_cycles":"(\d+)"', each.rest))
+            if each.opcode in CALLS:
+                for called in re.findall(rf"\b{CALLS[each.opcode]}=%?([\w.-]+)", each.rest):
+                    condition = re.search(r"\bcondition=%?([\w.-]+)", each.rest)
+                    times = max(self.constants.get(condition.group(1), []), default=1) if condition and in_full else 1
+                    total += times * self.cycles(called, in_full=in_full)
+        return total
 
     def temporaries(self, memory: typing.Any) -> float:  # noqa: ANN401 (JAX has no public type for it)
         """The bytes of arrays that are made and are no results.

@@ -10,6 +10,7 @@ Row = dict[str, typing.Any]
 TPU, GPU = ("v5e", "v6e"), ("h200", "a100")
 BOTH = (*TPU, *GPU)
 LEAF, TREE, LLAMA, ZERO1, OFFLOAD, FAMILY = "leaf", "GPT-2 small", "Llama-7B", "zero1", "offload", "family"
+BACKWARD, ORDINARY = "backward", ", gradients first"
 BASE = "optax float32"
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-from compilers import meshes, offloaded, steps
+from compilers import layered, meshes, offloaded, steps
 from compilers.hlo import Program
 from compilers.limits import BASE, FAMILY, GPU, LEAF, LIMITS, TPU, TREE, Row, label
 from compilers.steps import STEPS, WAYS, Shapes, Step, held, placed, size, spent
@@ -91,6 +91,7 @@ def jobs(target: str) -> Iterator[Job]:
         yield {"part": part, "step": name, "way": way}, functools.partial(measured, STEPS[name], way, tree, target)
     yield from meshes.jobs(target)
     yield from offloaded.jobs(target)
+    yield from layered.jobs(target)
     for name in steps.MEMBERS if target in (TPU[0], GPU[0]) else ():  # One target of a compiler tells.
         yield {"part": FAMILY, "step": name, "way": "make_step"}, functools.partial(member, name, target)
 

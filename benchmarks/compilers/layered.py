@@ -1,0 +1,118 @@
+"""The step of a GPT inside its backward pass, beside `value_and_grad` and then the step."""
+
+import functools
+import itertools
+import math
+import typing
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from compilers.hlo import Program
+from compilers.limits import BACKWARD, ORDINARY, Row
+from compilers.meshes import several
+from compilers.steps import Tree, held, placed
+from compilers.targets import devices, first
+from jax.sharding import AxisType, Mesh
+
+import adam_fn
+from adam_fn import backward
+
+DEPTH, WIDTH, HEADS, LENGTH, BATCH, WORDS = 12, 2048, 16, 256, 4, 8192
+SHAPES = {"qkv": (WIDTH, 3 * WIDTH), "out": (WIDTH, WIDTH), "up": (WIDTH, 4 * WIDTH), "down": (4 * WIDTH, WIDTH)}
+STEPS: dict[str, optax.GradientTransformation] = {
+    "16bit": adam_fn.adamw(1e-3, storage="16bit"),
+    "masters, 16bit": adam_fn.master_weights(adam_fn.adamw(1e-3, storage="16bit")),
+}
+
+
+def params() -> Tree:
+    layers = {name: (DEPTH, *shape) for name, shape in SHAPES.items()} | {"norm": (DEPTH, 2, WIDTH)}
+    shapes = {"embedding": (WORDS, WIDTH), "layers": layers, "norm": (WIDTH,)}
+    return jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, "bfloat16"), shapes, is_leaf=lambda x: isinstance(x, tuple)
+    )
+
+
+def normed(h: jax.Array, scale: jax.Array) -> jax.Array:
+    wide = h.astype("float32")
+    return (wide * jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + 1e-6)).astype(h.dtype) * scale
+
+
+def layer(p: Tree, h: jax.Array, batch: jax.Array) -> jax.Array:
+    batches, length = batch.shape
+    q, k, v = jnp.split((normed(h, p["norm"][0]) @ p["qkv"]).reshape(batches, length, 3 * HEADS, -1), 3, 2)
+    attended = jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(h.shape)
+    h = h + attended @ p["out"]
+    return h + jax.nn.gelu(normed(h, p["norm"][1]) @ p["up"]) @ p["down"]
+
+
+def embed(p: Tree, batch: jax.Array) -> jax.Array:
+    return p["embedding"][batch]
+
+
+def head(p: Tree, h: jax.Array, batch: jax.Array) -> jax.Array:
+    logits = normed(h, p["norm"]) @ p["embedding"].T
+    return optax.softmax_cross_entropy_with_integer_labels(logits.astype("float32"), batch).mean()
+
+
+def ordinary(tx: optax.GradientTransformation) -> Callable[..., Tree]:
+    """Keeps the layers' inputs, computes all gradients, then steps."""
+
+    def loss(p: Tree, batch: jax.Array) -> jax.Array:
+        again = jax.checkpoint(functools.partial(layer, batch=batch), policy=None)
+        return head(p, jax.lax.scan(lambda h, q: (again(q, h), None), embed(p, batch), p["layers"])[0], batch)
+
+    def step(p: Tree, state: Tree, batch: jax.Array) -> Tree:
+        value, grads = jax.value_and_grad(loss)(p, batch)
+        return value, *adam_fn.make_step(tx)(p, state, grads)
+
+    return step
+
+
+def shardings(mesh: Mesh) -> Tree:
+    """FSDP: every parameter is divided along an axis of its own, the layers are not."""
+    layers = {name: jax.P(None, "fsdp") for name in SHAPES} | {"norm": jax.P(None, None, "fsdp")}
+    specs = {"embedding": jax.P("fsdp"), "layers": layers, "norm": jax.P("fsdp")}
+    return jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, jax.P))
+
+
+def compiled(name: str, way: str, target: str) -> Row:
+    """A step of training; bytes per parameter of a device."""
+    tx, p = STEPS[name.removesuffix(ORDINARY)], params()
+    batch = jax.ShapeDtypeStruct((BATCH * (16 if way == "FSDP 16" else 1), LENGTH), "int32")
+    step = ordinary(tx) if name.endswith(ORDINARY) else backward.value_and_step(tx, embed, layer, head)
+    run = jax.jit(step, donate_argnums=(0, 1))
+    jax.clear_caches()
+    if way == "one device":
+        devices_, place = 1, first(target)
+        p, state, batch = (placed(x, place) for x in (p, jax.eval_shape(tx.init, p), batch))
+        program: typing.Any = run.lower(p, state, batch).compile()
+    else:
+        devices_ = 16
+        mesh = Mesh(np.array(devices(target, "4x4")), ("fsdp",), axis_types=(AxisType.Auto,))
+        p = placed(p, shardings(mesh))
+        state = placed(jax.eval_shape(tx.init, p), adam_fn.state_shardings(tx, p))
+        batch = placed(batch, jax.NamedSharding(mesh, jax.P("fsdp")))
+        with several(), jax.set_mesh(mesh):
+            program = run.lower(p, state, batch).compile()
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(p)) / devices_
+    text, memory = Program(program.as_text() or ""), program.memory_analysis()
+    moved = text.exchanges()
+    found: Row = {
+        "temporaries": memory.temp_size_in_bytes / count,
+        "kept": DEPTH * BATCH * LENGTH * WIDTH * 2 / count,
+        "layer": held(p["layers"]) / DEPTH / count / devices_,
+        "collectives": len(moved),
+        "exchanged": sum(size for _, size in moved) / count,
+    }
+    return found | ({"cycles": cycles} if (cycles := text.cycles(in_full=True)) else {})
+
+
+def jobs(target: str) -> Iterator[tuple[Row, Callable[[], Row]]]:
+    ways = {"v5e": ("one device", "FSDP 16"), "h200": ("one device",)}.get(target, ())
+    for way, step, kind in itertools.product(ways, STEPS, ("", ORDINARY)):
+        name = f"{step}{kind}"
+        yield {"part": BACKWARD, "step": name, "way": way}, functools.partial(compiled, name, way, target)
