@@ -43,10 +43,10 @@ def value_and_step(
 ) -> Callable[..., tuple[Any, PyTree, PyTree]]:
     """``step(params, state, batch) -> (loss, params, state)``, with each layer stepped during the backward pass.
 
-    The loss is ``head(params, layer(pₙ, … layer(p₁, embed(params, batch), batch) …, batch), batch)``. The parameters of
-    the layers are stacked along a first axis, as those of `jax.lax.scan`, of `flax.nnx.scan`, of `flax.linen.scan` and
-    of layers that were made by a `vmap`. `embed` and `head` see all other parameters, with None in the place of the
-    layers' arrays; a parameter that both use (tied embeddings) gets the sum of both gradients.
+    The layers follow each other between `embed` and `head`. Their parameters are stacked along a first axis, as those
+    of `jax.lax.scan`, of `flax.nnx.scan`, of `flax.linen.scan` and of layers that were made by a `vmap`. `embed` and
+    `head` see all other parameters, with None in the place of the layers' arrays; a parameter that both use (tied
+    embeddings) gets the sum of both gradients.
 
     `tx` is called for one layer after the other, with the other parameters left out, and then for those. So every
     update must depend on the gradient of its own leaf alone; anything else is a ValueError. Norms of a leaf (`lamb`,
@@ -83,6 +83,8 @@ def value_and_step(
         guard = owner_of(tx)
         guard = guard if isinstance(guard, SkipNonfinite) else None
         inner = guard.tx if guard else tx
+        if hasattr(owner_of(inner), "state_shardings"):
+            raise ValueError("zero1 and offload plan for whole leaves: value_and_step takes what they wrap")
         stack = Stack(inner, params, state.inner if guard else state, layers, keep_every)
         _check_separate(inner, stack, params)
         run = Run(inner, model, stack, batch, extra_args)

@@ -24,7 +24,21 @@ from collections.abc import Iterator, Sequence
 
 import rich.console
 import rich.table
-from compilers.limits import FAMILY, GPU, LEAF, LLAMA, OFFLOAD, TPU, TREE, ZERO1, Row, exceeded, label, relative
+from compilers.limits import (
+    BACKWARD,
+    FAMILY,
+    GPU,
+    LEAF,
+    LLAMA,
+    OFFLOAD,
+    TPU,
+    TREE,
+    ZERO1,
+    Row,
+    exceeded,
+    label,
+    relative,
+)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 WORKER = ROOT / "benchmarks" / "compilers" / "worker.py"
@@ -122,6 +136,12 @@ FIGURES: dict[str, dict[str, tuple[str, str]]] = {
         **{kind: (kind, ".3f") for kind in ("reduce-scatter", "all-gather", "all-reduce")},
         "others": ("others", "g"),
         "share": ("part of the state", ".3f"),
+    },
+    BACKWARD: {
+        "temporaries": ("temporaries", ".2f"),
+        "kept": ("inputs of the layers", ".2f"),
+        "gradient": ("gradient of a layer", ".2f"),
+        "exchanged": ("exchanged", ".1f"),
     },
     OFFLOAD: {
         "read": ("read", ".2f"),

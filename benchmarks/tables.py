@@ -19,6 +19,7 @@ import typing
 from collections.abc import Callable, Sequence
 
 from compiled import COMPILERS, family, summary
+from compilers.limits import BACKWARD, BASE, LEAF, ORDINARY
 from measure.devices import NONE, Device, latest, named, table
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -104,6 +105,25 @@ def comparison() -> str:
         case = next(case for case, peer_, metric in device.found if (peer_, metric) == (peer, "state"))
         return device.value(case, peer, "state")
 
+    programs = read(RESULTS / "compiled.json", "python benchmarks/compiled.py --out benchmarks/results")["rows"]
+
+    def compiled_row(part: str, step: str) -> dict[str, typing.Any]:
+        return next(x for x in programs if (x["target"], x["part"], x["step"]) == ("v5e", part, step))
+
+    def cycles(step: str) -> float:
+        return compiled_row(LEAF, step)["cycles"] / compiled_row(LEAF, BASE)["cycles"]
+
+    def beside(step: str) -> str:
+        return f"{compiled_row(BACKWARD, step)['temporaries']:.2f}"
+
+    signals = read(RESULTS / "codes.json", "python benchmarks/codes.py --gradients DIR --out benchmarks/results")[
+        "rows"
+    ]
+
+    def steady(storage: str) -> str:
+        found = (row for row in signals if (row["storage"], row["scenario"]) == (storage, "steady"))
+        return ", ".join(f"{row['step']:.2f}" for row in found if row["case"].endswith("noise 0"))
+
     ours = ", ".join(state(f"adam_fn {name}") for name in ("bfloat16 moments", "24-bit state", "16-bit state"))
     rows = [
         ["error of an update, β₂ = 0.999", *error(0.999)],
@@ -121,6 +141,18 @@ def comparison() -> str:
             "has no such state",
             ", ".join(map(above, ("24-bit state", "16-bit state"))),
         ],
+        [
+            "cycles of a step on a TPU v5e with 8, 3 and 2 bytes of state (compiled, not run)",
+            "1",
+            ", ".join(f"{cycles(step):.2f}" for step in ("float32", "24bit", "16bit")),
+        ],
+        [
+            "bytes per parameter beside parameters and state in a step of a stacked GPT (compiled, not run)",
+            beside(f"16bit{ORDINARY}"),
+            f"{beside('16bit')}, stepping in the backward pass",
+        ],
+        ["steps of a steady gradient with bfloat16 moments; 1 is right", steady("plain bfloat16"), steady("bfloat16")],
+        ["the state of a running optax training", "", "restored as it is"],
     ]
     return (
         f"{table(['', '`optax.adam`', '`adam_fn.adam`'], rows)}\n\n"
@@ -310,9 +342,30 @@ def claims(name: str) -> str:
     return "\n".join([*lines, "", about])
 
 
+def backward() -> str:
+    """The memory of a training step of a stacked GPT, both ways."""
+    found = read(RESULTS / "compiled.json", "python benchmarks/compiled.py --out benchmarks/results")["rows"]
+    rows = [row for row in found if row["part"] == BACKWARD]
+    known = {(row["target"], row["way"], row["step"]): row for row in rows}
+    body = []
+    for (target, way, step), row in known.items():
+        if (first := known.get((target, way, f"{step}{ORDINARY}"))) is not None:
+            cycles = f"{row['cycles'] / first['cycles']:.2f}" if "cycles" in row else NONE
+            sizes = (f"{x['temporaries']:.2f}" for x in (first, row))
+            body.append([f"{target}, {way}", step, *sizes, f"{row['kept']:.2f}", f"{row['gradient']:.2f}", cycles])
+    head = ["device", "state", "gradients first", "step in the backward pass", "of that the layers' inputs"]
+    head += ["and one layer's gradient", "cycles, relative to gradients first"]
+    return (
+        f"{table(head, body)}\n\nBytes per parameter (of a device) beside parameters and state, of a training step of "
+        "a GPT with 12 stacked layers in bfloat16. Compiled, but **not run**, by `benchmarks/compiled.py`; cycles are "
+        "the TPU compiler's estimate, every loop counted in full."
+    )
+
+
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"comparison": comparison},
     "docs/precision.md": {"precision": precision},
+    "docs/backward.md": {"backward": backward},
     "docs/benchmarks.md": {
         "codes": codes,
         "temporaries": temporaries,

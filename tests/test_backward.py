@@ -241,6 +241,8 @@ def test_errors_name_what_is_wrong() -> None:
     def run(params: Any = params, state: Any = state, **options: Any) -> Any:
         return backward.value_and_step(tx, embed, layer, head, **options)(params, state, BATCHES[0])
 
+    with pytest.raises(ValueError, match="zero1 and offload plan for whole leaves"):
+        backward.value_and_step(adam_fn.offload(tx), embed, layer, head)(params, state, BATCHES[0])
     with pytest.raises(ValueError, match=r"layers='blocks' names no parameters; there are embed, layers/b,"):
         run(layers="blocks")
     with pytest.raises(ValueError, match=r"must have one length, got .*layers/b.*3"):

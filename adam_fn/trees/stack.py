@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from adam_fn.trees.layout import owners
-from adam_fn.trees.leaves import Leaves, PyTree, display_path
+from adam_fn.trees.leaves import Leaves, PyTree, display_path, join_keys
 
 
 class Stack:
@@ -77,7 +77,7 @@ class Stack:
 
 def children_of(node: PyTree) -> list[tuple[str, PyTree]]:
     pairs, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
-    return [(jax.tree_util.keystr(keys, simple=True, separator="/"), child) for keys, child in pairs if keys]
+    return [(join_keys(keys), child) for keys, child in pairs if keys]
 
 
 def squeezed(x: Any) -> Any:  # noqa: ANN401

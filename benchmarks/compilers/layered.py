@@ -101,10 +101,13 @@ def compiled(name: str, way: str, target: str) -> Row:
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(p)) / devices_
     text, memory = Program(program.as_text() or ""), program.memory_analysis()
     moved = text.exchanges()
+    temporaries, kept = memory.temp_size_in_bytes / count, DEPTH * BATCH * LENGTH * WIDTH * 2 / count
+    gradient = held(p["layers"]) / DEPTH / count / (devices_ if way == "one device" else 1)  # In FSDP whole at first.
     found: Row = {
-        "temporaries": memory.temp_size_in_bytes / count,
-        "kept": DEPTH * BATCH * LENGTH * WIDTH * 2 / count,
-        "layer": held(p["layers"]) / DEPTH / count / devices_,
+        "temporaries": temporaries,
+        "kept": kept,
+        "gradient": gradient,
+        "beside": temporaries - kept - gradient,
         "collectives": len(moved),
         "exchanged": sum(size for _, size in moved) / count,
     }

@@ -21,7 +21,8 @@ def label(row: Row) -> str:
 def relative(row: Row, figure: str, rows: Sequence[Row], base: str = BASE) -> float | None:
     """A figure in that of another step of the same tree on the same target; None where there is none."""
     place = row["target"], row["part"], base
-    found = next((x for x in rows if (x["target"], x["part"], x["step"]) == place and figure in x), None)
+    every = [x for x in rows if (x["target"], x["part"], x["step"]) == place and figure in x]
+    found = next((x for x in every if x["way"] == row["way"]), every[0] if every else None)
     return row[figure] / found[figure] if found and figure in row else None
 
 
@@ -104,6 +105,18 @@ LIMITS = (
     # 8: the TPU's scheduler fetches the state before the backward pass is over.
     Limit(TPU, OFFLOAD, "saved", 8.01, ("training",), least=-10.5, way="one program"),
     Limit(BOTH, OFFLOAD, "saved", 8.01, ("training",), least=7.9, way="two programs"),
+    # Beside the layers' inputs and the gradient of one layer. A GPU's matrix products read copies of the parameters.
+    Limit(TPU, BACKWARD, "beside", 0.15, ("16bit",), way="one device"),
+    Limit(GPU, BACKWARD, "beside", 0.4, ("16bit",), way="one device"),
+    *(
+        Limit(TPU, BACKWARD, figure, most, (step,), base=f"{step}{ORDINARY}")
+        for step in ("16bit", "masters, 16bit")
+        for figure, most in (("cycles", 1.02), ("temporaries", 1))
+    ),
+    *(
+        Limit(TPU, BACKWARD, "exchanged", 1, (step,), base=f"{step}{ORDINARY}", way="FSDP 16")
+        for step in ("16bit", "masters, 16bit")
+    ),
     Limit(GPU, OFFLOAD, "peak", 10.7, ("GPT-2 small",)),
     Limit(TPU, OFFLOAD, "peak", 20.5, ("GPT-2 small",)),  # 16.2, as on the device: all is fetched at once.
 )

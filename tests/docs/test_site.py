@@ -12,7 +12,7 @@ import formulas
 import pytest
 
 import adam_fn
-from adam_fn import checkpoint, diagnostics, interop, masks, presets, schedules
+from adam_fn import backward, checkpoint, diagnostics, interop, masks, presets, schedules
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = {
@@ -34,7 +34,7 @@ def _public() -> dict[str, Any]:
     """What a user may import, by name."""
     found = {f"adam_fn.{name}": getattr(adam_fn, name) for name in adam_fn.__all__}
     found |= {f"adam_fn.interop.{name}": getattr(interop, name) for name in interop.__all__}
-    for module in (checkpoint, diagnostics, masks, presets, schedules):
+    for module in (backward, checkpoint, diagnostics, masks, presets, schedules):
         for name, thing in vars(module).items():
             own = (inspect.isclass(thing) or inspect.isfunction(thing)) and thing.__module__.startswith(module.__name__)
             if own and not name.startswith("_"):
