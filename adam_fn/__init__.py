@@ -72,10 +72,10 @@ from adam_fn.options import Storage as Storage
 from adam_fn.storage.codec import Cast as Cast
 from adam_fn.storage.codec import Codec as Codec
 from adam_fn.storage.codec import Stored as Stored
-from adam_fn.storage.codes import MuLaw as MuLaw
-from adam_fn.storage.codes import StorageLike as StorageLike
-from adam_fn.storage.codes import StorageName as StorageName
-from adam_fn.storage.codes import Word as Word
+from adam_fn.storage.low_bit_codes import MuLaw as MuLaw
+from adam_fn.storage.low_bit_codes import StorageLike as StorageLike
+from adam_fn.storage.low_bit_codes import StorageName as StorageName
+from adam_fn.storage.low_bit_codes import Word as Word
 from adam_fn.trees.groups import Group as Group
 from adam_fn.trees.groups import Groups as Groups
 from adam_fn.trees.leaves import Mask as Mask

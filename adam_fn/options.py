@@ -1,10 +1,14 @@
-"""The options that every optimizer takes, declared and documented once, and the transformations that they build."""
+"""The options that every optimizer takes, declared and documented once, and the transformations that they build.
+
+A new option is a field and a line of documentation in `Options` (the smaller classes say which optimizers take it), and
+an argument of `built`, which applies it.
+"""
 
 import functools
 import inspect
 import typing
 from collections.abc import Callable, Mapping
-from typing import Literal, ParamSpec, TypeAlias, TypedDict, TypeVar
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeAlias, TypedDict, TypeVar
 
 from jax.typing import DTypeLike
 
@@ -12,7 +16,7 @@ from adam_fn.algebra.hyper import Hyper
 from adam_fn.algebra.links import Decay, ProximalDecay, Rate
 from adam_fn.algebra.rule import Rule, with_values
 from adam_fn.storage.codec import Cast, Codec
-from adam_fn.storage.codes import WORD, StorageLike, StorageName, named
+from adam_fn.storage.low_bit_codes import WORD, StorageLike, StorageName, named
 from adam_fn.trees.groups import Group, Groups
 from adam_fn.trees.leaves import Mask
 from adam_fn.trees.transform import Transformation, transform
@@ -102,9 +106,17 @@ class Options(MuOptions, DecayOptions, total=False):
     """
 
 
-def optimizer(
+class Built(NamedTuple):
+    """The result of options: the two rules that make an optimizer, and the other arguments of `transform`."""
+
+    direction: Rule
+    step: Rule
+    arguments: dict[str, Any]
+
+
+def built(
     rule: Rule,
-    learning_rate: Hyper,
+    learning_rate: Hyper = 1.0,
     *,
     weight_decay: Hyper | None = None,
     mask: Mask | None = None,
@@ -116,14 +128,20 @@ def optimizer(
     storage_mask: Mask | None = None,
     complex: Complex = "parts",
     groups: Groups | Mapping[str, Group] | None = None,
-) -> Transformation:
-    """Makes a transformation of `rule`, a learning rate and the options that all optimizers share (see `Options`)."""
+) -> Built:
+    """Applies the options that all optimizers share (see `Options`) to a rule and a learning rate."""
     check_decay(weight_decay, mask, decay, groups)
     rule = with_complex(rule, complex)
     direction, step = direction_and_step(rule, learning_rate, weight_decay, decay)
     stored = codecs_by_slot(rule, mu_dtype, nu_dtype, storage)
-    kept = {"mask": mask, "frozen": frozen, "storage_mask": storage_mask}
-    return transform(direction >> step, storage=stored, **kept, groups=groups)
+    arguments = {"storage": stored, "mask": mask, "frozen": frozen, "storage_mask": storage_mask, "groups": groups}
+    return Built(direction, step, arguments)
+
+
+def optimizer(rule: Rule, learning_rate: Hyper, **options: Any) -> Transformation:  # noqa: ANN401 (those of `built`)
+    """The transformation of `rule` with a learning rate and the options that all optimizers share."""
+    found = built(rule, learning_rate, **options)
+    return transform(found.direction >> found.step, **found.arguments)
 
 
 def with_complex(rule: R, complex: Complex) -> R:
@@ -215,7 +233,7 @@ def lists_options(function: Callable[P, T]) -> Callable[P, T]:
     signature = inspect.signature(function)
     *named, rest = signature.parameters.values()
     (options,) = typing.get_args(rest.annotation)
-    defaults = inspect.signature(optimizer).parameters
+    defaults = inspect.signature(built).parameters
     keywords = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name].default)
         for name in typing.get_type_hints(options)

@@ -41,6 +41,11 @@ def ema(beta: Scalar | OneMinus, old: jax.Array, new: jax.Array | float) -> jax.
     return jnp.where(late, old, new) + jnp.where(late, one_minus(beta), -beta_value(beta)) * change
 
 
+def incremented(count: jax.Array) -> jax.Array:
+    """The number of the next step, an int32; it stops at 2³¹ - 1."""
+    return jax.lax.add(jax.lax.min(count, np.int32(2**31 - 2)), np.int32(1))
+
+
 @jax.custom_jvp
 def safe_sqrt(x: jax.Array) -> jax.Array:
     """``√x`` whose derivative at 0 is 0, so that gradients through an optimizer stay finite at g = 0."""

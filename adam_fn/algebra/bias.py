@@ -93,7 +93,7 @@ def _leading(x: ArrayLike) -> np.ndarray:
     return (np.asarray(x, np.float32).view(np.uint32) & np.uint32(0xFFFFF000)).view(np.float32)
 
 
-_LN2 = _leading(math.log(2))
+_LN2 = np.float32(_leading(math.log(2)))
 #: The coefficients of ``(exp(-x) - 1 + x)/x²`` for |x| at most ln 2/2, the last one first, to 1e-9.
 _SERIES = (-1.989099082e-4, 1.393365e-3, -8.333310925e-3, 4.166646493e-2, -0.1666666668, 0.5000000013)
 
@@ -126,31 +126,20 @@ def _powers(betas: Sequence[float], count: jax.Array, dtype: DTypeLike) -> dict[
 def _float32_powers(rates: np.ndarray, count: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``1 - exp(-t · rate)`` and ``exp(-t · rate)``, for one count for each rate."""
     # `lax` and not `jnp`, whose functions are traced anew for each transformation.
-    add, sub, mul, select = jax.lax.add, jax.lax.sub, jax.lax.mul, jax.lax.select
-
-    def each(x: ArrayLike) -> np.ndarray:
-        return np.broadcast_to(np.asarray(x, np.float32), rates.shape)
-
+    add, sub, mul, f32 = jax.lax.add, jax.lax.sub, jax.lax.mul, np.float32
     high = _leading(rates)
-    t, early = (
-        jax.lax.convert_element_type(x, np.float32)
-        for x in (count, jax.lax.bitwise_and(count, np.full(rates.shape, 0xFFF, np.int32)))
-    )
-    y = add(mul(sub(t, early), high), add(mul(early, high), mul(t, each(rates - high.astype(float)))))
-    halvings = jax.lax.min(jax.lax.round(mul(y, each(1 / math.log(2)))), each(126))
-    x = sub(sub(y, mul(halvings, each(_LN2))), mul(halvings, each(math.log(2) - float(_LN2))))
-    series: Any = each(_SERIES[0])
+    t, early = (jax.lax.convert_element_type(x, f32) for x in (count, jax.lax.bitwise_and(count, np.int32(0xFFF))))
+    y = add(mul(sub(t, early), high), add(mul(early, high), mul(t, (rates - high).astype(f32))))
+    y = jax.lax.min(y, f32(126 * math.log(2)))  # Beyond it no digit of βᵗ is left.
+    halvings = jax.lax.round(mul(y, f32(1 / math.log(2))))
+    x = sub(sub(y, mul(halvings, _LN2)), mul(halvings, f32(math.log(2) - float(_LN2))))
+    series: Any = f32(_SERIES[0])
     for term in _SERIES[1:]:
-        series = add(mul(x, series), each(term))
+        series = add(mul(x, series), f32(term))
     decayed = sub(x, mul(mul(x, x), series))  # 1 - exp(-x)
-    exponent = jax.lax.convert_element_type(sub(each(127), halvings), np.int32)
-    scale = jax.lax.bitcast_convert_type(jax.lax.shift_left(exponent, np.full(rates.shape, 23, np.int32)), np.float32)
-    weight = add(sub(each(1), scale), mul(scale, decayed))
-    # Where no digit of βᵗ is left, the polynomial may be infinite.
-    return (
-        select(jax.lax.gt(y, each(25)), each(1), weight),
-        select(jax.lax.gt(y, each(85)), each(0), mul(scale, sub(each(1), decayed))),
-    )
+    exponent = jax.lax.convert_element_type(sub(f32(127), halvings), np.int32)
+    scale = jax.lax.bitcast_convert_type(jax.lax.shift_left(exponent, np.int32(23)), f32)
+    return add(sub(f32(1), scale), mul(scale, decayed)), mul(scale, sub(f32(1), decayed))
 
 
 #: The coefficients of ``L(y/2)/y`` in y², the last one first: ``2 B₂ₙ/(2n)!``, B the Bernoulli numbers.

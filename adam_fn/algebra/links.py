@@ -18,7 +18,7 @@ def _required(p: jax.Array | None) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class WeightDecay(Rule):
-    """A rule that decays weights: `mask` selects the leaves to which it applies."""
+    """A rule that decays weights. The `mask` of a transformation selects the leaves to which such rules apply."""
 
     weight_decay: NonNegative
 

@@ -68,7 +68,7 @@ def decode(codecs: Codecs, stored: Stored, dtype: DTypeLike) -> dict[str, jax.Ar
 
 
 def encode(codecs: Codecs, slots: Slots, lattice: Lattice, times: Slots) -> dict[str, jax.Array]:
-    """Encodes the slots of a leaf; `time_offsets` are the `noise.time_offsets` of each slot that is rounded."""
+    """Encodes the slots of a leaf; `times` are the `noise.time_offsets` of each slot that is rounded."""
 
     def measured(slot: str, unit: Unit | None) -> jax.Array:
         if unit is None:

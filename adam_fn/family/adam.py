@@ -15,6 +15,7 @@ from adam_fn.algebra.arithmetic import (
     beta_value,
     clip_finite,
     ema,
+    incremented,
     largest_ratio,
     one_minus,
     quotient,
@@ -137,7 +138,7 @@ class Adam(Moments):
         weight = clock.weights[0]
         if not self.nesterov:
             return mu * (1 / weight)
-        steps = (clock.count, optax.safe_increment(clock.count))
+        steps = (clock.count, incremented(clock.count))
         now, ahead = (beta_value(self.momentum(jnp.asarray(count))) for count in steps)
         if not isinstance(now, (int, float)) and not isinstance(ahead, (int, float)):
             now, ahead = now.astype(mu.dtype), ahead.astype(mu.dtype)
@@ -209,6 +210,8 @@ def adamw(
     **options: Unpack[CommonOptions],
 ) -> Transformation:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101): `adam` with ``p ← p - α(m̂/(√v̂ + ε) + λp)``.
+
+    As rules it is ``Adam(…) >> Decay(weight_decay) >> Rate(learning_rate)``.
 
     `weight_decay` is λ, times the learning rate as in torch and optax; ``decay="independent"`` is the paper's form.
     The default 1e-4 is optax's (torch: 1e-2, Keras: 4e-3). The other arguments are those of `adam` and

@@ -14,7 +14,7 @@ from adam_fn.algebra.hyper import Hyper
 from adam_fn.algebra.links import WeightDecay
 from adam_fn.algebra.rule import Rule
 from adam_fn.family.adam import Adam
-from adam_fn.options import MuOptions, check_decay, codecs_by_slot, direction_and_step, lists_options, with_complex
+from adam_fn.options import MuOptions, built, lists_options
 from adam_fn.trees.leaves import Mask, PyTree
 from adam_fn.trees.transform import Transformation, transform
 from adam_fn.wrappers.base import TreeTransformation, inner, map_trained
@@ -97,15 +97,14 @@ def lamb(
 
     The arguments are those of `adamw`; the state is that of `optax.lamb`.
     """
-    decay, groups, frozen = options.get("decay", "scaled"), options.get("groups"), options.get("frozen")
-    check_decay(weight_decay, mask, decay, groups)
-    rule = with_complex(Adam(b1, b2, eps, eps_root), options.get("complex", "parts"))
-    direction, step = direction_and_step(rule, learning_rate, weight_decay, decay)
-    stored = codecs_by_slot(rule, options.get("mu_dtype"), options.get("nu_dtype"), options.get("storage"))
+    found = built(Adam(b1, b2, eps, eps_root), learning_rate, weight_decay=weight_decay, mask=mask, **options)
 
     def link(part: Rule) -> Transformation:
-        own = {"storage": stored, "storage_mask": options.get("storage_mask")} if part.slots else {}
-        masked = mask if isinstance(part, WeightDecay) else None
-        return transform(part, mask=masked, frozen=frozen, groups=groups, **own)
+        unused = (
+            {"mask"}
+            if part.slots
+            else {"storage", "storage_mask"} | (set() if isinstance(part, WeightDecay) else {"mask"})
+        )
+        return transform(part, **{name: x for name, x in found.arguments.items() if name not in unused})
 
-    return Lamb(tuple(map(link, direction.parts())), tuple(map(link, step.parts()))).transformation()
+    return Lamb(tuple(map(link, found.direction.parts())), tuple(map(link, found.step.parts()))).transformation()

@@ -24,14 +24,13 @@ from adam_fn.family.amsgrad import AMSGrad
 from adam_fn.family.lion import Lion
 from adam_fn.family.radam import RAdam
 from adam_fn.family.yogi import Yogi
-from adam_fn.options import DirectionOptions, codecs_by_slot, lists_options, with_complex
+from adam_fn.options import DirectionOptions, built, lists_options
 from adam_fn.trees.transform import Transformation, transform
 
 
 def _direction(rule: Rule, options: DirectionOptions, mu_dtype: DTypeLike | None = None) -> Transformation:
-    rule = with_complex(rule, options.get("complex", "parts"))
-    stored = codecs_by_slot(rule, mu_dtype, options.get("nu_dtype"), options.get("storage"))
-    return transform(rule, storage=stored, frozen=options.get("frozen"), storage_mask=options.get("storage_mask"))
+    found = built(rule, mu_dtype=mu_dtype, **options)
+    return transform(found.direction, **found.arguments)
 
 
 @lists_options

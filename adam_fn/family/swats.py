@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from adam_fn.algebra.arithmetic import ema, one_minus
+from adam_fn.algebra.arithmetic import ema, incremented, one_minus
 from adam_fn.algebra.hyper import Beta, Hyper, rate_of_step
 from adam_fn.algebra.links import Rate
 from adam_fn.algebra.rule import Clock, Rule
@@ -200,7 +200,7 @@ def _sgd(write: bool, definition: Definition, rule: Adam, alpha: jax.Array, call
     before = own.made(Memory((memory.steps, None), (), {"mu": memory.slots["mu"]}))
     step = sgd.write if write else sgd
     result, after = step(grads, before, params, learning_rate=state.sgd_rate * (alpha / switched_at))
-    counts = tuple(None if count is None else jnp.asarray(optax.safe_increment(count)) for count in memory.counts)
+    counts = tuple(None if count is None else incremented(count) for count in memory.counts)
     adam = memory._replace(counts=counts, slots={**memory.slots, **own.read(after).slots})
     return result, state._replace(adam=definition.form.made(adam))
 

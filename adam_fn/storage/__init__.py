@@ -1,1 +1,1 @@
-"""Storage of moments and parameters in few bits."""
+"""How moments are stored (codec.py, low_bit_codes.py) and what becomes of bfloat16 parameters (parameter_bits.py)."""

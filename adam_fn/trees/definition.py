@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jax.typing import DTypeLike
 
+from adam_fn.algebra.arithmetic import incremented
 from adam_fn.algebra.bias import Weight, advance_weights, is_kept, weights_of
 from adam_fn.algebra.dtypes import compute_dtype
 from adam_fn.algebra.rule import Chain, Rule
@@ -86,10 +87,10 @@ def advanced(definition: Definition, memory: Memory) -> tuple[Rule, Memory]:
     """The rule of a step, and the memory after it, except for the slots."""
     counts = tuple(jnp.zeros((), jnp.int32) if count is None else count for count in memory.counts)
     rule = Chain(definition.rule.parts()).at(counts)
-    new = tuple(None if count is None else jnp.asarray(optax.safe_increment(count)) for count in memory.counts)
+    new = tuple(None if count is None else incremented(count) for count in memory.counts)
     kept: list[Weight] = []
     for part, now, count in zip(definition.rule.parts(), rule.parts(), counts, strict=True):
         betas = [beta(count) if callable(beta) else beta for beta in now.betas]
         kept += advance_weights(part.betas, betas, memory.weights[len(kept) :])
-    others = {field: jnp.asarray(optax.safe_increment(count)) for field, count in memory.others.items()}
+    others = {field: incremented(count) for field, count in memory.others.items()}
     return rule, Memory(new, tuple(kept), {}, others)

@@ -10,7 +10,7 @@ import optax
 
 from adam_fn.algebra.dtypes import compute_dtype
 from adam_fn.algebra.rule import Chain, Clock, Rule
-from adam_fn.storage.codes import codecs_of
+from adam_fn.storage.low_bit_codes import codecs_of
 from adam_fn.trees.leaves import Leaves, PyTree
 from adam_fn.trees.recording import UpdateCall, located, recorded
 from adam_fn.trees.states import Memory

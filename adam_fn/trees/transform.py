@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from adam_fn.algebra.rule import Rule
-from adam_fn.storage.codes import WORD, StorageLike, codecs_of
+from adam_fn.storage.low_bit_codes import WORD, StorageLike, codecs_of
 from adam_fn.trees.definition import Definition
 from adam_fn.trees.functions import Functions
 from adam_fn.trees.groups import Group, Groups

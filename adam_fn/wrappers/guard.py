@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from adam_fn.algebra.arithmetic import incremented
 from adam_fn.trees.leaves import PyTree
 from adam_fn.wrappers.base import (
     COUNT,
@@ -82,9 +83,9 @@ def _guarded(
 
 def decided(max_consecutive: int, finite: jax.Array, state: GuardState) -> tuple[jax.Array, GuardState]:
     """Whether a step is made, and the state after it but for that of the wrapped transformation."""
-    consecutive = jnp.where(finite, 0, optax.safe_increment(state.consecutive))
+    consecutive = jnp.where(finite, 0, incremented(state.consecutive))
     made = finite | (consecutive > max_consecutive)
-    skipped = jnp.where(made, state.skipped, optax.safe_increment(state.skipped))
+    skipped = jnp.where(made, state.skipped, incremented(state.skipped))
     return made, state._replace(skipped=skipped, consecutive=consecutive)
 
 

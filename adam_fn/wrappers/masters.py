@@ -18,7 +18,7 @@ import optax
 from adam_fn.algebra.values import method_of
 from adam_fn.execute.compiler import zeros_like
 from adam_fn.execute.destination import PARAMETERS, UPDATES, Destination, Inputs
-from adam_fn.storage.bfloat16 import join, landing, remainder_of, visible
+from adam_fn.storage.parameter_bits import join, landing, remainder_of, visible
 from adam_fn.trees.leaves import Leaves, PyTree
 from adam_fn.trees.update import Update
 from adam_fn.wrappers.base import TreeTransformation, check_state, check_transformation

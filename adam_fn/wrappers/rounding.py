@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from adam_fn.algebra.arithmetic import incremented
 from adam_fn.algebra.values import method_of
 from adam_fn.execute.destination import PARAMETERS, UPDATES, Destination, Inputs
 from adam_fn.storage import noise
-from adam_fn.storage.bfloat16 import landing, round_stochastically
+from adam_fn.storage.parameter_bits import landing, round_stochastically
 from adam_fn.trees.leaves import PyTree
 from adam_fn.trees.update import Update
 from adam_fn.wrappers.base import COUNT, TreeTransformation, check_state, check_transformation
@@ -97,7 +98,7 @@ class StochasticRounding(TreeTransformation):
         return _time(state.count, np.uint32(self.seed))
 
     def _next(self, state: RoundingState, inner: optax.OptState) -> RoundingState:
-        return RoundingState(jnp.asarray(optax.safe_increment(state.count)), inner)
+        return RoundingState(incremented(state.count), inner)
 
 
 @jax.jit

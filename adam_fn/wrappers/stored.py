@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from adam_fn.algebra.arithmetic import incremented
 from adam_fn.storage import noise
 from adam_fn.storage.codec import narrowed
 from adam_fn.trees.layout import StateLayout
@@ -48,7 +49,7 @@ class StoredMoments(TreeTransformation):
         marks = self._marks(like)
         wide = jax.tree.map(_widened, marks, state.inner)
         new, inner = optax.with_extra_args_support(self.tx).update(updates, wide, params, **extra_args)
-        count = jnp.asarray(optax.safe_increment(state.count))
+        count = incremented(state.count)
         return new, StoredState(count, _narrow(inner, marks, count, extra_args.get("layer")))
 
     def _marks(self, params: PyTree) -> PyTree:

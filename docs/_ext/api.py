@@ -24,7 +24,7 @@ TYPES = {
         "algebra.slots": ("Slots",),
         "trees.leaves": ("Mask", "PyTree"),
         "storage.codec": ("Stored",),
-        "storage.codes": ("StorageLike", "StorageName"),
+        "storage.low_bit_codes": ("StorageLike", "StorageName"),
         "options": ("Complex", "DecayKind"),
         "wrappers.layers": ("Embed", "Head", "Layer"),
         "surgery": ("Second",),

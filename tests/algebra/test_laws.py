@@ -18,7 +18,7 @@ from adam_fn.algebra.rule import Clock
 from adam_fn.execute.body import Times, body
 from adam_fn.execute.destination import UPDATES, Inputs
 from adam_fn.execute.run import step_leaf
-from adam_fn.storage.codes import codecs_of
+from adam_fn.storage.low_bit_codes import codecs_of
 
 SIZE = 64
 GRADS = random_gradients(8, SIZE)

@@ -21,7 +21,7 @@ from adam_fn.execute import cpu, run
 from adam_fn.execute.body import Times, body
 from adam_fn.execute.destination import PARAMETERS, UPDATES, Destination, Inputs
 from adam_fn.execute.sources import PARAMETER, sources
-from adam_fn.storage.codes import codecs_of
+from adam_fn.storage.low_bit_codes import codecs_of
 from adam_fn.storage.noise import time_offsets
 from adam_fn.wrappers.masters import MasterDestination
 from adam_fn.wrappers.rounding import RoundedDestination

@@ -13,8 +13,8 @@ from helpers.short import BF16, bits_of, run
 from helpers.states import slots_of
 
 import adam_fn
-from adam_fn.storage import bfloat16
-from adam_fn.storage.bfloat16 import round_stochastically
+from adam_fn.storage import parameter_bits
+from adam_fn.storage.parameter_bits import round_stochastically
 
 RNG = np.random.default_rng(0)
 LARGEST = 0x7F7F7FFF  # The bits of the largest float32 that bfloat16 does not round to inf.
@@ -50,8 +50,8 @@ def test_split_and_join_are_lossless() -> None:
 
     @full_jit
     def there_and_back(x: jax.Array) -> Any:
-        q = bfloat16.visible(x, 16)
-        return q, bfloat16.join(q.astype(BF16), bfloat16.remainder_of(x, q, 16), 16)
+        q = parameter_bits.visible(x, 16)
+        return q, parameter_bits.join(q.astype(BF16), parameter_bits.remainder_of(x, q, 16), 16)
 
     q, back = there_and_back(x)
     finite = (patterns & 0x7FFFFFFF) < 0x7F800000
@@ -69,8 +69,8 @@ def test_masters_of_24_bits_are_the_nearest() -> None:
 
     @full_jit
     def there_and_back(x: jax.Array) -> Any:
-        q = bfloat16.visible(x, 8)
-        return q, bfloat16.join(q.astype(BF16), bfloat16.remainder_of(x, q, 8), 8)
+        q = parameter_bits.visible(x, 8)
+        return q, parameter_bits.join(q.astype(BF16), parameter_bits.remainder_of(x, q, 8), 8)
 
     q, back = there_and_back(_floats(patterns))
     expected = (patterns + 0x80) >> 8 << 8
@@ -86,7 +86,7 @@ def test_any_parameter_joins_any_remainder(bits: int) -> None:
         np.array([0, 0x8000, 0x7F7F, 0xFF7F, 0x7F80, 0xFF80, 1, 0x3F80], np.uint16).view(ml_dtypes.bfloat16)
     )
     low, high = (np.full(8, value, f"int{bits}") for value in (-(1 << (bits - 1)), (1 << (bits - 1)) - 1))
-    down, up = (np.asarray(bfloat16.join(q, jnp.asarray(r), bits)) for r in (low, high))
+    down, up = (np.asarray(parameter_bits.join(q, jnp.asarray(r), bits)) for r in (low, high))
     assert (bits_of(down)[:2] == np.array([0, 0x80000000])).all()
     assert not np.isnan(down).any() and not np.isnan(up).any()
     assert (down[4:6] == [np.inf, -np.inf]).all() and (up[4:6] == [np.inf, -np.inf]).all()
@@ -110,7 +110,7 @@ def test_training_is_that_of_float32(bits: int) -> None:
 
     exact, _ = run(plain, start.astype(jnp.float32), grad, steps)
     short, states = run(adam_fn.master_weights(plain, bits), start, grad, steps)
-    masters = np.asarray(full_jit(lambda p, r: bfloat16.join(p, r, bits))(short, states.remainder))
+    masters = np.asarray(full_jit(lambda p, r: parameter_bits.join(p, r, bits))(short, states.remainder))
     expected = np.asarray(exact)
     np.testing.assert_array_equal(bits_of(short), (bits_of(masters).astype(np.uint64) + 0x8000) >> 16)
     if bits == 16:
@@ -152,7 +152,7 @@ def test_any_transformation_trains_as_in_float32(storage: Any, alone: bool) -> N
     exact, _ = run(plain, jax.tree.map(lambda p: p.astype(jnp.float32), start), grad, 20)
     short, states = run(adam_fn.master_weights(plain), start, grad, 20)
     for key, p in short.items():
-        masters = np.asarray(bfloat16.join(p, states.remainder[key], 16))
+        masters = np.asarray(parameter_bits.join(p, states.remainder[key], 16))
         np.testing.assert_array_equal(bits_of(masters), bits_of(exact[key]))
 
 
@@ -165,7 +165,7 @@ def test_nothing_drifts_where_float32_cannot_hold_the_difference(bits: int) -> N
     tx: Any = adam_fn.master_weights(optax.stateless(lambda g, _: g), bits)
     updates, state = full_jit(tx.update)(jnp.asarray(aim - wide), tx.init(p), p)
     after: Any = optax.apply_updates(p, updates)
-    master = np.asarray(bfloat16.join(after, state.remainder, bits))
+    master = np.asarray(parameter_bits.join(after, state.remainder, bits))
     aim = (wide + (aim - wide)).astype(np.float32)
     missed = bits_of(after) != (bits_of(aim).astype(np.uint64) + 0x8000) >> 16
     error = np.abs(np.float64(master) - aim)
@@ -184,7 +184,7 @@ def test_a_parameter_that_misses_keeps_a_remainder_that_fits() -> None:
     after: Any = optax.apply_updates(p, updates)
     # The first two land on the even neighbour, and the master is what is nearest to -k 2⁻²⁴ from there.
     np.testing.assert_array_equal(np.float32(after) * 2.0**24, np.array([0, -256, -254], np.float32))
-    master = np.asarray(bfloat16.join(after, state.remainder, 16))
+    master = np.asarray(parameter_bits.join(after, state.remainder, 16))
     np.testing.assert_array_equal(
         bits_of(master), bits_of(np.array([0, -255.5, -254], np.float32) * np.float32(2.0**-24))
     )
@@ -199,7 +199,7 @@ def test_changed_parameters_are_taken_as_they_are() -> None:
     for changed in (jnp.clip(p, -0.1, 0.1), jnp.zeros_like(p), -p):
         updates, new = tx.update(jnp.zeros(1000), state, changed)
         np.testing.assert_array_equal(optax.apply_updates(changed, updates), changed)
-        master = np.asarray(bfloat16.join(changed, new.remainder, 16))
+        master = np.asarray(parameter_bits.join(changed, new.remainder, 16))
         wide = np.asarray(changed, np.float32)
         assert (np.abs(master - wide) <= 2.0**-8 * np.abs(wide) + 1e-40).all()
 
