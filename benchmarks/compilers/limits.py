@@ -106,15 +106,15 @@ LIMITS = (
     Limit(TPU, OFFLOAD, "saved", 8.01, ("training",), least=-10.5, way="one program"),
     Limit(BOTH, OFFLOAD, "saved", 8.01, ("training",), least=7.9, way="two programs"),
     # Beside the layers' inputs and the gradient of one layer. A GPU's matrix products read copies of the parameters.
-    Limit(TPU, BACKWARD, "beside", 0.15, ("16bit",), way="one device"),
-    Limit(GPU, BACKWARD, "beside", 0.4, ("16bit",), way="one device"),
+    Limit(("v5e",), BACKWARD, "beside", 0.15, ("16bit",), way="one device"),
+    Limit(("h200",), BACKWARD, "beside", 0.4, ("16bit",), way="one device"),
     *(
-        Limit(TPU, BACKWARD, figure, most, (step,), base=f"{step}{ORDINARY}")
+        Limit(("v5e",), BACKWARD, figure, most, (step,), base=f"{step}{ORDINARY}")
         for step in ("16bit", "masters, 16bit")
         for figure, most in (("cycles", 1.02), ("temporaries", 1))
     ),
     *(
-        Limit(TPU, BACKWARD, "exchanged", 1, (step,), base=f"{step}{ORDINARY}", way="FSDP 16")
+        Limit(("v5e",), BACKWARD, "exchanged", 1, (step,), base=f"{step}{ORDINARY}", way="FSDP 16")
         for step in ("16bit", "masters, 16bit")
     ),
     Limit(GPU, OFFLOAD, "peak", 10.7, ("GPT-2 small",)),
