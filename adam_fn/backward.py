@@ -8,11 +8,11 @@
 
 The gradient of a layer is used as soon as it is computed: the layer and its part of the state are stepped, and the
 gradient is gone before the layer below begins. So a step needs the memory of the parameters, of the state, of the
-layers' inputs, and of a single layer's gradient. The parameters, the state and the result are those of
-`jax.value_and_grad` followed by `adam_fn.make_step`: a run can change from one to the other at any step.
+layers' inputs, of a single layer's gradient, and of the gradients of the parameters outside the layers. The results are
+those of `jax.value_and_grad` followed by `adam_fn.make_step`: a run can change from one to the other at any step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -24,8 +24,9 @@ from adam_fn.execute.sources import dependencies
 from adam_fn.trees.functions import owner_of
 from adam_fn.trees.leaves import PyTree
 from adam_fn.trees.stack import Stack
-from adam_fn.wrappers.base import step_parameters
-from adam_fn.wrappers.guard import SkipNonfinite, decided
+from adam_fn.wrappers.base import COUNT, check_state, step_parameters
+from adam_fn.wrappers.clip import check_norm
+from adam_fn.wrappers.guard import GuardState, SkipNonfinite, decided
 from adam_fn.wrappers.layers import Embed, Head, Layer, Model, Run
 
 
@@ -48,11 +49,11 @@ def value_and_step(
     `head` see all other parameters, with None in the place of the layers' arrays; a parameter that both use (tied
     embeddings) gets the sum of both gradients.
 
-    `tx` is called for one layer after the other, with the other parameters left out, and then for those. So every
-    update must depend on the gradient of its own leaf alone; anything else is a ValueError. Norms of a leaf (`lamb`,
-    `cautious`) are then norms of one layer's part of it. A mask that is a function sees leaves whose first axis has
-    length 1. What needs all gradients at once is done here, by a backward pass before the one that steps: clipping, by
-    `max_norm`, and `adam_fn.skip_nonfinite` as the outermost wrapper.
+    `tx` is called for one layer after the other, with None in the place of the other parameters, and then for those.
+    So every update must depend on the gradient of its own leaf alone; where it depends on another leaf's, that is a
+    ValueError. Norms and means of a leaf (`lamb`, `cautious`) are those of one layer's part of it. A mask that is a
+    function sees leaves whose first axis has length 1. What needs all gradients at once is done here, by a backward
+    pass before the one that steps: clipping, by `max_norm`, and `adam_fn.skip_nonfinite` as the outermost wrapper.
 
     Args:
       tx: the optimizer; its state is that of ``tx.init(params)``.
@@ -63,7 +64,8 @@ def value_and_step(
       layers: the path of the stacked parameters (see `adam_fn.masks.path`).
       has_aux: whether `head` returns ``(loss, aux)``; then `step` returns both in the place of the loss.
       microbatches: the number of equal parts in which the batch, an array or tree of arrays with the examples first,
-        is computed one after the other. The loss is their mean, and aux has a first axis for them.
+        is computed one after the other. The loss is their mean, and aux has a first axis for them. Their gradients are
+        added in the dtype of the parameters.
       keep_every: 1 keeps the input of each layer for the backward pass; k keeps that of each k-th one, and computes the
         others again from it, k of them at a time.
       max_norm: clips the gradients of all parameters by their global norm, exactly, as
@@ -75,6 +77,8 @@ def value_and_step(
     """
     if keep_every < 1 or microbatches < 1:
         raise ValueError(f"keep_every and microbatches must be at least 1, got {keep_every} and {microbatches}")
+    if max_norm is not None:
+        check_norm(max_norm)
     model = Model(embed, layer, head, has_aux)
     if microbatches > 1:
         model = model.in_parts(microbatches)
@@ -85,36 +89,45 @@ def value_and_step(
         inner = guard.tx if guard else tx
         if hasattr(owner_of(inner), "state_shardings"):
             raise ValueError("zero1 and offload plan for whole leaves: value_and_step takes what they wrap")
+        if guard:
+            check_state(state, GuardState, "skip_nonfinite", skipped=COUNT, consecutive=COUNT)
         stack = Stack(inner, params, state.inner if guard else state, layers, keep_every)
-        _check_separate(inner, stack, params)
+        _check_separate(inner, stack, params, extra_args)
         run = Run(inner, model, stack, batch, extra_args)
         ends = run.ends()
         if guard is None and max_norm is None:
             return ends.value, *run.step(ends, None, None)
-        total, scale = run.norm(ends), None
+        (total, finite), scale = run.norm(ends), None
         if max_norm is not None:
             limit = jnp.asarray(max_norm, total.dtype)
             scale = jnp.where(total <= limit, 1, limit / jnp.where(total == 0, 1, total))
         if guard is None:
             return ends.value, *run.step(ends, scale, None)
-        made, outer = decided(guard.max_consecutive, jnp.isfinite(total), state)
+        made, outer = decided(guard.max_consecutive, finite, state)
         new, after = run.step(ends, scale, made)
         return ends.value, new, outer._replace(inner=after)
 
     return step
 
 
-def _check_separate(tx: optax.GradientTransformation, stack: Stack, params: PyTree) -> None:
-    """Raises if an update depends on gradients of other leaves."""
+def _check_separate(
+    tx: optax.GradientTransformation, stack: Stack, params: PyTree, extra_args: Mapping[str, PyTree]
+) -> None:
+    """Raises if an update, or a part of the state, depends on gradients of other leaves."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params)
     state = stack.treedef.unflatten(jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in stack.state)
-    closed = jax.make_jaxpr(lambda g, s, p: step_parameters(tx, g, s, p)[0])(shapes, state, shapes)
-    names = [name for name, p in zip(stack.leaves.paths, stack.leaves.leaves, strict=True) if p is not None]
-    for name, needed in zip(names, dependencies(closed.jaxpr), strict=True):
-        others = [other for i, other in enumerate(names) if i in needed and other != name]
+    closed = jax.make_jaxpr(lambda g, s, p: step_parameters(tx, g, s, p, **extra_args))(shapes, state, shapes)
+    there = [i for i, p in enumerate(stack.leaves.leaves) if p is not None]
+    results = [(i, f"the step of {stack.leaves.paths[i]}") for i in there]
+    results += [
+        (-1 if k in stack.fixed else owner, f"the state's {name}")
+        for k, (owner, name) in enumerate(zip(stack.owners, stack.names, strict=True))
+    ]
+    for (owner, name), needed in zip(results, dependencies(closed.jaxpr), strict=True):
+        others = [stack.leaves.paths[there[n]] for n in sorted(needed) if n < len(there) and there[n] != owner]
         if others:
             raise ValueError(
-                f"the step of {name} depends on the gradients of {', '.join(others[:3])}, which exist only after "
-                "the backward pass. For clipping by the global norm, give value_and_step max_norm; for "
-                "skip_nonfinite, make it the outermost wrapper; swats and apply_if_finite cannot be used"
+                f"{name} depends on the gradients of {', '.join(others[:3])}, which exist only after the "
+                "backward pass. For clipping by the global norm, give value_and_step max_norm; for skip_nonfinite, "
+                "make it the outermost wrapper; swats and apply_if_finite cannot be used"
             )

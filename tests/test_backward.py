@@ -113,6 +113,25 @@ def assert_same(found: Any, expected: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+@pytest.mark.parametrize("name", ["adamw, 16 bits, by rank", "24 bits", "masters", "stochastic rounding"])
+def test_the_way_of_gpus_and_tpus(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One array after the other, each computed anew; here without integers, which are no arguments of a barrier."""
+
+    def default(*arguments: Any, default: Any, **_: Any) -> Any:
+        return default(*arguments)
+
+    make, dtype = SAME[name]
+    tx, params = make(), init(dtype, index=False)
+    expected = train(ordinary(tx), tx, params)
+    monkeypatch.setattr(jax.lax, "platform_dependent", default)
+    found = train(jax.jit(backward.value_and_step(tx, embed, layer, head)), tx, params)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(np.asarray(x, float), np.asarray(y, float), rtol=0.02, atol=0.02),
+        found[:2],
+        expected[:2],
+    )
+
+
 @pytest.mark.parametrize("name", SAME)
 def test_the_same_steps_bit_for_bit(name: str) -> None:
     make, dtype = SAME[name]
@@ -228,10 +247,62 @@ def test_what_needs_all_gradients_is_an_error() -> None:
         optax.apply_if_finite(adam_fn.adam(1e-2), 3),
         adam_fn.swats(1e-2),
         optax.chain(adam_fn.skip_nonfinite(adam_fn.adam(1e-2))),
+        optax.chain(optax.snapshot("norm", optax.tree.norm), adam_fn.adam(1e-2)),
     ]
     for tx in wrong:
         with pytest.raises(ValueError, match=r"depends on the gradients of .*max_norm"):
             backward.value_and_step(tx, embed, layer, head)(params, tx.init(params), BATCHES[0])
+    # Of a single leaf only the state tells.
+    alone = {"layers": {"w": jnp.ones((LAYERS, WIDTH))}}
+    with pytest.raises(ValueError, match="the state's notfinite_count depends on the gradients of layers/w"):
+        backward.value_and_step(wrong[2], lambda p, b: b, lambda p, h, b: h * p["w"][None], lambda p, h, b: h.mean())(
+            alone, wrong[2].init(alone), jnp.ones((2, WIDTH))
+        )
+
+
+def test_states_of_other_shapes() -> None:
+    """Adafactor's factored moments have the layers first; what has no axis for them is an error."""
+    params = init(index=False)
+    tx: Any = optax.adafactor(
+        1e-2, min_dim_size_to_factor=8, multiply_by_parameter_scale=False, clipping_threshold=None
+    )
+    _, found, state = train(full_jit(backward.value_and_step(tx, embed, layer, head)), tx, params)
+    _, expected, after = train(ordinary(tx), tx, params)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), (found, state), (expected, after))
+    tx = optax.chain(optax.zero_nans(), adam_fn.adam(1e-2))
+    with pytest.raises(ValueError, match=r"the state's 0/found_nan/.* depends on"):
+        backward.value_and_step(tx, embed, layer, head)(params, tx.init(params), BATCHES[0])
+
+
+@pytest.mark.parametrize("options", [{"max_norm": 0.1}, {"keep_every": 2}, {"microbatches": 2}])
+def test_a_guard_with_other_options(options: dict[str, Any]) -> None:
+    params, plain = init(), adam_fn.adamw(1e-2)
+    guarded = adam_fn.skip_nonfinite(plain)
+    _, expected, state = train(jax.jit(backward.value_and_step(plain, embed, layer, head, **options)), plain, params)
+    found = train(jax.jit(backward.value_and_step(guarded, embed, layer, head, **options)), guarded, params)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7), found[1], expected)
+    assert int(found[2].inner[0].count) == int(state[0].count) == 3 and int(found[2].skipped) == 0
+
+
+def test_injected_hyperparameters_groups_and_nested_paths() -> None:
+    groups = adam_fn.Groups({"*": Group(rate=0.5)}, complete=True)
+    tx = optax.inject_hyperparams(lambda learning_rate: adam_fn.adam(learning_rate, groups=groups))(learning_rate=1e-2)
+    params = {
+        "decoder": {"blocks": init(index=False)["layers"]},
+        "rest": {"embed": init()["embed"], "norm": init()["norm"]},
+    }
+    step = backward.value_and_step(
+        tx,
+        lambda p, batch: embed(p["rest"], batch),
+        layer,
+        lambda p, h, batch: head(p["rest"], h, batch),
+        layers="decoder/blocks",
+    )
+
+    def whole(p: Any, batch: Any) -> Any:
+        return loss({**p["rest"], "layers": p["decoder"]["blocks"]}, batch)
+
+    _compare(step, tx, params, whole)
 
 
 def test_errors_name_what_is_wrong() -> None:

@@ -9,6 +9,14 @@ import jax.extend.core
 PARAMETER = ""
 
 
+#: Primitives that call a function with their own arguments.
+_CALLS = {"jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call"}
+
+
+#: Primitives that call a function with their own arguments.
+_CALLS = {"jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call"}
+
+
 def sources(
     step: Callable[[jax.Array | None, Mapping[str, jax.Array]], Mapping[str, jax.Array]],
     p: jax.Array | None,
@@ -26,7 +34,7 @@ def sources(
 
 
 def dependencies(jaxpr: jax.extend.core.Jaxpr) -> list[set[int]]:
-    """The numbers of the inputs on which each output depends; loops and branches depend on all that they are given."""
+    """The numbers of the inputs on which each output depends; loops depend on all that they are given."""
     known: dict[object, set[int]] = {x: {i} for i, x in enumerate(jaxpr.invars)}
 
     def of(x: object) -> set[int]:
@@ -34,17 +42,13 @@ def dependencies(jaxpr: jax.extend.core.Jaxpr) -> list[set[int]]:
 
     for equation in jaxpr.eqns:
         given = [of(x) for x in equation.invars]
-        inner = next((x for x in equation.params.values() if isinstance(x, jax.extend.core.ClosedJaxpr)), None)
-        calls = equation.primitive.name in {
-            "jit",
-            "pjit",
-            "closed_call",
-            "custom_jvp_call",
-            "custom_vjp_call",
-            "remat2",
-        }
-        if calls and inner is not None:
-            results = [set[int]().union(*(given[i] for i in own)) for own in dependencies(inner.jaxpr)]
+        inner = [x.jaxpr for x in equation.params.values() if isinstance(x, jax.extend.core.ClosedJaxpr)]
+        if equation.primitive.name == "cond":
+            index, *given = given
+            branches = [dependencies(x.jaxpr) for x in equation.params["branches"]]
+            results = [index.union(*(given[i] for own in each for i in own)) for each in zip(*branches, strict=True)]
+        elif equation.primitive.name in _CALLS and inner:
+            results = [set[int]().union(*(given[i] for i in own)) for own in dependencies(inner[0])]
         else:
             results = [set[int]().union(*given)] * len(equation.outvars)
         known.update(zip(equation.outvars, results, strict=True))

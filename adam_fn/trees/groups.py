@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from adam_fn.algebra.links import WeightDecay
 from adam_fn.algebra.rule import Clock, Rule
-from adam_fn.trees.leaves import PyTree, match_patterns
+from adam_fn.trees.leaves import Leaves, PyTree, match_patterns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,8 @@ class Groups:
     def per_leaf(self, params: PyTree) -> list[Group]:
         """The group of each leaf of a tree, None included."""
         found = match_patterns([pattern for pattern, _ in self.patterns], params)
-        uncovered = [name for name, hits in found if not any(hits)]
+        there = zip(found, Leaves(params).leaves, strict=True)
+        uncovered = [name for (name, hits), leaf in there if leaf is not None and not any(hits)]
         if self.complete and uncovered:
             raise ValueError(f"no pattern of the groups matches the parameters {', '.join(uncovered)}")
         groups = [group for _, group in self.patterns]

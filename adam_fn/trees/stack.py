@@ -24,23 +24,57 @@ class Stack:
             if inside and p is not None
         }
         if not lengths:
-            raise ValueError(f"layers={path!r} names no parameters; there are {', '.join(self.leaves.paths)}")
+            raise ValueError(f"layers={path!r} names no parameters; there are {', '.join(self.leaves.paths[:8])}")
         if len({*lengths.values()}) > 1 or None in lengths.values():
             raise ValueError(f"the first axes of stacked layers must have one length, got {lengths}")
         self.length: int = next(iter(lengths.values())) or 0
         if self.length % every:
             raise ValueError(f"keep_every={every} does not divide the number of layers, {self.length}")
-        self.state, self.treedef = jax.tree.flatten(state)
+        flat, self.treedef = jax.tree_util.tree_flatten_with_path(state)
+        self.names, self.state = [join_keys(keys) for keys, _ in flat], [x for _, x in flat]
         owned = owners(tx, params)
         if jax.tree.structure(owned) != self.treedef:
             raise ValueError("the state does not have the structure of tx.init(params)")
         self.owners: list[int] = jax.tree.leaves(owned)
+        kinds = ["shared" if i < 0 else "layers" if self.inside[i] else "others" for i in self.owners]
+        self._find_fixed(tx, params, kinds)
+        self.shared, self.of_layers, self.others, self.fixed = (
+            [k for k, own in enumerate(kinds) if own == kind] for kind in ("shared", "layers", "others", "fixed")
+        )
 
-    def numbers(self) -> tuple[list[int], list[int], list[int]]:
-        """The numbers of the arrays of the state that belong to no parameter, to the layers, and to the others."""
-        kinds = [0 if owner < 0 else 1 if self.inside[owner] else 2 for owner in self.owners]
-        shared, layers, others = ([k for k, own in enumerate(kinds) if own == kind] for kind in range(3))
-        return shared, layers, others
+    def _find_fixed(self, tx: optax.GradientTransformation, params: PyTree, kinds: list[str]) -> None:
+        """Compares the state with that of one layer; marks what has no axis for the layers and no other shape there."""
+
+        def one(inside: bool, p: Any) -> Any:  # noqa: ANN401
+            return (
+                jax.ShapeDtypeStruct((1, *jnp.shape(p)[1:]), jnp.result_type(p)) if inside and p is not None else None
+            )
+
+        tree = self.leaves.treedef.unflatten(map(one, self.inside, self.leaves.leaves))
+        rest = self.leaves.treedef.unflatten(
+            None if inside or p is None else jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p))
+            for inside, p in zip(self.inside, self.leaves.leaves, strict=True)
+        )
+        for part, left_out in ((tree, "others"), (rest, "layers")):
+            found = jax.tree.leaves(jax.eval_shape(tx.init, part))
+            numbers = [
+                k for k, kind in enumerate(kinds) if kind != left_out and (left_out == "others" or kind != "fixed")
+            ]
+            if len(found) != len(numbers):
+                raise ValueError("tx.init gives another state for a part of the parameters than for all of them")
+            for k, x in zip(numbers, found, strict=True):
+                shape, dtype = jnp.shape(self.state[k]), jnp.result_type(self.state[k])
+                if kinds[k] == "layers":
+                    axis = self.axis(k)
+                    if shape[axis : axis + 1] == (self.length,) and (*shape[:axis], 1, *shape[axis + 1 :]) == x.shape:
+                        shape = x.shape
+                    elif shape == x.shape:
+                        kinds[k] = "fixed"
+                if (shape, dtype) != (x.shape, x.dtype):
+                    raise ValueError(
+                        f"the state's {self.names[k]} is {dtype}{list(shape)}, and {x.dtype}{list(x.shape)} for a part "
+                        "of the parameters: it cannot be stepped layer by layer"
+                    )
 
     def axis(self, k: int) -> int:
         """The axis of the layers in an array of the state: that of two reals stands before it."""

@@ -86,10 +86,15 @@ def clip_by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformationExtr
     Args:
       max_norm: a number of at least 0, or a 0-d array, in units of the gradient.
     """
+    check_norm(max_norm)
+    return ClipByGlobalNorm(max_norm).transformation()
+
+
+def check_norm(max_norm: ArrayLike) -> None:
+    """Raises if an object is no limit of a norm."""
     if callable(max_norm):
         raise TypeError(f"max_norm must be a number or a 0-d array, not a schedule, got {max_norm!r}")
     if isinstance(max_norm, (int, float, np.generic)) and not max_norm >= 0:
         raise ValueError(f"max_norm must be at least 0, got {max_norm}")
     if jnp.shape(max_norm) != ():
         raise ValueError(f"max_norm must be a scalar, got an array of shape {jnp.shape(max_norm)}")
-    return ClipByGlobalNorm(max_norm).transformation()

@@ -79,10 +79,6 @@ def _sum(x: Any, y: Any) -> Any:  # noqa: ANN401
     return x if x.dtype == jax.dtypes.float0 else x + y
 
 
-def _trained(grads: Sequence[Any]) -> list[Any]:
-    return [g for g in grads if g.dtype != jax.dtypes.float0]
-
-
 def _scaled(g: Any, scale: jax.Array | None) -> Any:  # noqa: ANN401
     return g if scale is None or g.dtype == jax.dtypes.float0 else (g * scale).astype(g.dtype)
 
@@ -152,20 +148,27 @@ class Run:
 
         return Ends(value, inside, outside, kept, dh, finish)
 
-    def norm(self, ends: "Ends") -> jax.Array:
-        """The global norm of all gradients."""
+    def norm(self, ends: "Ends") -> tuple[jax.Array, jax.Array]:
+        """The global norm of all gradients, and whether all of them are finite."""
 
-        def use(norms: jax.Array, i: jax.Array, slices: list[Any], grads: list[Any]) -> jax.Array:
-            return norms.at[i].set(norm(jax.tree.leaves(reals(_trained(grads)))))
+        def measured(grads: list[Any]) -> tuple[jax.Array, jax.Array]:
+            arrays = jax.tree.leaves(reals([g for g in grads if g.dtype != jax.dtypes.float0]))
+            finite = functools.reduce(jnp.logical_and, [jnp.isfinite(x).all() for x in arrays], jnp.asarray(True))
+            return norm(arrays), finite
 
-        norms, dh = self._backward(jnp.zeros(self.stack.length), ends, lambda _: ends.inside, use)
-        outside = norm(jax.tree.leaves(reals(_trained(ends.finish(dh)))))
-        return norm([norms, jnp.reshape(outside, 1)])
+        def use(carry: Any, i: jax.Array, slices: list[Any], grads: list[Any]) -> Any:  # noqa: ANN401
+            own, finite = measured(grads)
+            return carry[0].at[i].set(own), carry[1] & finite
+
+        carry = jnp.zeros(self.stack.length), jnp.asarray(True)
+        (norms, inside), dh = self._backward(carry, ends, lambda _: ends.inside, use)
+        outside, finite = measured(ends.finish(dh))
+        return norm([norms, jnp.reshape(outside, 1)]), inside & finite
 
     def step(self, ends: "Ends", scale: jax.Array | None, made: jax.Array | None) -> tuple[PyTree, PyTree]:
         """The new parameters and the new state; the old ones where `made` is false."""
         stack = self.stack
-        shared, of_layers, others = stack.numbers()
+        shared, of_layers = [*stack.shared, *stack.fixed], stack.of_layers
 
         def stepped(grads: PyTree, params: PyTree, given: dict[int, jax.Array], **more: Any) -> Any:  # noqa: ANN401
             """A step of some parameters, with arrays of the state by their numbers; they keep their order in it."""
@@ -232,9 +235,9 @@ class Run:
         carry = ends.inside, {k: stack.state[k] for k in of_layers}
         (inside, arrays), dh = self._backward(carry, ends, lambda carry: carry[0], use)
         outside = stack.tree(None, [_scaled(g, scale) for g in ends.finish(dh)])
-        given = {k: stack.state[k] for k in (*shared, *others)}
+        given = {k: stack.state[k] for k in (*stack.shared, *stack.others)}
         new, after = stepped(outside, stack.tree(None, ends.outside), given)
-        state = {**arrays, **after}
+        state = {**arrays, **after, **{k: stack.state[k] for k in stack.fixed}}
         return stack.tree(inside, stack.split(new)[1]), stack.treedef.unflatten([state[k] for k in sorted(state)])
 
     def _backward(
