@@ -63,7 +63,9 @@ class Adan(Adam):
         delta = ema(self.b2, slots["delta"], difference)
         nu = ema(self.b3, slots["nu"], self.square(g + beta_value(self.b2) * difference))
         ahead = self.direction(mu, g, clock) + beta_value(self.b2) / clock.weights[2] * delta
-        return self.scaled(ahead, nu, clock), {**stored, "nu": nu, "delta": delta, "grad": g}
+        # Always g. XLA for GPUs and v6e would make a pass of its own for an array that it returns as it is.
+        grad = jnp.where(clock.count < 0, slots["grad"], g)
+        return self.scaled(ahead, nu, clock), {**stored, "nu": nu, "delta": delta, "grad": grad}
 
 
 @lists_options
