@@ -114,7 +114,7 @@ def assert_same(found: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw, 16 bits, by rank", "24 bits", "masters", "stochastic rounding"])
-def test_the_way_of_gpus_and_tpus(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_path_of_gpus_and_tpus_takes_the_same_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One array after the other, each computed anew; here without integers, which are no arguments of a barrier."""
 
     def default(*arguments: Any, default: Any, **_: Any) -> Any:
@@ -141,7 +141,7 @@ def test_the_same_steps_bit_for_bit(name: str) -> None:
     assert np.abs(np.asarray(expected[1]["layers"]["w2"] - params["layers"]["w2"], np.float32)).max() > 1e-3
 
 
-def test_optax_and_a_run_that_changes_between_the_two() -> None:
+def test_a_run_may_alternate_between_these_and_ordinary_steps() -> None:
     params = init(index=False)
     tx = optax.adamw(1e-2)
     ours, theirs = full_jit(backward.value_and_step(tx, embed, layer, head)), ordinary(tx)
@@ -260,7 +260,7 @@ def test_what_needs_all_gradients_is_an_error() -> None:
         )
 
 
-def test_states_of_other_shapes() -> None:
+def test_factored_moments_keep_the_layers_first() -> None:
     """Adafactor's factored moments have the layers first; what has no axis for them is an error."""
     params = init(index=False)
     tx: Any = optax.adafactor(
@@ -361,7 +361,7 @@ def test_fully_sharded(axes: AxisType) -> None:
         assert x.sharding.is_equivalent_to(places["layers"]["w1"], x.ndim)
 
 
-def test_inside_shard_map() -> None:
+def test_a_batch_divided_inside_shard_map_gives_the_ordinary_steps() -> None:
     """Each device has a part of the batch; gradients are summed where `jax.grad` sums them."""
     tx, params = adam_fn.adamw(1e-2, storage="24bit"), init()
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))

@@ -113,7 +113,7 @@ def test_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("storage", ["24bit", "16bit"])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
-def test_sharded_and_onto_another_mesh(tmp_path: Path, kind: AxisType, storage: Any) -> None:
+def test_a_sharded_run_goes_on_bit_for_bit_on_another_mesh(tmp_path: Path, kind: AxisType, storage: Any) -> None:
     """Saved from eight devices; back on them, and on two by two laid out otherwise, training goes on, bit for bit."""
     tx = adam_fn.master_weights(adam_fn.adamw(1e-2, storage=storage))
     train = adam_fn.make_step(tx)

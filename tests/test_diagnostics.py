@@ -179,7 +179,7 @@ WRAPPERS: dict[str, optax.GradientTransformation] = {
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_it_is_found_in_every_wrapper(name: str) -> None:
+def test_the_optimizer_is_found_in_every_wrapper(name: str) -> None:
     tx = WRAPPERS[name]
     params = {"w": jnp.asarray(START), "b": jnp.ones(2)}
     params, state, updates = stepped(tx, [{"w": jnp.asarray(g), "b": jnp.ones(2)} for g in GRADS], params)
@@ -463,14 +463,14 @@ SHARDED = adam_fn.adamw(RATE, storage="16bit")
 
 @functools.cache
 def alone() -> dict[str, jax.Array]:
-    """What `test_sharded` expects: all of it on one device."""
+    """What `test_a_sharded_summary_gathers_no_array` expects: all of it on one device."""
     params, grads = jnp.asarray(MATRIX[0]), jnp.asarray(MATRIX[1])
     updates, state = SHARDED.update(grads, SHARDED.init(params), params)
     return diagnostics.summary(SHARDED, state, params, updates, grads)
 
 
 @pytest.mark.parametrize("explicit", [False, True])
-def test_sharded(explicit: bool) -> None:
+def test_a_sharded_summary_gathers_no_array(explicit: bool) -> None:
     """The same numbers, elements that stay where they are, and no array gathered."""
     kind = AxisType.Explicit if explicit else AxisType.Auto
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(kind, kind))
@@ -524,7 +524,7 @@ def test_what_is_not_there_is_an_error() -> None:
     assert set(read(diagnostics.summary, adam_fn.lion(RATE))) == {"learning_rate", "next_learning_rate", "weight_decay"}
 
 
-def test_annealing() -> None:
+def test_ratio_and_step_fall_near_the_optimum_at_a_constant_rate() -> None:
     """Near the optimum of a noisy bowl the ratio and the step fall by themselves: the rate is constant."""
     tx, params = adam_fn.adam(RATE), jnp.full(64, 1.0)
     state, noise = tx.init(params), jnp.asarray(np.random.default_rng(0).standard_normal((300, 64)), jnp.float32)

@@ -82,7 +82,7 @@ def test_a_field_called_value_keeps_its_name(kind: Any) -> None:
         assert float(updates["w"][0]) != 0
 
 
-def test_at_the_root_too() -> None:
+def test_a_field_called_value_at_the_root_keeps_its_name_too() -> None:
     params = Pair(jnp.ones(3), jnp.full(2, 2.0))
     tx = adam_fn.adam(1e-2)
     found = diagnostics.summary(tx, tx.init(params), params, per_leaf=True)
@@ -183,7 +183,7 @@ def test_radam_at_its_least_threshold() -> None:
 
 
 @pytest.mark.parametrize("name", ["nadam's schedule", "average", "schedules", "radam"])
-def test_the_last_count(name: str) -> None:
+def test_updates_stay_finite_past_the_last_count(name: str) -> None:
     """Nothing is computed from the count that follows the largest one, which is negative."""
     tx, params = FAMILY[name](), jnp.ones(2)
     state = tx.init(params)
@@ -199,12 +199,12 @@ def test_the_last_count(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["lamb", "adan", "lion", "adamw"])
 @pytest.mark.parametrize("options", [{"mask": {"w": True}}, {"decay": "l2"}, {"groups": {"w": Group(decay=2.0)}}])
-def test_options_of_a_decay_that_there_is_not(name: str, options: dict[str, Any]) -> None:
+def test_decay_options_without_a_weight_decay_are_errors(name: str, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="weight_decay"):
         getattr(adam_fn, name)(1e-3, weight_decay=None, **options)
 
 
-def test_a_decay_on_the_wrong_side_of_the_rate() -> None:
+def test_every_decay_on_the_wrong_side_of_the_rate_is_an_error() -> None:
     adam, rate = adam_fn.Adam(), adam_fn.Rate(0.1)
     for wrong in (
         lambda: adam >> adam_fn.ProximalDecay(0.1, 0.1) >> rate,
@@ -267,7 +267,7 @@ def test_strict_promotion_and_leaked_tracers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_without_jit(name: str) -> None:
+def test_the_whole_family_steps_the_same_without_jit(name: str) -> None:
     tx, params = FAMILY[name](), {"w": jnp.ones((2, 3))}
     expected, _ = full_jit(tx.update)(params, tx.init(params), params)
     with jax.disable_jit():
@@ -289,7 +289,7 @@ def test_numbers_without_jit() -> None:
 # Arrays in a transformation, and what looks for them.
 
 
-def test_equinox_finds_arrays_and_flax_does_not() -> None:
+def test_array_hyperparameters_are_leaves_to_equinox_and_not_to_flax() -> None:
     """Three rates trace once, optimizers can be mapped over, and `nnx.Optimizer` takes them."""
     traced = []
 
@@ -315,7 +315,7 @@ def test_equinox_finds_arrays_and_flax_does_not() -> None:
 # What errors say.
 
 
-def test_messages() -> None:
+def test_errors_say_what_was_expected() -> None:
     params = {"a": jnp.ones(2), "b": jnp.ones(3)}
     tx = adam_fn.adam(1e-3)
     with pytest.raises(ValueError, match="the tree is a dict, not a FrozenDict"):

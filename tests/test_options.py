@@ -62,7 +62,7 @@ def test_signature_lists_the_shared_options(alias: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
-def test_equal_by_value(case: Case) -> None:
+def test_optimizers_are_equal_by_value(case: Case) -> None:
     one, two = case.make(1e-3), case.make(1e-3)
     assert one == two
     assert hash(one) == hash(two)
@@ -218,7 +218,7 @@ def test_bad_masks(mask: Any, message: str) -> None:
         adam_fn.adamw(1e-3, mask=mask).init(params)
 
 
-def test_decay_on_the_wrong_side_of_the_rate() -> None:
+def test_a_composed_rule_whose_decay_would_make_weights_grow_is_an_error() -> None:
     """``p - αu + λp`` would let the weights grow."""
     rate, decay, independent = adam_fn.Rate(1e-3), adam_fn.Decay(0.1), adam_fn.Decay(0.1, independent=True)
     for rule in (decay >> rate, rate >> independent, decay >> adam_fn.Adam() >> rate >> independent):

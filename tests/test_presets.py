@@ -218,7 +218,7 @@ def test_every_preset_is_here_and_every_record_has_its_preset(records: Mapping[s
 
 @pytest.mark.quick
 @pytest.mark.parametrize("row", [row for row in ROWS if row.record], ids=_id)
-def test_oracle_is_the_record(row: Row, records: Mapping[str, Array]) -> None:
+def test_oracles_reproduce_the_records_of_the_presets(row: Row, records: Mapping[str, Array]) -> None:
     assert distance(transcribed(row), records[str(row.record)]) < 1e-12
 
 
@@ -271,7 +271,7 @@ def test_signature_and_help(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_options(name: str) -> None:
+def test_presets_take_frozen_dtypes_and_decay_masks(name: str) -> None:
     params = {"w": jnp.ones(3), "b": jnp.ones(3), "fixed": jnp.ones(3)}
     options: dict[str, Any] = {"frozen": {"w": False, "b": False, "fixed": True}, "mu_dtype": "bfloat16"}
     plain, stored = make(name), make(name, **options, nu_dtype="bfloat16")
@@ -290,7 +290,7 @@ def test_options(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["caffe_adam", "cntk_adam", "chainer_adam", "keras3_adamw"])
-def test_inject_hyperparams(name: str) -> None:
+def test_presets_work_with_inject_hyperparams(name: str) -> None:
     static = ("minibatch_size", "time_constant") if name == "cntk_adam" else ()
     tx = optax.inject_hyperparams(getattr(presets, name), static_args=static)(**required(name))
     p = jnp.asarray(random_gradients(1, 8, seed=1)[0])

@@ -75,7 +75,7 @@ FORMULAS: dict[str, tuple[Any, Callable[[int], float]]] = {
 
 
 @pytest.mark.parametrize("key", FORMULAS)
-def test_formula(key: str) -> None:
+def test_schedules_follow_their_formulas(key: str) -> None:
     schedule, formula = FORMULAS[key]
     found = jax.jit(jax.vmap(schedule))(COUNTS)
     assert found.dtype == jnp.float32

@@ -123,5 +123,5 @@ def test_the_arithmetic_runs_in_one_place() -> None:
     assert callers == ["execute.body"]  # `rule.leaf` is called by `body`, and otherwise only by `Chain`.
 
 
-def test_it_is_typed() -> None:
+def test_the_package_is_marked_as_typed() -> None:
     assert (ROOT / "py.typed").exists()

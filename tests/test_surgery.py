@@ -162,7 +162,7 @@ def test_adapt_keeps_begins_and_drops_leaves(name: str) -> None:
     tx.update(grads_of(more), found, more)
 
 
-def test_errors() -> None:
+def test_errors_of_surgery_name_what_is_wrong() -> None:
     tx = adam_fn.adam(1e-2)
     state = tx.init(P)
     with pytest.raises(ValueError, match="where of kernel is float32, expected booleans"):

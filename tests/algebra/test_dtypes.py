@@ -46,7 +46,7 @@ def test_low_precision_gradients(dtype: Any) -> None:
 @pytest.mark.quick("bfloat16-16bit")
 @STORAGES
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_every_finite_gradient_and_no_other(dtype: Any, storage: Any) -> None:
+def test_finite_gradients_recover_at_any_magnitude_and_nan_shows_for_good(dtype: Any, storage: Any) -> None:
     """Any magnitude and spike gives finite updates and moments, which recover; what is not finite shows, for good."""
     txs = [case.make(storage=storage) for case in MEMBERS]
     tx: Any = together(txs)
@@ -115,7 +115,7 @@ def test_state_types_are_stable(case: Case, params: Any, grads: Any) -> None:
 
 
 @pytest.mark.parametrize("case", MEMBERS, ids=name)
-def test_x64(case: Case) -> None:
+def test_each_parameter_keeps_its_dtype_under_x64(case: Case) -> None:
     """float64 parameters keep float64; float32 ones stay float32, NumPy float64 hyperparameters or not."""
     with jax.enable_x64(True):
         for dtype in (jnp.float32, jnp.float64):

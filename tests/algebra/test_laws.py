@@ -26,7 +26,7 @@ PARAMS = np.random.default_rng(1).standard_normal(SIZE).astype(np.float32)
 
 
 @pytest.mark.quick
-def test_elementwise() -> None:
+def test_rules_commute_with_permutations_of_the_elements() -> None:
     """1. A rule commutes with every permutation of the elements, bit for bit."""
     order = np.random.default_rng(2).permutation(SIZE)
     txs = [case.make() for case in CASES]
@@ -38,7 +38,7 @@ def test_elementwise() -> None:
 
 
 @pytest.mark.quick
-def test_composition() -> None:
+def test_a_composed_rule_equals_the_chain_of_its_transformations() -> None:
     """2. ``transform(a >> b)`` is ``chain(transform(a), transform(b))``, for every pair of rules in either order."""
     rules = [case.member for case in MEMBERS] + [adam_fn.Decay(0.1), adam_fn.Rate(0.1)]
     pairs = list(itertools.product(rules, rules))
@@ -121,7 +121,7 @@ def test_invariant_to_the_scale_of_the_gradients(scale: float) -> None:
 
 
 @pytest.mark.parametrize(("b1", "b2"), [(0.9, 0.999), (0.5, 0.9), (0.9, 0.99)])
-def test_step_bound(b1: float, b2: float) -> None:
+def test_growing_gradients_reach_the_step_bound_and_none_exceed_it(b1: float, b2: float) -> None:
     """6. |Δ_t| ≤ α (1-β₁)/(1-β₁ᵗ) √((1-β₂ᵗ)/(1-β₂)) √((1-rᵗ)/(1-r)), r = β₁²/β₂: reached by growing gradients."""
     steps = 60
     t = np.arange(1, steps + 1)

@@ -39,7 +39,7 @@ def test_the_rules_that_square_are_known() -> None:
     assert {type(case.member).__name__ for case in LINEAR} == {"AdaMax", "Lion"}
 
 
-def test_what_is_squared_is_clipped() -> None:
+def test_gradients_are_clipped_before_they_are_squared() -> None:
     """The float64 transcription of gradients clipped to 2⁶³ (2⁶²: of differences; 2⁶³/3: of Adan's), and no others."""
     _, found = trajectories([case.make() for case in SQUARING], HUGE, PARAMS, jit=full_jit)
     for case, updates in zip(SQUARING, found, strict=True):
@@ -52,7 +52,7 @@ def test_what_is_squared_is_clipped() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_the_step_bound_holds(dtype: str) -> None:
+def test_the_step_bound_holds_at_any_magnitude(dtype: str) -> None:
     """|Δ| ≤ α (1-β₁)/(1-β₁ᵗ) √((1-β₂ᵗ)/(1-β₂)) √((1-rᵗ)/(1-r)), r = β₁²/β₂, at any magnitude; and v is finite."""
     b1, b2, t = 0.9, 0.999, np.arange(1, STEPS + 1)
     r = b1**2 / b2
@@ -70,7 +70,7 @@ def test_the_step_bound_holds(dtype: str) -> None:
     assert np.abs(updates[-1, 0]) == pytest.approx(1, rel=1e-5)  # Of a constant gradient, however large.
 
 
-def test_float64_squares_more() -> None:
+def test_huge_float32_gradients_are_not_clipped_in_float64() -> None:
     grads, params = HUGE.astype(np.float64), PARAMS.astype(np.float64)
     with jax.enable_x64(True):
         _, found = trajectory(adam_fn.adam(1e-3), grads, params, jnp.float64)
@@ -131,7 +131,7 @@ def test_each_rule_of_a_chain_has_its_own_bound(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("case", MEMBERS, ids=name)
-def test_inf_and_nan_stay(case: Case) -> None:
+def test_clipping_does_not_hide_inf_and_nan(case: Case) -> None:
     lost = jnp.asarray([jnp.inf, -jnp.inf, jnp.nan, 1.0, -0.0])
     np.testing.assert_array_equal(case.member.clipped_gradient(lost), lost)
     tx, params = case.make(), jnp.ones(5)

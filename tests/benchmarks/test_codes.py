@@ -118,7 +118,7 @@ def test_a_peer_that_keeps_everything_is_exact() -> None:
     np.testing.assert_allclose([row["error"], row["rms"], row["largest"]], [0, 1, 1], atol=1e-6)
 
 
-def test_misses() -> None:
+def test_misses_lists_every_bar_that_is_not_kept() -> None:
     """Bars from both sides, from one, and of periodic gradients in units of random ones; of nan all are missed."""
 
     def row(scenario: str, case: str = "", **found: float) -> codes.Row:
@@ -133,7 +133,7 @@ def test_misses() -> None:
     assert codes.misses([row("quiet", moved=1.0, last=float("nan"))]) == ["16bit, quiet: last nan, not at most 1e-30"]
 
 
-def test_quick(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+def test_a_quick_run_keeps_to_the_bars(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     """Even with few steps and elements our storages keep to the bars, but for those that need the steps."""
     monkeypatch.setattr(sys, "argv", ["codes.py", "--quick", "--only", *codes.BARRED, "--out", str(tmp_path)])
     codes.main()

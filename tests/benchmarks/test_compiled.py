@@ -163,7 +163,7 @@ ENTRY %main.1 (p: f32[8,128]) -> f32[8,128] {
     assert Program(text.replace("S(5)", "")).bus() == (0, 0)
 
 
-def test_instruction() -> None:
+def test_an_instruction_is_parsed() -> None:
     found = instruction(
         "  ROOT %a.1 = (bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, s4[5]{0}) fusion(%b, /*index=1*/%c.2), calls=%f"
     )
@@ -197,7 +197,7 @@ def test_every_limit_is_of_something_that_is_compiled() -> None:
         assert steps_ and found == {(target, step) for target in targets for step in steps_}, limit
 
 
-def test_limits() -> None:
+def test_every_exceeded_limit_is_listed() -> None:
     rows = {limits.label(row): row | {"cycles": 1 if row["step"] == limits.BASE else 0.5} for row in fitting()}
     rows["v5e, leaf: 24bit, make_step"]["cycles"] = 0.7
     rows["v6e, leaf: Lion, 24bit, make_step"]["passes"] = 2

@@ -53,7 +53,7 @@ def test_the_transformer_is_flax_s() -> None:
     np.testing.assert_allclose(jax.jit(MODEL.logits)(params, tokens), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_size() -> None:
+def test_the_model_has_the_stated_number_of_parameters() -> None:
     assert char_model.Model().parameters == 1_017_472
     assert MODEL.parameters == sum(leaf.size for leaf in MODEL.init(0).values())
 

@@ -109,7 +109,7 @@ def test_complex_parameters_on_a_mesh() -> None:
 @pytest.mark.quick("16bit-AxisType.Auto")
 @KINDS
 @pytest.mark.parametrize("storage", [None, "24bit", "16bit"])
-def test_inside_shard_map(kind: AxisType, storage: Any) -> None:
+def test_each_shard_steps_as_it_would_alone_inside_shard_map(kind: AxisType, storage: Any) -> None:
     """Each shard is stepped as it would be alone, bit for bit; the state may be made inside or outside."""
     mesh = jax.make_mesh((8,), ("a",), axis_types=(kind,))
     spec = PartitionSpec("a")

@@ -146,7 +146,7 @@ def test_gradients_are_reduced_once_and_parameters_gathered(name: str, kind: Axi
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_inside_shard_map(exact: bool) -> None:
+def test_zero1_reduce_scatters_local_gradients_inside_shard_map(exact: bool) -> None:
     """Local gradients are summed by a reduce-scatter, and all else is as outside, but the dither, a shard's own."""
     mesh = _mesh()
     # With a small ε, where the gradient is nearly 0 the order of its sum would be a share of a step.
@@ -183,7 +183,7 @@ def test_inside_shard_map(exact: bool) -> None:
 
 
 @KINDS
-def test_on_top_of_other_divisions(kind: AxisType) -> None:
+def test_zero1_divides_further_what_tensor_parallelism_divides(kind: AxisType) -> None:
     """Tensor parallelism is kept and divided further; what is divided over the axis already is left alone."""
     mesh = _mesh(kind, (4, 2))
     specs = {"kernel": P(None, "model"), "stack": P(None, ("data", "model")), "bias": P("model")}
@@ -257,7 +257,7 @@ def test_errors_name_what_is_wrong() -> None:
 
 
 @KINDS
-def test_shardings_of_any_state(kind: AxisType) -> None:
+def test_state_shardings_are_those_that_jit_finds(kind: AxisType) -> None:
     """Those that `jit` finds by itself, for every member and wrapper."""
     mesh = _mesh(kind, (4, 2))
     params = _put(mesh, _values(), {"kernel": P("data", "model"), "bias": P("model"), "stack": P(None, "data")})

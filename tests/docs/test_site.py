@@ -95,7 +95,7 @@ def test_the_formulas_of_all_docstrings_are_known() -> None:
         ("u·u / (-u·g)", r"\frac{u\cdot u}{-u\cdot g}"),
     ],
 )
-def test_formula(source: str, tex: str) -> None:
+def test_a_formula_becomes_tex(source: str, tex: str) -> None:
     assert formulas.statements(source) == [[formulas.Piece("math", tex)]]
 
 
@@ -119,7 +119,7 @@ def test_words_and_code_among_formulas() -> None:
 
 
 @pytest.mark.parametrize("source", ["m ⊗ v", "√", "(m + v", "m̃"])
-def test_what_is_not_known_is_an_error(source: str) -> None:
+def test_a_formula_that_cannot_be_parsed_is_an_error(source: str) -> None:
     with pytest.raises(ValueError, match=r"no place|ends|closed"):
         formulas.statements(source)
 

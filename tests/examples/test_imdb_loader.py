@@ -44,7 +44,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "127.0.0.1")
 
 
-def test_lines() -> None:
+def test_review_lines_are_parsed() -> None:
     assert_lines(imdb.parse(LINES))
 
 

@@ -234,7 +234,7 @@ class TestFolder:
 
 
 class TestEnvironment:
-    def test_its_folder_comes_before_the_cache(
+    def test_the_folder_of_the_environment_comes_before_the_cache(
         self, monkeypatch: pytest.MonkeyPatch, unreachable: str, tmp_path: Path
     ) -> None:
         write(tmp_path / "data" / "mnist", FILES)
@@ -242,13 +242,15 @@ class TestEnvironment:
         assert_tiny(load(tmp_path / "cache", unreachable))
         assert not (tmp_path / "cache").exists()
 
-    def test_its_folder_must_be_complete(self, monkeypatch: pytest.MonkeyPatch, serve: Serve, tmp_path: Path) -> None:
+    def test_the_folder_of_the_environment_must_be_complete(
+        self, monkeypatch: pytest.MonkeyPatch, serve: Serve, tmp_path: Path
+    ) -> None:
         write(tmp_path / "mnist", {LAST: FILES[LAST]})
         monkeypatch.setenv("ADAM_FN_DATA", str(tmp_path))
         with pytest.raises(DataError, match="lacks"):
             load(tmp_path / "cache", serve(FILES).url)
 
-    def test_without_its_folder_the_cache_is_used(
+    def test_without_the_folder_of_the_environment_the_cache_is_used(
         self, monkeypatch: pytest.MonkeyPatch, unreachable: str, tmp_path: Path
     ) -> None:
         monkeypatch.setenv("ADAM_FN_DATA", str(tmp_path / "elsewhere"))

@@ -23,7 +23,7 @@ CHANCE = math.log(10)  # the cost of a guess among ten classes, in nats
 
 
 class TestMnistMlp:
-    def test_as_a_script(self, tmp_path: Path) -> None:
+    def test_the_script_writes_its_curves_and_numbers(self, tmp_path: Path) -> None:
         out = tmp_path / "new" / "folder"
         done = script("mnist_mlp.py", *QUICK, "--out", str(out))
         assert done.returncode == 0, done.stderr
@@ -208,7 +208,7 @@ class TestMnistMlp:
 
 
 class TestFlaxTrainState:
-    def test_what_is_said(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_every_epoch_prints_its_cost_and_accuracy(self, capsys: pytest.CaptureFixture[str]) -> None:
         flax_train_state.main(QUICK)
         first, second = capsys.readouterr().out.splitlines()
         assert first.startswith("epoch 1/2: training cost")
@@ -239,7 +239,7 @@ class TestFlaxTrainState:
         np.testing.assert_allclose(np.asarray(mu["bias"]), clipped, rtol=1e-4)
         np.testing.assert_allclose(decayed, 1.01 * np.asarray(sizes), rtol=1e-4)  # the kernel decays, the bias does not
 
-    def test_bad_options_take_one_line(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_bad_options_of_the_flax_script_take_one_line(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as stop:
             flax_train_state.main(("--epochs", "none"))
         assert stop.value.code == 2

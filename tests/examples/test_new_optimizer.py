@@ -25,7 +25,7 @@ class OneWeight(QHAdam):
         return self.b1, self.b1
 
 
-def test_it_follows_the_paper(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_qhadam_follows_its_paper(monkeypatch: pytest.MonkeyPatch) -> None:
     assert new_optimizer.largest_error(100) < 1e-6
     monkeypatch.setattr(new_optimizer, "QHAdam", OneWeight)
     assert new_optimizer.largest_error(10) > 1e-2

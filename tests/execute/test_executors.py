@@ -67,7 +67,7 @@ def stepped(tx: adam_fn.Transformation, shape: tuple[int, ...], write: Destinati
 
 
 @pytest.mark.parametrize("case", MEMBERS, ids=name)
-def test_every_rule_by_every_way(case: Case) -> None:
+def test_every_executor_computes_the_same_steps(case: Case) -> None:
     """A product contracted with a sum in one program and not in the other may move a code in a thousand."""
     for storage, write in KINDS[MEMBERS.index(case) % 5 :: 5]:
         for first, *others in stepped(case.make(1e-2, storage=storage), (2, 24, 128), write):
@@ -184,7 +184,7 @@ def test_sharded_steps_are_those_of_one_device_bit_for_bit(kind: AxisType, stora
             np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
 
 
-def test_inside_shard_map() -> None:
+def test_shards_of_any_length_step_as_leaves_of_their_shape() -> None:
     """Any length of a shard; a shard is stepped as a leaf of its shape would be."""
     mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
     p = jax.random.normal(jax.random.key(0), (16, 300))
@@ -224,7 +224,7 @@ def test_derivatives_and_batches_of_large_leaves(monkeypatch: pytest.MonkeyPatch
         assert (np.abs(a - b) > 1e-4 * np.abs(b) + 1e-6).mean() < 1e-4
 
 
-def test_without_jit() -> None:
+def test_coded_moments_are_the_same_without_jit() -> None:
     g = jax.random.normal(jax.random.key(0), (300, 300))
     tx = adam_fn.adam(1e-2, storage="24bit")
     state = tx.init(g)
@@ -236,7 +236,7 @@ def test_without_jit() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 2**24, 2**31 - 2, 2**31 - 1])
-def test_at_any_count(count: int) -> None:
+def test_a_coded_step_from_zero_moments_is_exact_at_any_count(count: int) -> None:
     """Of moments that are 0 nothing is lost by their storage, and the dither has a time for every count."""
     g, found = jax.random.normal(jax.random.key(0), (300, 300)), []
     for storage in ("24bit", "float32"):

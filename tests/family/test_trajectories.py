@@ -136,7 +136,7 @@ def test_problem_is_exact_in_float32() -> None:
 
 
 @pytest.mark.parametrize("row", CALLS)
-def test_oracle_is_the_record(row: str, recorded: Mapping[str, Array]) -> None:
+def test_oracles_reproduce_the_recorded_runs(row: str, recorded: Mapping[str, Array]) -> None:
     assert distance(transcribed(CALLS[row], problem()), recorded[row]) < 1e-12
 
 

@@ -31,7 +31,7 @@ class LinenMLP(nn.Module):
 
 @pytest.mark.quick("adam")
 @pytest.mark.parametrize("case", MEMBERS, ids=name)
-def test_linen_train_state(case: Case) -> None:
+def test_every_member_trains_in_a_linen_train_state(case: Case) -> None:
     model = LinenMLP()
     params = model.init(jax.random.key(0), X)
     tx = optax.chain(optax.clip_by_global_norm(1.0), case.make(0.02))
@@ -67,7 +67,7 @@ class NnxMLP(nnx.Module):
 
 @pytest.mark.quick("adam")
 @pytest.mark.parametrize("case", MEMBERS, ids=name)
-def test_nnx_optimizer(case: Case) -> None:
+def test_every_member_trains_in_an_nnx_optimizer(case: Case) -> None:
     model = NnxMLP(nnx.Rngs(0))
     weights = {"mask": adam_fn.masks.path("*kernel*"), "frozen": adam_fn.masks.path("first/bias*")}
     optimizer = nnx.Optimizer(model, case.make(0.02, weight_decay=1e-4, mu_dtype="bfloat16", **weights), wrt=nnx.Param)
@@ -91,7 +91,7 @@ def test_nnx_optimizer(case: Case) -> None:
 
 @pytest.mark.quick("adam")
 @pytest.mark.parametrize("case", MEMBERS, ids=name)
-def test_equinox(case: Case) -> None:
+def test_every_member_trains_an_equinox_module(case: Case) -> None:
     """Modules whose non-array leaves are None, filtered by kind of array or not."""
 
     class Model(eqx.Module):

@@ -44,7 +44,7 @@ def run(*txs: optax.GradientTransformation) -> list[Any]:
 
 
 @pytest.mark.parametrize("case", MEMBERS, ids=name)
-def test_wrappers(case: Case) -> None:
+def test_wrappers_of_optax_around_ours_do_what_they_say(case: Case) -> None:
     """Each wrapper around ours does what the wrapper says, compared with ours alone."""
     tx = case.make(0.1)
     half = optax.chain(
@@ -99,7 +99,7 @@ def test_apply_if_finite_skips() -> None:
     chex.assert_trees_all_equal(after.inner_state, state.inner_state)
 
 
-def test_inject_hyperparams() -> None:
+def test_injected_numbers_give_the_same_optimizer_without_recompiling() -> None:
     """Numbers given as arrays are the same optimizer; a new value is no new compilation; rates can be schedules."""
     rate = optax.linear_schedule(0.1, 0.01, 6)
     found = run(*(optax.inject_hyperparams(case.alias)(rate, **case.options) for case in CASES))

@@ -292,7 +292,7 @@ MASKED_FAILS = (by_optax, by_shardings)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_optimizers_of_nnx(way: Callable[..., Any]) -> None:
+def test_nnx_optimizers_place_their_state_like_the_model(way: Callable[..., Any]) -> None:
     mesh = mesh_of()
     turn = ("24bit", "masters of 24 bits, 16bit", "bfloat16", "frozen")[WAYS.index(way)]
     for name in TXS:

@@ -136,7 +136,7 @@ def test_every_record_is_tested() -> None:
 
 
 @pytest.mark.parametrize("row", OURS)
-def test_training_goes_on(row: str) -> None:
+def test_training_goes_on_from_states_of_torch_and_keras(row: str) -> None:
     framework, name = row.split("/")
     start, expected = (flat(tree(framework, f"{name}/{when}")) for when in ("params", "after"))
     error = np.linalg.norm(flat(ended()[row]) - expected)
@@ -197,7 +197,7 @@ def test_ways_to_name_parameters() -> None:
         from_torch(tx, params, saved, paths=["dense/kernel", "dense/bias", "head/kernel", "dense/bias"])
 
 
-def test_one_of_them_only() -> None:
+def test_parameters_without_a_counterpart_are_left_out() -> None:
     """Parameters without a counterpart are left out in both directions."""
     params, state = converted("torch/adam")
     saved, tx = torch_state("adam"), OURS["torch/adam"]
@@ -211,7 +211,7 @@ def test_one_of_them_only() -> None:
     assert [int(back["state"][number]["step"]) for number in range(4)] == [BEFORE, BEFORE, BEFORE + 1, BEFORE + 1]
 
 
-def test_groups() -> None:
+def test_parameter_groups_of_torch_are_read() -> None:
     saved = torch_state("adamw_groups")
     (first, decaying), (second, others) = torch_groups(saved, paths=path)
     assert (decaying, others) == (["dense/kernel", "head/kernel"], ["dense/bias", "head/bias"])
@@ -289,7 +289,7 @@ def test_keras_variables() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch")
-def test_with_torch(tmp_path: Path) -> None:
+def test_a_real_torch_optimizer_goes_on(tmp_path: Path) -> None:
     """Real tensors, a real file, and a real optimizer that goes on."""
     import torch  # pyright: ignore[reportMissingImports]
 

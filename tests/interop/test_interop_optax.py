@@ -139,7 +139,7 @@ def flat(tree: Any) -> np.ndarray[Any, Any]:
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_training_goes_on(name: str, ran: Run) -> None:
+def test_training_goes_on_from_a_state_of_optax(name: str, ran: Run) -> None:
     # Two optimizers in float32, each with roundings of its own; a moment, count or weight that was wrong shows at 1e-3.
     assert relative_error(flat(ran.our_updates[name]), flat(ran.updates[name])) < 1e-6
 
@@ -168,7 +168,7 @@ def adam_state(mu_dtype: Any = None) -> tuple[Any, Any]:
 
 
 @pytest.mark.quick
-def test_weights_are_those_of_the_count() -> None:
+def test_bias_weights_follow_from_the_count() -> None:
     params, state = adam_state()
     state = state[0]._replace(count=jnp.int32(2000))
     b1, b2, steps = np.float32(0.9), np.float32(0.9999), np.arange(1, 2001)
@@ -191,7 +191,7 @@ def test_weights_are_those_of_the_count() -> None:
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_back(name: str, ran: Run) -> None:
+def test_our_state_becomes_that_of_optax(name: str, ran: Run) -> None:
     """After 100 steps of ours, optax's state is what 100 steps of optax made of it."""
     template: Any = PAIRS[name].theirs.init(ran.start[name])
     found: Any = to_optax(PAIRS[name].ours, ran.params[name], ran.ours[name], template)

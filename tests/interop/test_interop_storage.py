@@ -46,7 +46,7 @@ def same(found: Any, expected: Any) -> None:
 
 
 @EVERY
-def test_it_is_the_way_through_optax(storage: str) -> None:
+def test_a_change_of_storage_equals_the_way_through_optax(storage: str) -> None:
     coded = NARROW[storage]
     for old, new in ((PLAIN, coded), (coded, PLAIN), (coded, adam_fn.adamw(1e-3, mu_dtype="bfloat16"))):
         params, state = after(old, PARAMS)
@@ -60,7 +60,7 @@ def test_it_is_the_way_through_optax(storage: str) -> None:
 
 @pytest.mark.quick
 @EVERY
-def test_there_and_back(storage: str) -> None:
+def test_a_change_of_storage_there_and_back_keeps_the_codes(storage: str) -> None:
     """What is decoded is encoded as it was; of what was float32, one of the two codes around each number is left."""
     coded = NARROW[storage]
     params, state = after(coded, PARAMS)
@@ -117,7 +117,7 @@ def test_masters_keep_their_remainders() -> None:
     same(slots_of(found.inner), slots_of(plain))
 
 
-def test_errors() -> None:
+def test_errors_of_change_storage_name_what_is_wrong() -> None:
     params, state = after(PLAIN, PARAMS)
     wrong: Any = optax.EmptyState()
     with pytest.raises(TypeError, match="expected the same optimizer with two storages, got Adam, AMSGrad"):

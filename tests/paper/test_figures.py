@@ -48,7 +48,7 @@ def seen_by(cost: Callable[..., jax.Array], label: str = "Adam", seed: int = 0, 
 
 class TestSweep:
     @pytest.mark.parametrize("decaying", [False, True])
-    def test_is_each_optimizer_alone(self, decaying: bool) -> None:
+    def test_a_sweep_steps_each_optimizer_as_it_would_alone(self, decaying: bool) -> None:
         """120 steps an epoch, more than one part, against NumPy for SGD and optax at the rate itself for Adam."""
         rates, epochs = (0.01, 0.3), 2
         schedule = harness.inverse_sqrt if decaying else harness.constant
@@ -131,7 +131,7 @@ class TestBest:
         with pytest.raises(ValueError, match="Adam: every run diverged"):
             harness.best(self.run((math.nan, 1), (1, math.inf)))
 
-    def test_of_a_sweep_that_diverges(self) -> None:
+    def test_a_sweep_with_a_diverging_rate_still_has_a_best_run(self) -> None:
         sgd = optax.sgd(1.0)
         run = harness.sweep("SGD", lambda point: sgd, {"rate": (0.1, 1e30)}, quadratic_problem(), epochs=2, seed=0)
         assert not np.isfinite(run.costs[1]).any()
@@ -214,7 +214,7 @@ class TestFigure1:
         assert float(problems[False].cost(params, problems[False].data, rows, key)) == pytest.approx(expected, rel=1e-5)
         assert float(problems[True].cost(params, problems[True].data, rows, key)) != pytest.approx(expected, rel=1e-3)
 
-    def test_claims_follow_the_costs(self) -> None:
+    def test_claims_of_figure_1_follow_the_costs(self) -> None:
         def panel(**costs: float) -> figure1.Panel:
             values = {"Adam": 1.0, "SGD, Nesterov": 1.0, "AdaGrad": 1.0, figure1.CONSTANT: 1.0, **costs}
             return figure1.Panel("", {
@@ -233,7 +233,7 @@ class TestFigure1:
         assert [claim.holds for claim in figure1.claims(slow, slow, slow, undecided=False)][3::3] == [False, False]
         assert {claim.holds for claim in figure1.claims(slow, slow, slow, undecided=True)} == {None}
 
-    def test_quick(self, tmp_path: Path) -> None:
+    def test_a_quick_run_writes_figure_1(self, tmp_path: Path) -> None:
         claims = figure1.main((*QUICK, "--out", str(tmp_path)))
         assert {claim.holds for claim in claims} == {None}
         assert_png(tmp_path / "figure1.png", 1_000, 150_000)
@@ -247,7 +247,7 @@ class TestFigure1:
 
 
 class TestFigure2:
-    def test_quick(self, tmp_path: Path) -> None:
+    def test_a_quick_run_writes_figure_2(self, tmp_path: Path) -> None:
         claims = figure2.main((*QUICK, "--out", str(tmp_path)))
         assert {claim.holds for claim in claims} == {None}
         assert_png(tmp_path / "figure2.png", 1_000, 150_000)
@@ -258,7 +258,7 @@ class TestFigure2:
         assert {run["schedule"] for run in runs} == {"constant"}
         assert all(len(run["curve"]["costs"]) == 20 and len(run["epochs"]) == 2 for run in runs)
 
-    def test_claims_follow_the_costs(self) -> None:
+    def test_claims_of_figure_2_follow_the_costs(self) -> None:
         def runs(**costs: float) -> list[figure2.Run]:
             epoch = mnist_mlp.Epoch(1, 0, 0, 0, 0, 1, 1)
             return [
@@ -303,7 +303,7 @@ class TestFigure2:
 
 
 class TestSection7:
-    def test_quick(self, tmp_path: Path) -> None:
+    def test_a_quick_run_writes_section_7(self, tmp_path: Path) -> None:
         claims = section7.main((*QUICK, "--out", str(tmp_path)))
         assert {claim.holds for claim in claims} == {None}
         assert_png(tmp_path / "section7.png", 1_000, 150_000)

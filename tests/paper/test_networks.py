@@ -28,7 +28,7 @@ import adam_fn
 
 
 class TestSurface:
-    def test_what_is_written_and_said(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_surfaces_are_drawn_and_ends_printed(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         surface.main(("--quick", "--out", str(tmp_path)))
         said = capsys.readouterr().out
         for each in surface.SURFACES:
@@ -94,7 +94,7 @@ class TestCnn:
         expected = np.maximum(hidden, 0) @ weights["out"]["kernel"]
         np.testing.assert_allclose(np.asarray(model(jnp.asarray(images))), expected, atol=1e-5)
 
-    def test_parts_of_different_sizes_count_by_their_images(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_batches_of_different_sizes_count_by_their_images(self, monkeypatch: pytest.MonkeyPatch) -> None:
         digits = mnist.digits()
         model = cnn.CNN(64, 2, 4, rngs=nnx.Rngs(1))
         images, labels = jnp.asarray(digits.test_images[:36]), jnp.asarray(digits.test_labels[:36])
@@ -206,7 +206,7 @@ def runs(costs: Array, **metrics: Array) -> harness.Sweep:
 
 
 class TestFigure3:
-    def test_quick(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_quick_run_writes_figure_3(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         figure3.main(("--quick", "--data", "standin", "--out", str(tmp_path)))
         assert capsys.readouterr().out.count("not decided") == 4
         assert_png(tmp_path / "figure3.png")
@@ -278,7 +278,7 @@ class TestFigure3:
         assert found["root below eps"].item() == pytest.approx(1 / 4)
         assert found["below eps"].item() == pytest.approx(2 / 4)
 
-    def test_claims(self) -> None:
+    def test_claims_of_figure_3_follow_the_costs(self) -> None:
         falling = 2.0 ** -np.arange(10.0)
         moments = {name: np.full((1, 10), value) for name, value in (("root below eps", 0.1), ("below eps", 0.6))}
         paper = figure3.Runs(
@@ -300,7 +300,7 @@ class TestFigure3:
 
 
 class TestFigure4:
-    def test_as_a_script(self, tmp_path: Path) -> None:
+    def test_the_script_writes_figure_4(self, tmp_path: Path) -> None:
         done = script("paper/figure4.py", "--quick", "--data", "standin", "--out", str(tmp_path))
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("not decided") == 4
@@ -359,7 +359,7 @@ class TestFigure4:
         assert np.isinf(figure4.losses(sweep, 3).ravel()[17]), "what diverged once stays diverged"
         assert np.isfinite(figure4.losses(sweep, 3)).sum() == 59
 
-    def test_claims(self) -> None:
+    def test_claims_of_figure_4_follow_the_losses(self) -> None:
         shape = len(figure4.B1), len(figure4.B2), len(figure4.CORRECTED), len(figure4.RATES)
         cost = np.full((*shape, 10), 100.0)
         cost[:, 1, 1, 2, -1] = 90.0  # the best: corrected, 1 - β₂ small

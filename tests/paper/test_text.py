@@ -68,7 +68,7 @@ def test_what_has_a_scale_is_not_invariant(tx: optax.GradientTransformation) -> 
     assert relative_error(scaled, plain) > 0.1
 
 
-def test_only_diagonal_rescaling() -> None:
+def test_rotated_gradients_do_not_rotate_the_updates() -> None:
     """A rotation of the gradients is not a rotation of the updates; SGD's are."""
     rotation = np.linalg.qr(np.random.default_rng(3).standard_normal((SIZE, SIZE)))[0]
     start = np.zeros(SIZE, np.float32)

@@ -105,7 +105,7 @@ def test_a_slow_average_is_right(spread: float) -> None:
     assert abs(float(exact) / (1 - 0.9999**1500) - 1) < 0.01 + 0.02 * spread
 
 
-def test_sharded_gradients_at_any_scale() -> None:
+def test_neighbours_with_gradients_of_any_scale_step_as_alone() -> None:
     """Elements beside each other with gradients from 1e-15 to 1e3: each is stepped as it would be alone."""
     scales = 10.0 ** jnp.linspace(-15, 3, 19)[:, None]
     tx = {x: adam_fn.adam(1.0, eps=0.0, storage=x) for x in ("float32", "24bit", "16bit")}

@@ -121,7 +121,7 @@ def test_complex_and_wide_parameters(storage: Any) -> None:
 
 
 @pytest.mark.parametrize("storage", NAMES)
-def test_inside_flax_and_optax(storage: Any) -> None:
+def test_every_storage_works_inside_flax_and_optax(storage: Any) -> None:
     params = {"w": jnp.linspace(-1, 1, 64 * 64).reshape(64, 64)}
     grads = jax.tree.map(jnp.sin, params)
     injected = optax.inject_hyperparams(lambda learning_rate: adam_fn.adamw(learning_rate, storage=storage))(1e-2)
@@ -154,7 +154,7 @@ def test_inside_flax_and_optax(storage: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn", "float8_e5m2", "bfloat16"])
-def test_casts(dtype: str) -> None:
+def test_a_cast_moment_is_one_of_the_two_numbers_around_the_exact_one(dtype: str) -> None:
     """The state has the dtype, and each step's first moment is one of the two numbers around Adam's."""
     g = jax.random.normal(jax.random.key(0), (40, 64, 8))
     tx = adam_fn.adam(1.0, storage=Storage(mu=Cast(dtype)))

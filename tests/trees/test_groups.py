@@ -100,7 +100,7 @@ def test_mask_frozen_and_groups_together() -> None:
     chex.assert_trees_all_close(found, expected, rtol=1e-6)
 
 
-def test_lamb_and_swats() -> None:
+def test_groups_in_lamb_step_as_separate_optimizers() -> None:
     found, state = _run(adam_fn.lamb(0.1, weight_decay=0.2, groups=GROUPS))
     expected, _ = _run(_parts(lambda rate, decay: adam_fn.lamb(0.1 * rate, weight_decay=0.2 * decay)))
     chex.assert_trees_all_close(found, expected, rtol=2e-5, atol=1e-7)

@@ -110,7 +110,7 @@ def test_gradients_that_do_not_fit(grads: Any, message: str) -> None:
 
 
 @pytest.mark.quick
-def test_states_that_do_not_fit() -> None:
+def test_a_state_of_another_transformation_is_an_error() -> None:
     params = {"w": jnp.ones((3, 1))}
     tx = adam_fn.adam(1e-3)
     own, form = r"\(ScaleByAdamState, EmptyState\): ", r"the state does not have the form of tx.init\(params\), "

@@ -126,7 +126,7 @@ def test_a_running_train_state_and_optimizer_change_their_transformation() -> No
     assert int(optimizer.opt_state[0].count[...]) == 2
 
 
-def test_each_part_has_a_count_of_its_own() -> None:
+def test_bias_correction_and_schedule_have_counts_of_their_own() -> None:
     """A schedule that somebody starts again starts again; the bias correction goes on."""
     tx = adam_fn.adam(lambda count: 1.0 / (count + 1))
     state = tx.init(jnp.ones(2))
@@ -149,7 +149,7 @@ def test_each_part_has_a_count_of_its_own() -> None:
         (adam_fn.adam(1e-3, storage="24bit"), ("count", "mu", "nu")),
     ],
 )
-def test_what_optax_lacks_has_the_same_form(tx: Any, fields: tuple[str, ...]) -> None:
+def test_states_that_optax_lacks_have_the_same_form(tx: Any, fields: tuple[str, ...]) -> None:
     state = tx.init(P)
     assert state[0]._fields == fields
     for tree in state[0][1:]:
@@ -168,7 +168,7 @@ def test_only_changing_decay_rates_keep_their_weights() -> None:
     assert len(adam_fn.nadam(1e-3, momentum_decay=0.004).init(P)[-1].weights) == 1
 
 
-def test_states_that_do_not_fit() -> None:
+def test_a_state_of_another_form_is_an_error() -> None:
     tx = adam_fn.adamw(1e-3)
     state: Any = tx.init(P)
 

@@ -54,7 +54,7 @@ def test_adam_learns(dtype: Any) -> None:
 
 @pytest.mark.parametrize("ours", [True, False])
 @pytest.mark.parametrize("kind", WRITES)
-def test_landing_in_every_loop(kind: str, ours: bool) -> None:
+def test_every_training_loop_lands_on_the_same_bits(kind: str, ours: bool) -> None:
     """Under jit XLA does not undo q - p: `apply_updates`, Flax linen's and NNX's loops land on the same bits."""
     # Powers of two, so that it does not matter where XLA contracts multiplications and additions.
     rule, peer = adam_fn.Decay(2.0**-4) >> adam_fn.Rate(2.0**-6), optax.add_decayed_weights(2.0**-4)
@@ -116,7 +116,7 @@ def test_landing_in_every_loop(kind: str, ours: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", ["masters of 16 bits", "stochastic"])
-def test_members_and_shards_are_what_they_are_alone(kind: str) -> None:
+def test_vmapped_and_sharded_runs_are_what_they_are_alone(kind: str) -> None:
     """Under `vmap` and in `shard_map` on 8 devices: also the dither, unless the counts differ."""
     tx: Any = WRITES[kind](optax.sgd(2.0**-6))
     start = jnp.asarray(RNG.standard_normal((8, 33)), BF16)
@@ -233,7 +233,7 @@ def test_other_leaves_pass_through(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", WRITES)
-def test_composes(kind: str) -> None:
+def test_masters_and_rounding_compose_with_optax_wrappers_and_pickle(kind: str) -> None:
     """With MultiSteps inside and outside, injected hyperparameters, masks, pickling; equal ones are equal."""
     p = {"a": jnp.ones(8, BF16), "b": jnp.ones(8, BF16)}
     g = jax.tree.map(lambda x: x.astype(jnp.float32), p)

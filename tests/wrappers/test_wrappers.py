@@ -26,7 +26,7 @@ BY_VALUE = [name for name in WRAPPED if name != "average"]  # optax.chain is a c
 
 
 @pytest.mark.parametrize("name", BY_VALUE)
-def test_equal_by_value(name: str) -> None:
+def test_wrapped_optimizers_are_equal_by_value(name: str) -> None:
     make = WRAPPED[name]
     rate = schedules.inverse_sqrt(1e-3)
     assert make(rate) == make(rate)
@@ -59,7 +59,7 @@ def test_dtypes_are_stable_and_nothing_recompiles(name: str, dtype: str) -> None
 
 
 @pytest.mark.parametrize("name", WRAPPED)
-def test_inside_flax_and_optax(name: str) -> None:
+def test_every_wrapper_works_inside_flax_and_optax(name: str) -> None:
     def make(learning_rate: Any) -> Any:
         return WRAPPED[name](learning_rate)
 
