@@ -124,7 +124,7 @@ def test_what_the_new_state_is_computed_from() -> None:
     assert found(adam_fn.adamw(1e-2, storage="16bit")) == {"mu_nu": {"mu_nu"}}
     l2 = adam_fn.adam(1e-2, weight_decay=0.1, decay="l2")
     assert found(l2) == {"mu": {"mu", PARAMETER}, "nu": {"nu", PARAMETER}}
-    assert found(adam_fn.adan(1e-2))["grad"] == set()
+    assert found(adam_fn.adan(1e-2))["grad"] == {"grad"}, "of which the compiler does not know that it is never read"
 
 
 @pytest.mark.parametrize("storage", STORAGES[:3])
