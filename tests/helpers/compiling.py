@@ -16,5 +16,9 @@ QUICK = {
 
 def flags(devices: int) -> str:
     """XLA's flags for that many devices on the host, compiling in half the time."""
-    named = {"xla_force_host_platform_device_count": devices, **QUICK}
+    # On a busy machine one of the devices may wait longer for a core than XLA waits for it before it ends the process.
+    patience = dict.fromkeys(
+        ("xla_cpu_collective_timeout_seconds", "xla_cpu_collective_call_terminate_timeout_seconds"), 600
+    )
+    named = {"xla_force_host_platform_device_count": devices, **patience, **QUICK}
     return " ".join(f"--{name}={value}" for name, value in named.items())
