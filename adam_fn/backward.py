@@ -13,7 +13,7 @@ those of `jax.value_and_grad` followed by `adam_fn.make_step`: a run can change 
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from adam_fn.trees.stack import Stack
 from adam_fn.wrappers.base import COUNT, check_state, step_parameters
 from adam_fn.wrappers.clip import check_norm
 from adam_fn.wrappers.guard import GuardState, SkipNonfinite, decided
-from adam_fn.wrappers.layers import Embed, Head, Layer, Model, Run
+from adam_fn.wrappers.layers import Embed, Head, Layer, Model, Run, clipping
 
 
 def value_and_step(
@@ -41,6 +41,7 @@ def value_and_step(
     microbatches: int = 1,
     keep_every: int = 1,
     max_norm: ArrayLike | None = None,
+    clip: Literal["model", "layer"] = "model",
 ) -> Callable[..., tuple[Any, PyTree, PyTree]]:
     """``step(params, state, batch) -> (loss, params, state)``, with each layer stepped during the backward pass.
 
@@ -70,6 +71,8 @@ def value_and_step(
         others again from it, k of them at a time.
       max_norm: clips the gradients of all parameters by their global norm, exactly, as
         ``optax.clip_by_global_norm(max_norm)`` before `tx` would.
+      clip: ``"layer"`` clips the gradients of each layer by their own norm, and those of all other parameters by
+        theirs: there is no second backward pass.
 
     Raises:
       ValueError: if `layers` names no parameters, if they have first axes of different length, if `keep_every` does not
@@ -79,6 +82,8 @@ def value_and_step(
         raise ValueError(f"keep_every and microbatches must be at least 1, got {keep_every} and {microbatches}")
     if max_norm is not None:
         check_norm(max_norm)
+    if clip not in ("model", "layer"):
+        raise ValueError(f'clip must be "model" or "layer", got {clip!r}')
     model = Model(embed, layer, head, has_aux)
     if microbatches > 1:
         model = model.in_parts(microbatches)
@@ -95,16 +100,15 @@ def value_and_step(
         _check_separate(inner, stack, params, extra_args)
         run = Run(inner, model, stack, batch, extra_args)
         ends = run.ends()
-        if guard is None and max_norm is None:
-            return ends.value, *run.step(ends, None, None)
-        (total, finite), scale = run.norm(ends), None
-        if max_norm is not None:
-            limit = jnp.asarray(max_norm, total.dtype)
-            scale = jnp.where(total <= limit, 1, limit / jnp.where(total == 0, 1, total))
+        layer_norm, model_norm = (max_norm, None) if clip == "layer" else (None, max_norm)
+        if guard is None and model_norm is None:
+            return ends.value, *run.step(ends, layer_norm=layer_norm)
+        total, finite = run.norm(ends)
+        scale = None if model_norm is None else clipping(total, model_norm)
         if guard is None:
-            return ends.value, *run.step(ends, scale, None)
+            return ends.value, *run.step(ends, scale)
         made, outer = decided(guard.max_consecutive, finite, state)
-        new, after = run.step(ends, scale, made)
+        new, after = run.step(ends, scale, made, layer_norm)
         return ends.value, new, outer._replace(inner=after)
 
     return step

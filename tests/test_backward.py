@@ -212,6 +212,26 @@ def test_clipping_by_the_global_norm(max_norm: float) -> None:
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), found[:2], (losses, expected))
 
 
+def test_clipping_by_layer() -> None:
+    tx, params, max_norm = adam_fn.adam(1e-2, eps=1e-2), init(index=False), 0.05
+
+    def clipped(grads: Any) -> Any:
+        layers = [jax.tree.map(lambda g, i=i: g[i], grads["layers"]) for i in range(LAYERS)]
+        rest = {"embed": grads["embed"], "norm": grads["norm"]}
+        parts = []
+        for part in (*layers, rest):
+            total = optax.tree.norm(part)
+            parts.append(jax.tree.map(lambda g, total=total: g * jnp.minimum(1, max_norm / total), part))
+        return {**parts[-1], "layers": jax.tree.map(lambda *g: jnp.stack(g), *parts[:-1])}
+
+    losses, expected, _ = train(ordinary(tx, clipped), tx, params)
+    run = backward.value_and_step(tx, embed, layer, head, max_norm=max_norm, clip="layer")
+    found = train(full_jit(run), tx, params)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), found[:2], (losses, expected))
+    with pytest.raises(ValueError, match='clip must be "model" or "layer"'):
+        backward.value_and_step(tx, embed, layer, head, clip="leaf")  # pyright: ignore[reportArgumentType]
+
+
 def test_a_guard_skips_the_whole_step() -> None:
     tx, params = adam_fn.skip_nonfinite(adam_fn.adamw(1e-2, storage="16bit")), init()
     step = full_jit(backward.value_and_step(tx, embed, layer, head))

@@ -83,6 +83,19 @@ def _scaled(g: Any, scale: jax.Array | None) -> Any:  # noqa: ANN401
     return g if scale is None or g.dtype == jax.dtypes.float0 else (g * scale).astype(g.dtype)
 
 
+def clipping(total: jax.Array, max_norm: ArrayLike) -> jax.Array:
+    """The factor that makes a norm at most `max_norm`."""
+    limit = jnp.asarray(max_norm, total.dtype)
+    return jnp.where(total <= limit, 1, limit / jnp.where(total == 0, 1, total))
+
+
+def _measured(grads: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
+    """The norm of some gradients, and whether all are finite; those of integers do not count."""
+    arrays = jax.tree.leaves(reals([g for g in grads if g.dtype != jax.dtypes.float0]))
+    finite = functools.reduce(jnp.logical_and, [jnp.isfinite(x).all() for x in arrays], jnp.asarray(True))
+    return norm(arrays), finite
+
+
 class Ends(NamedTuple):
     """What is known before the way back through the layers begins.
 
@@ -151,24 +164,32 @@ class Run:
     def norm(self, ends: "Ends") -> tuple[jax.Array, jax.Array]:
         """The global norm of all gradients, and whether all of them are finite."""
 
-        def measured(grads: list[Any]) -> tuple[jax.Array, jax.Array]:
-            arrays = jax.tree.leaves(reals([g for g in grads if g.dtype != jax.dtypes.float0]))
-            finite = functools.reduce(jnp.logical_and, [jnp.isfinite(x).all() for x in arrays], jnp.asarray(True))
-            return norm(arrays), finite
-
         def use(carry: Any, i: jax.Array, slices: list[Any], grads: list[Any]) -> Any:  # noqa: ANN401
-            own, finite = measured(grads)
+            own, finite = _measured(grads)
             return carry[0].at[i].set(own), carry[1] & finite
 
         carry = jnp.zeros(self.stack.length), jnp.asarray(True)
         (norms, inside), dh = self._backward(carry, ends, lambda _: ends.inside, use)
-        outside, finite = measured(ends.finish(dh))
+        outside, finite = _measured(ends.finish(dh))
         return norm([norms, jnp.reshape(outside, 1)]), inside & finite
 
-    def step(self, ends: "Ends", scale: jax.Array | None, made: jax.Array | None) -> tuple[PyTree, PyTree]:
-        """The new parameters and the new state; the old ones where `made` is false."""
+    def step(
+        self,
+        ends: "Ends",
+        scale: jax.Array | None = None,
+        made: jax.Array | None = None,
+        layer_norm: ArrayLike | None = None,
+    ) -> tuple[PyTree, PyTree]:
+        """The new parameters and the new state; the old ones where `made` is false.
+
+        Gradients are multiplied by `scale`, or clipped layer by layer to `layer_norm`.
+        """
         stack = self.stack
         shared, of_layers = [*stack.shared, *stack.fixed], stack.of_layers
+
+        def scaled(grads: list[Any]) -> list[Any]:
+            by = scale if layer_norm is None else clipping(_measured(grads)[0], layer_norm)
+            return [_scaled(g, by) for g in grads]
 
         def stepped(grads: PyTree, params: PyTree, given: dict[int, jax.Array], **more: Any) -> Any:  # noqa: ANN401
             """A step of some parameters, with arrays of the state by their numbers; they keep their order in it."""
@@ -229,12 +250,12 @@ class Run:
         reads_parameters = any(n < len(ends.inside) for own in needed for n in own)
 
         def use(carry: Any, i: jax.Array, slices: list[Any], grads: list[Any]) -> Any:  # noqa: ANN401
-            g = [_scaled(x, scale) for x in grads]
+            g = scaled(grads)
             return jax.lax.platform_dependent(*carry, i, g, slices, cpu=at_once, default=in_turn)
 
         carry = ends.inside, {k: stack.state[k] for k in of_layers}
         (inside, arrays), dh = self._backward(carry, ends, lambda carry: carry[0], use)
-        outside = stack.tree(None, [_scaled(g, scale) for g in ends.finish(dh)])
+        outside = stack.tree(None, scaled(ends.finish(dh)))
         given = {k: stack.state[k] for k in (*stack.shared, *stack.others)}
         new, after = stepped(outside, stack.tree(None, ends.outside), given)
         state = {**arrays, **after, **{k: stack.state[k] for k in stack.fixed}}
