@@ -243,7 +243,7 @@ class Run:
         def new_state(slices: list[Any], parts: dict[int, jax.Array], g: list[Any]) -> list[jax.Array]:
             return list(again(jnp.int32(0), g, slices, parts)[1].values())
 
-        # Then a stack of parameters is written before the last thing that reads it, and what it was is stored.
+        # Parameters are written first: their old slices are kept where the step of the state reads them.
         parts = {k: stack.state[k] for k in of_layers}
         one = jax.eval_shape(lambda: ([_take(p, 0) for p in ends.inside], taken(parts, jnp.int32(0))))
         needed = dependencies(jax.make_jaxpr(new_state)(*one, one[0]).jaxpr)
