@@ -115,13 +115,13 @@ def assert_same(found: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("name", ["adamw, 16 bits, by rank", "24 bits", "masters", "stochastic rounding"])
 def test_the_path_of_gpus_and_tpus_takes_the_same_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One array after the other, each computed anew; here without integers, which are no arguments of a barrier."""
+    """One array after the other, each computed anew, to the rounding of the arithmetic."""
 
     def default(*arguments: Any, default: Any, **_: Any) -> Any:
         return default(*arguments)
 
     make, dtype = SAME[name]
-    tx, params = make(), init(dtype, index=False)
+    tx, params = make(), init(dtype)
     expected = train(ordinary(tx), tx, params)
     monkeypatch.setattr(jax.lax, "platform_dependent", default)
     found = train(jax.jit(backward.value_and_step(tx, embed, layer, head)), tx, params)
