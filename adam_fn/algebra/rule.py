@@ -103,8 +103,8 @@ class Rule(abc.ABC):
 
         A rule that squares receives at most ``2⁶³/squared_factor`` (float64: ``2⁵¹¹/squared_factor``), whose square a
         float can hold: beyond that v would no longer grow with m, and the update would not be bounded. Other rules with
-        slots receive at most a quarter of the largest number; rules without slots receive everything. inf and nan are
-        never changed.
+        slots receive at most a quarter of the largest number. inf and nan become nan, which no slot loses again. Rules
+        without slots receive everything as it is.
         """
         return clip_finite(g, self.squared_factor) if self.slots else g
 

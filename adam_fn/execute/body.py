@@ -14,7 +14,7 @@ from adam_fn.algebra.rule import Clock, Rule
 from adam_fn.algebra.slots import Slots, Unit
 from adam_fn.execute.destination import Destination, Inputs
 from adam_fn.storage import noise
-from adam_fn.storage.codec import Codec, Stored, ratio
+from adam_fn.storage.codec import Codec, Stored, positive
 
 #: Codecs by the names of the stored arrays.
 Codecs: TypeAlias = Mapping[str, Codec]
@@ -73,7 +73,7 @@ def encode(codecs: Codecs, slots: Slots, lattice: Lattice, times: Slots) -> dict
     def measured(slot: str, unit: Unit | None) -> jax.Array:
         if unit is None:
             return slots[slot]
-        return ratio(slots[slot], _unit(unit, slots))
+        return slots[slot] / positive(_unit(unit, slots))
 
     found = {}
     for name, codec in codecs.items():

@@ -36,7 +36,7 @@ class AdaBelief(Adam):
         return Slot()  # No bound: for a steady gradient s is 0, and m is not.
 
     def second_moment(self, nu: jax.Array, g: jax.Array, mu: jax.Array) -> jax.Array:
-        return ema(self.b2, nu, self.square(self.clipped(g) - mu)) + self.eps_each
+        return ema(self.b2, nu, self.square(g - mu)) + self.eps_each
 
 
 @lists_options

@@ -13,14 +13,12 @@ from adam_fn.algebra.arithmetic import (
     Scalar,
     add_constant,
     beta_value,
-    clip_finite,
     ema,
     incremented,
     largest_ratio,
     one_minus,
     quotient,
     safe_sqrt,
-    square,
 )
 from adam_fn.algebra.hyper import Beta, Hyper, NonNegative
 from adam_fn.algebra.rule import Clock, Rule, with_values
@@ -59,14 +57,6 @@ class Moments(Rule):
     def betas(self) -> Sequence[Any]:
         return self.b1, self.b2
 
-    def clipped_gradient(self, g: jax.Array) -> jax.Array:
-        """The gradient as it is: `square` has a bound of its own, and XLA would clip once for each moment."""
-        return g
-
-    def clipped(self, g: jax.Array) -> jax.Array:
-        """The gradient for the first moment, clipped; see `Rule.clipped_gradient`."""
-        return clip_finite(g, self.squared_factor)
-
     def first_moment(self, slots: Slots, g: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The new m, and the slots that store it."""
         if "mu" not in slots:
@@ -79,7 +69,7 @@ class Moments(Rule):
 
     def square(self, g: jax.Array) -> jax.Array:
         """The square of g; with `magnitude`, its sum over both parts of a complex g, which are stacked in front."""
-        squared = square(g)
+        squared = g * g
         return squared + jnp.flip(squared, 0) if self.magnitude else squared
 
     def second_moment(self, nu: jax.Array, g: jax.Array, mu: jax.Array) -> jax.Array:
@@ -151,10 +141,9 @@ class Adam(Moments):
         return quotient(direction, safe_sqrt(add_constant(nu * (1 / weight), self.eps_root)), eps)
 
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
-        clipped = self.clipped(g)
-        mu, stored = self.first_moment(slots, clipped)
+        mu, stored = self.first_moment(slots, g)
         nu = self.second_moment(slots["nu"], g, mu)
-        return self.scaled(self.direction(mu, clipped, clock), nu, clock), {**stored, "nu": nu}
+        return self.scaled(self.direction(mu, g, clock), nu, clock), {**stored, "nu": nu}
 
 
 @lists_options

@@ -33,7 +33,7 @@ class AdamAtan2(Moments):
     b: NonNegative = 1.0
 
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
-        mu, stored = self.first_moment(slots, self.clipped(g))
+        mu, stored = self.first_moment(slots, g)
         nu = self.second_moment(slots["nu"], g, mu)
         direction = mu * (1 / clock.weights[0])
         scale = self.b * safe_sqrt(nu * (1 / clock.weights[1]))

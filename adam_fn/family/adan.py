@@ -57,7 +57,6 @@ class Adan(Adam):
         return self.b1, self.b3, self.b2  # In the order of `Adam.direction` and `Adam.scaled`: of m, of n; then of δ.
 
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
-        g = self.clipped(g)
         difference = jnp.where(clock.count == 0, 0, g - slots["grad"])
         mu, stored = self.first_moment(slots, g)
         delta = ema(self.b2, slots["delta"], difference)

@@ -43,11 +43,10 @@ class AdEMAMix(Adam):
         return {**super().slots, "slow": self.measured(self.b3)}
 
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
-        clipped = self.clipped(g)
-        mu, stored = self.first_moment(slots, clipped)
-        slow = ema(self.b3, slots["slow"], clipped)
+        mu, stored = self.first_moment(slots, g)
+        slow = ema(self.b3, slots["slow"], g)
         nu = self.second_moment(slots["nu"], g, mu)
-        u = self.scaled(self.direction(mu, clipped, clock) + self.alpha * slow, nu, clock)
+        u = self.scaled(self.direction(mu, g, clock) + self.alpha * slow, nu, clock)
         return u, {**stored, "slow": slow, "nu": nu}
 
 

@@ -10,7 +10,7 @@ import optax
 import optax.contrib
 from jax.typing import DTypeLike
 
-from adam_fn.algebra.arithmetic import ema, safe_sqrt, square
+from adam_fn.algebra.arithmetic import ema, safe_sqrt
 from adam_fn.algebra.hyper import Beta, Hyper, NonNegative
 from adam_fn.algebra.rule import Clock, Rule
 from adam_fn.algebra.slots import Slot, Slots
@@ -63,7 +63,7 @@ class ADOPT(Rule):
             normalised = jnp.clip(normalised, -self.clip_value_fn, self.clip_value_fn)
         normalised = jnp.where(first, 0, normalised)
         mu = ema(self.b1, slots["mu"], normalised)
-        nu = jnp.where(first, square(g), ema(self.b2, slots["nu"], square(g)))
+        nu = jnp.where(first, g * g, ema(self.b2, slots["nu"], g * g))
         return ema(self.b1, mu, normalised) if self.nesterov else mu, {"mu": mu, "nu": nu}
 
     def signal_to_noise(self, slots: Slots, clock: Clock) -> jax.Array:

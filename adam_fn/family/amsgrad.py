@@ -48,11 +48,10 @@ class AMSGrad(Adam):
 
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
         clock = self._corrected(clock)
-        clipped = self.clipped(g)
-        mu, stored = self.first_moment(slots, clipped)
+        mu, stored = self.first_moment(slots, g)
         nu = self.second_moment(slots["nu"], g, mu)
         nu_max = jnp.maximum(slots["nu_max"], nu)
-        u = self.scaled(self.direction(mu, clipped, clock), nu_max, clock)
+        u = self.scaled(self.direction(mu, g, clock), nu_max, clock)
         return u, {**stored, "nu": nu, "nu_max": nu_max}
 
 

@@ -35,7 +35,7 @@ class LaProp(Adam):
 
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
         nu = self.second_moment(slots["nu"], g, g)
-        normalised = self.scaled(self.clipped(g), nu, clock)
+        normalised = self.scaled(g, nu, clock)
         mu, stored = self.first_moment(slots, normalised)
         return self.direction(mu, normalised, clock), {**stored, "nu": nu}
 

@@ -41,10 +41,9 @@ class RAdam(Adam):
         return *super().betas, Lagged(self.b2)
 
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
-        clipped = self.clipped(g)
-        mu, stored = self.first_moment(slots, clipped)
+        mu, stored = self.first_moment(slots, g)
         nu = self.second_moment(slots["nu"], g, mu)
-        direction = self.direction(mu, clipped, clock)
+        direction = self.direction(mu, g, clock)
         longest = 2 / one_minus(self.b2) - 1
         length = 2 * clock.weights[2] / (one_minus(self.b2) * clock.weights[1]) - 1
         rectified = length >= jnp.maximum(self.threshold, 4)

@@ -115,17 +115,12 @@ def slot_of(codec: Codec, name: str, slots: Mapping[str, Slot]) -> Slot:
     return slots[name]
 
 
-# XLA for CPUs stores a quotient or a root that is used more than once, but computes a choice (`where`) again.
+def positive(unit: jax.Array) -> jax.Array:
+    """A unit that is not negative, as a divisor: at least 2⁻¹²⁶.
 
-
-def ratio(x: jax.Array, unit: jax.Array) -> jax.Array:
-    """Divides `x` by its unit; keeps it where the unit is 0."""
-    return jnp.where(unit > 0, x / unit, x)
-
-
-def root(v: jax.Array) -> jax.Array:
-    """``√v``, for a v that is not negative."""
-    return jnp.where(v > 0, jnp.sqrt(v), v)
+    XLA for CPUs stores a root that is used more than once, but computes a maximum again.
+    """
+    return jax.lax.max(unit, np.asarray(2.0**-126, unit.dtype))
 
 
 def is_wide(dtype: np.dtype, computed: np.dtype) -> bool:
@@ -144,7 +139,7 @@ def narrowed(x: jax.Array, dtype: np.dtype, dither: jax.Array) -> jax.Array:
     drop = wide.nmant - narrow.nmant
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"int{wide.bits}"))
     low = noise.upper_bits(dither, min(drop, 31)).astype(bits.dtype) << max(drop - 31, 0)
-    bits = bits + jnp.where(jnp.isfinite(x), low, 0)
+    bits = bits + jnp.where(jnp.isfinite(x), low, 0)  # The bits of a nan could overflow.
     if dtype == jnp.bfloat16 and wide.bits == 32:
         return jax.lax.platform_dependent(bits, cpu=_upper_half, default=_converted)
     rounded = jax.lax.bitcast_convert_type(bits & np.asarray(-(1 << drop), bits.dtype), x.dtype)

@@ -1,6 +1,8 @@
 """The elementwise codes, and the storages that have a name: 64, 32, 24 or 16 bits of state a parameter."""
 
+import bisect
 import dataclasses
+import functools
 import typing
 from collections.abc import Mapping
 from typing import Literal, TypeAlias
@@ -12,7 +14,7 @@ from jax.typing import DTypeLike
 
 from adam_fn.algebra.slots import Slot, Unit
 from adam_fn.storage import noise
-from adam_fn.storage.codec import Cast, Codec, ratio, root, slot_of
+from adam_fn.storage.codec import Cast, Codec, slot_of
 
 #: The name of a storage; ``24bit`` and ``16bit`` count the bits of Adam's two moments of a parameter.
 StorageName: TypeAlias = Literal["float32", "bfloat16", "24bit", "16bit"]
@@ -28,11 +30,15 @@ class MuLaw(Codec):
 
     ::
 
-        y = 1 + 247 |r|/R,   code = sign(r) ⌊(bits(y) - bits(1))/2¹⁹ + u⌋,   0 ≤ u < 1
+        y = c + |r|,   code = sign(r) ⌊(bits(y) - bits(c))/2¹⁹ + u⌋,   0 ≤ u < 1
 
-    u is the dither. The code is a part of the bits of y, four of them of its fraction: 16 codes an octave, and evenly
-    spaced codes below R/247. R is the bound (see `Slot`) and has the code 127. The stored array is int8; -128 stands
-    for nan and infinity. With v as it is stored, ``m = r √v``.
+    u is the dither. The code is a part of the bits of y, four of them of its fraction: 16 codes an octave of y, and
+    evenly spaced codes below c. R is the bound (see `Slot`); c, about R/240, is the least number on the grid of the
+    codes for which the code of R is at most 127. The stored array is int8. With v as it is stored, ``m = r √v``.
+
+    A slot that has a unit must be nan or infinite only where its unit is, which then makes it nan when it is decoded;
+    rules see to that, since a gradient that is not finite makes all slots nan. Without a unit -128 stands for nan and
+    infinity.
 
     Attributes:
       bound: R; that of the slot by default.
@@ -57,38 +63,62 @@ class MuLaw(Codec):
         return MuLaw(bound, slot.unit, slots=(name,))
 
     def encode(self, x: tuple[jax.Array, ...], dither: tuple[jax.Array, ...]) -> jax.Array:
-        r = x[0].astype(jnp.float32)
-        code = mu_law(r, dither[0], 8, self._range).astype(jnp.float32)
-        return jnp.where(jnp.isfinite(r), jnp.where(r < 0, -code, code), -128).astype(jnp.int8)
+        bound = self._largest
+        # XLA for CPUs stores a quotient that is used twice, such as r, but clamps a number as often as it is used.
+        r = jax.lax.clamp(-bound, x[0].astype(jnp.float32), bound)
+        code = mu_law(r, dither[0], 8, self._range) - lowest_code(8, self._range)
+        code = jax.lax.sign(r) * code.astype(jnp.float32)
+        if self.unit is None:
+            code = jnp.where(jnp.isfinite(x[0]), code, -128)
+        return code.astype(jnp.int8)
 
     def decode(self, code: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, ...]:
         k = code.astype(jnp.int32)
-        r = from_mu_law(jnp.abs(k), 8, self._range)
-        return (jnp.where(k == -128, jnp.nan, jnp.where(k < 0, -r, r)).astype(dtype),)
+        r = from_mu_law(jax.lax.abs(k) << 19, 8, self._range)
+        r = jax.lax.select(k < 0, -r, r)
+        return ((r if self.unit else jnp.where(k == -128, jnp.nan, r)).astype(dtype),)
 
     @property
     def _range(self) -> float:
         assert self.bound is not None
         return self.bound
 
+    @property
+    def _largest(self) -> np.float32:
+        """The number that the code 127 stands for: `bound`, or up to a code more."""
+        least = _least(8, self._range)
+        return np.int32(least.view(np.int32) + (127 << 19)).view(np.float32) - least
+
 
 def mu_law(r: jax.Array, dither: jax.Array, bits: int, bound: float) -> jax.Array:
-    """The code of the magnitude of each element, an int32 from 0 to the code of the bound."""
+    """The code of the magnitude of each element, an int32: `lowest_code` for 0, 2ⁿ⁻¹ - 1 more for `bound`."""
     shift = 27 - bits
-    y = 1 + np.float32(_span(bits) / bound) * jnp.abs(r)
-    place = jax.lax.bitcast_convert_type(y, jnp.int32) - _ONE
-    return jnp.minimum((place + noise.upper_bits(dither, shift)) >> shift, 2 ** (bits - 1) - 1)
+    y = jax.lax.bitcast_convert_type(jax.lax.abs(r) + _least(bits, bound), jnp.int32)
+    return (y + noise.upper_bits(dither, shift)) >> shift
 
 
-def from_mu_law(code: jax.Array, bits: int, bound: float) -> jax.Array:
-    """Inverts `mu_law`, in float32."""
-    y = jax.lax.bitcast_convert_type((code << (27 - bits)) + _ONE, jnp.float32)
-    return (y - 1) * np.float32(bound / _span(bits))
+def lowest_code(bits: int, bound: float) -> int:
+    """The code of 0 in `mu_law`."""
+    return int(_least(bits, bound).view(np.int32)) >> (27 - bits)
 
 
-def _span(bits: int) -> float:
-    """The y of the highest code, minus 1."""
-    return float(np.int32(_ONE + ((2 ** (bits - 1) - 1) << (27 - bits))).view(np.float32)) - 1
+def from_mu_law(place: jax.Array, bits: int, bound: float) -> jax.Array:
+    """Inverts `mu_law`, in float32; `place` is the code without `lowest_code`, where it stands in the bits of y."""
+    least = _least(bits, bound)
+    return jax.lax.bitcast_convert_type(place + least.view(np.int32), jnp.float32) - least
+
+
+@functools.cache
+def _least(bits: int, bound: float) -> np.float32:
+    """The least c whose bits end where those of the code do, such that the code of `bound` is not too large."""
+    steps, shift = 2 ** (bits - 1) - 1, 27 - bits
+
+    def reach(code: int) -> float:
+        first, last = np.asarray([code, code + steps], np.int32) << shift
+        return float(last.view(np.float32)) - float(first.view(np.float32))
+
+    code = bisect.bisect_left(range(255 * 2 ** (23 - shift) - steps), bound, key=reach)
+    return np.int32(code << shift).view(np.float32)
 
 
 #: The bits of the fraction of the root s in a `Word`, and its least exponent.
@@ -105,14 +135,15 @@ class Word(Codec):
 
     ::
 
-        word = 2¹⁵ (r < 0) + 512 k + n
-        y = 1 + 239 |r|/R,   k = ⌊(bits(y) - bits(1))/2²⁰ + u⌋,   n = ⌊bits(s)/2²⁰ + u⌋ - 599
+        word = 2¹⁵ (m < 0) + 512 k + n
+        k = ⌊(bits(c + |r|) - bits(c))/2²⁰ + u⌋,   n = ⌊bits(s)/2²⁰ + u⌋ - 599
 
-    u is the dither, not the same for k and n. k has 8 codes an octave, and R the code 63; n is the exponent of s and 3
-    bits of its fraction. Decoded, ``v = s²`` and ``m = r s``. ``n = 0`` stands for ``s = 0``, and 511 for nan and
-    infinity, of m or of v. An s that is not 0 is stored as at least 2⁻⁵² and at most 1.625 2¹¹ (gradients from 2e-16
-    to 3e3); beyond that it saturates, and the update stays bounded. The stored array is called ``mu_nu``. For
-    AdaMax s is v itself; for rules that normalise gradients before they average them, r is m.
+    u is the dither, not the same for k and n. k has 8 codes an octave of ``c + |r|``; c, about R/230, is the least
+    number on their grid for which the code of R is at most 63. n is the exponent of s and 3 bits of its fraction.
+    Decoded, ``v = s²`` and ``m = r s``. The word 0 stands for ``v = 0``, and ``n = 511`` for nan, of m and of v, which
+    must be nan together, as for `MuLaw`. An s that is not 0 is stored as at least 2⁻⁵² and at most 1.625 2¹¹ (gradients
+    from 2e-16 to 3e3); beyond that it saturates, and the update stays bounded. The stored array is called ``mu_nu``.
+    For AdaMax s is v itself; for rules that normalise gradients before they average them, r is m.
 
     Attributes:
       bound: R; that of mu by default.
@@ -143,26 +174,28 @@ class Word(Codec):
     def encode(self, x: tuple[jax.Array, ...], dither: tuple[jax.Array, ...]) -> jax.Array:
         assert self.bound is not None
         m, v = (y.astype(jnp.float32) for y in x)
-        s = root(v) if self._is_root else v
-        r = m if self.unit is None else ratio(m, s)
-        k = mu_law(r, dither[0], 7, self.bound)
-        s = jnp.minimum(s, np.float32(_LARGEST)) + 0 * (r + s)  # nan where r or s is not finite.
-        bits = jax.lax.bitcast_convert_type(s, jnp.int32) & 0x7FFFFFFF  # A nan can have a sign.
-        n = ((bits + noise.upper_bits(dither[1], _SHIFT)) >> _SHIFT) - _OFFSET
-        n = jnp.minimum(jnp.maximum(n, jnp.minimum(bits, 1)), _NAN)
+        s = jax.lax.max(jax.lax.sqrt(v) if self._is_root else v, np.float32(2.0**LOWEST))
+        lowest = lowest_code(7, self.bound)
+        k = mu_law(m if self.unit is None else m / s, dither[0], 7, self.bound)
+        bits = jax.lax.bitcast_convert_type(jax.lax.min(s, np.float32(_LARGEST)), jnp.int32)
+        bits = bits & np.int32(0x7FFFFFFF)  # A nan can have a sign.
+        n = jax.lax.shift_right_logical(bits + noise.upper_bits(dither[1], _SHIFT), np.int32(_SHIFT))
+        n = jax.lax.min(n, np.int32(_NAN + _OFFSET))
         # The last operations are on floats, so that on a TPU they join the pass that writes the parameters.
-        word = ((k << 9) + n).astype(jnp.float32)
-        return jnp.where(r < 0, word + 2.0**15, word).astype(jnp.uint16)
+        word = ((jax.lax.min(k, np.int32(lowest + 63)) << 9) + n).astype(jnp.float32)
+        zero = (lowest << 9) + _OFFSET
+        word = word - jnp.where(m < 0, np.float32(zero - 2**15), np.float32(zero))
+        return jnp.where(v == 0, 0, word).astype(jnp.uint16)
 
     def decode(self, code: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, ...]:
         assert self.bound is not None
         word = code.astype(jnp.int32)
-        n = word & 511
+        n = word & _NAN
         s = jax.lax.bitcast_convert_type((n + _OFFSET) << _SHIFT, jnp.float32)
         s = jnp.where(n == 0, 0, jnp.where(n == _NAN, jnp.nan, s)).astype(dtype)
-        r = from_mu_law((word >> 9) & 63, 7, self.bound).astype(dtype)
-        r = jnp.where(word >= 2**15, -r, r)
-        return r if self.unit is None else r * s, s * s if self._is_root else s
+        r = from_mu_law((word << 11) & (63 << 20), 7, self.bound).astype(dtype)
+        r = jax.lax.select(word >= 2**15, -r, r)
+        return r + (s - s) if self.unit is None else r * s, s * s if self._is_root else s  # s - s is 0, or nan.
 
 
 #: The name of the array in which a `Word` stores mu and nu.

@@ -15,8 +15,6 @@ leaf, so u is the same under any sharding; inside `shard_map` and `vmap` they co
 and all of these share one dither.
 """
 
-import functools
-import operator
 import zlib
 from collections.abc import Sequence
 
@@ -27,6 +25,8 @@ import numpy as np
 #: The multiples of this A, of A² and of A² + A, modulo 2³², fill the interval almost as evenly as those of the golden
 #: ratio: n successive ones leave no gap wider than 2/n.
 _FACTOR = 0x2FB276CF
+#: The factors of Horner's scheme for the last two indices: ``(i·x + j)·y = i·(A² + A) + j·A²``.
+_LAST_FACTORS = [np.uint32(x % 2**32).astype(np.int32) for x in (1 + pow(_FACTOR, -1, 2**32), _FACTOR**2)]
 
 
 def time_offsets(count: jax.Array, names: Sequence[str]) -> dict[str, jax.Array]:
@@ -54,10 +54,7 @@ def dither(lattice: jax.Array, time: jax.Array) -> jax.Array:
 
 
 def lattice(like: jax.Array, layer: jax.Array | None = None) -> jax.Array:
-    """``i·A + j·B + …`` of each element ``[i, j, …]``, int32, with the shape and the sharding of `like`.
-
-    It is computed from sums of all indices. A term of one index alone would be a vector, which XLA would compute once
-    for all leaves of a shape, and then fuse these leaves into one program that takes long to compile.
+    """``i·A + j·B + …`` of each element ``[i, j, …]``, int32, with the shape and the sharding of `like`, a float array.
 
     With `layer`, the array is this layer's part of a stack of layers, with a first axis of length 1, and gets the
     lattice that it has in the stack.
@@ -71,10 +68,13 @@ def lattice(like: jax.Array, layer: jax.Array | None = None) -> jax.Array:
         indices.insert(shape[0] != 1, jnp.reshape(layer.astype(jnp.int32), (1,) * like.ndim))
     if not indices:
         return jnp.zeros_like(like, jnp.int32)
-    found = functools.reduce(operator.add, indices)
-    for index in indices[:-1]:
-        found = found * np.int32(_FACTOR) + index
-    return found * np.int32(_FACTOR)
+    factors = [_FACTOR] if len(indices) == 1 else [*[_FACTOR] * (len(indices) - 2), *_LAST_FACTORS]
+    # Adding 0, or anything where `like` is nan, ties the lattice to its leaf. XLA would compute it once for all leaves
+    # of a shape, and then fuse these leaves into one program, or try to, which takes long to compile.
+    found = jax.lax.bitcast_convert_type(like - like, f"int{8 * like.dtype.itemsize}").astype(jnp.int32)
+    for index, factor in zip(indices, factors, strict=True):
+        found = (found + index) * np.int32(factor)
+    return found
 
 
 def upper_bits(dither: jax.Array, bits: int) -> jax.Array:

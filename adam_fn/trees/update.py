@@ -56,11 +56,17 @@ def coded(
     slots: Sequence[Mapping[str, jax.Array] | None],
     count: jax.Array,
 ) -> dict[str, PyTree]:
-    """Encodes the slots of each leaf, or None, into the trees of a state."""
+    """Encodes the slots of each leaf, or None, into the trees of a state.
+
+    An element with a slot that is not finite becomes nan in all slots where codes rely on it, as after a step.
+    """
     times = _times(definition, count)
     stored: list[Stored | None] = []
     for path, own, codecs in zip(leaves.paths, slots, definition.codecs_of(leaves, params), strict=True):
         with leaf_in_errors(path):
+            if own and any(unit for codec in codecs.values() for unit in codec.units):
+                finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, own.values()))
+                own = {name: jnp.where(finite, x, jnp.nan) for name, x in own.items()}  # noqa: PLW2901
             stored.append(encode(codecs, own, lattice_of(next(iter(own.values()))), times) if own else own)
     return _trees(definition, leaves, stored)
 
