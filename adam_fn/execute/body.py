@@ -83,6 +83,7 @@ def encode(codecs: Codecs, slots: Slots, lattice: Lattice, times: Slots) -> dict
     return found
 
 
+@functools.partial(jax.jit, static_argnames="destination", inline=True)  # Traced once for equal shapes.
 def body(
     rule: Rule, codecs: Codecs, destination: Destination, inputs: Inputs, stored: Stored, clock: Clock, times: Times
 ) -> LeafResult:

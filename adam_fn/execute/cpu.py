@@ -71,8 +71,7 @@ def _order(
     """The names of the stored arrays, each after all whose new value depends on its old one, if that is possible."""
 
     def step(p: jax.Array | None, stored: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
-        number = jax.tree.map(lambda x: jnp.zeros(2, x.dtype), inputs._replace(p=None))
-        return body(rule, codecs, destination, number._replace(p=p), stored, clock, times).stored
+        return body(rule, codecs, destination, inputs._replace(p=p), stored, clock, times).stored
 
     left = sorted(stored)
     reads = sources(step, inputs.p, stored)

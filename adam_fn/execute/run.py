@@ -1,6 +1,7 @@
 """Runs a leaf: by `body` alone, on a CPU with its outputs in an order, and on a TPU with remainders apart."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ def step_leaf(
     if not jnp.iscomplexobj(inputs.g):
         rule = rule.of_real()
     inputs = jax.tree.map(as_real, inputs)
-    ways = {"default": body}
+    ways: dict[str, Callable[..., LeafResult]] = {"default": body}
     if cpu_needs_order(inputs, stored):
         ways["cpu"] = ordered
     if inputs.remainder is not None:

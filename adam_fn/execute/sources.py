@@ -13,10 +13,6 @@ PARAMETER = ""
 _CALLS = {"jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call"}
 
 
-#: Primitives that call a function with their own arguments.
-_CALLS = {"jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call"}
-
-
 def sources(
     step: Callable[[jax.Array | None, Mapping[str, jax.Array]], Mapping[str, jax.Array]],
     p: jax.Array | None,
@@ -24,12 +20,11 @@ def sources(
 ) -> dict[str, set[str]]:
     """The names of the arrays, `PARAMETER` included, on whose old values the new value of each stored array depends.
 
-    `step` makes the new arrays from the parameter and the old arrays; it is traced with arrays of two numbers.
+    `step` makes the new arrays from the parameter and the old arrays.
     """
-    number, old = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2,), x.dtype), (p, dict(stored)))
-    names = sorted(old)
+    names = sorted(stored)
     labels: list[str] = [*([] if p is None else [PARAMETER]), *names]
-    needed = dependencies(jax.make_jaxpr(step)(number, old).jaxpr)
+    needed = dependencies(jax.make_jaxpr(step)(p, dict(stored)).jaxpr)
     return {name: {labels[i] for i in own} for name, own in zip(names, needed, strict=True)}
 
 

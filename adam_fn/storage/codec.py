@@ -14,6 +14,7 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import DTypeLike
 
 from adam_fn.algebra.slots import Slot, Unit
@@ -120,7 +121,7 @@ def positive(unit: jax.Array) -> jax.Array:
 
     XLA for CPUs stores a root that is used more than once, but computes a maximum again.
     """
-    return jax.lax.max(unit, np.asarray(2.0**-126, unit.dtype))
+    return lax.max(unit, np.asarray(2.0**-126, unit.dtype))
 
 
 def is_wide(dtype: np.dtype, computed: np.dtype) -> bool:
@@ -137,12 +138,13 @@ def narrowed(x: jax.Array, dtype: np.dtype, dither: jax.Array) -> jax.Array:
     """
     wide, narrow = jnp.finfo(x.dtype), jnp.finfo(dtype)
     drop = wide.nmant - narrow.nmant
-    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"int{wide.bits}"))
-    low = noise.upper_bits(dither, min(drop, 31)).astype(bits.dtype) << max(drop - 31, 0)
-    bits = bits + jnp.where(jnp.isfinite(x), low, 0)  # The bits of a nan could overflow.
+    bits = lax.bitcast_convert_type(x, jnp.dtype(f"int{wide.bits}"))
+    low = lax.convert_element_type(noise.upper_bits(dither, min(drop, 31)), bits.dtype)
+    low = low << (drop - 31) if drop > 31 else low
+    bits = lax.add(bits, jnp.where(lax.is_finite(x), low, 0))  # The bits of a nan could overflow.
     if dtype == jnp.bfloat16 and wide.bits == 32:
-        return jax.lax.platform_dependent(bits, cpu=_upper_half, default=_converted)
-    rounded = jax.lax.bitcast_convert_type(bits & np.asarray(-(1 << drop), bits.dtype), x.dtype)
+        return lax.platform_dependent(bits, cpu=_upper_half, default=_converted)
+    rounded = lax.bitcast_convert_type(bits & np.asarray(-(1 << drop), bits.dtype), x.dtype)
     if narrow.minexp > wide.minexp:  # There are numbers outside its range.
         least = float(narrow.smallest_subnormal)
         small = jnp.floor(x / least + noise.upper_bits(dither, 24).astype(x.dtype) * 2.0**-24) * least
@@ -154,12 +156,12 @@ def narrowed(x: jax.Array, dtype: np.dtype, dither: jax.Array) -> jax.Array:
 
 def _converted(bits: jax.Array) -> jax.Array:
     """The bfloat16 in the upper half of an int32; a TPU makes a conversion part of the pass over the parameters."""
-    return jax.lax.bitcast_convert_type(bits & np.int32(-(1 << 16)), jnp.float32).astype(jnp.bfloat16)
+    return lax.bitcast_convert_type(lax.bitwise_and(bits, np.int32(-(1 << 16))), np.float32).astype(jnp.bfloat16)
 
 
 def _upper_half(bits: jax.Array) -> jax.Array:
     """The same for CPUs, where XLA's conversion would round, in as many operations as all else here takes."""
-    return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.int16), jnp.bfloat16)
+    return lax.bitcast_convert_type((bits >> 16).astype(jnp.int16), jnp.bfloat16)
 
 
 @narrowed.defjvp

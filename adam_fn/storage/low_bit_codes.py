@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import DTypeLike
 
 from adam_fn.algebra.slots import Slot, Unit
@@ -65,17 +66,17 @@ class MuLaw(Codec):
     def encode(self, x: tuple[jax.Array, ...], dither: tuple[jax.Array, ...]) -> jax.Array:
         bound = self._largest
         # XLA for CPUs stores a quotient that is used twice, such as r, but clamps a number as often as it is used.
-        r = jax.lax.clamp(-bound, x[0].astype(jnp.float32), bound)
-        code = mu_law(r, dither[0], 8, self._range) - lowest_code(8, self._range)
-        code = jax.lax.sign(r) * code.astype(jnp.float32)
+        r = lax.clamp(-bound, x[0].astype(jnp.float32), bound)
+        code = lax.sub(mu_law(r, dither[0], 8, self._range), np.int32(lowest_code(8, self._range)))
+        code = lax.mul(lax.sign(r), lax.convert_element_type(code, np.float32))
         if self.unit is None:
             code = jnp.where(jnp.isfinite(x[0]), code, -128)
-        return code.astype(jnp.int8)
+        return lax.convert_element_type(code, np.int8)
 
     def decode(self, code: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, ...]:
-        k = code.astype(jnp.int32)
-        r = from_mu_law(jax.lax.abs(k) << 19, 8, self._range)
-        r = jax.lax.select(k < 0, -r, r)
+        k = lax.convert_element_type(code, np.int32)
+        r = from_mu_law(lax.shift_left(lax.abs(k), np.int32(19)), 8, self._range)
+        r = lax.select(lax.lt(k, np.int32(0)), lax.neg(r), r)
         return ((r if self.unit else jnp.where(k == -128, jnp.nan, r)).astype(dtype),)
 
     @property
@@ -93,8 +94,8 @@ class MuLaw(Codec):
 def mu_law(r: jax.Array, dither: jax.Array, bits: int, bound: float) -> jax.Array:
     """The code of the magnitude of each element, an int32: `lowest_code` for 0, 2ⁿ⁻¹ - 1 more for `bound`."""
     shift = 27 - bits
-    y = jax.lax.bitcast_convert_type(jax.lax.abs(r) + _least(bits, bound), jnp.int32)
-    return (y + noise.upper_bits(dither, shift)) >> shift
+    y = lax.bitcast_convert_type(lax.add(lax.abs(r), _least(bits, bound)), np.int32)
+    return lax.shift_right_arithmetic(lax.add(y, noise.upper_bits(dither, shift)), np.int32(shift))
 
 
 def lowest_code(bits: int, bound: float) -> int:
@@ -105,7 +106,7 @@ def lowest_code(bits: int, bound: float) -> int:
 def from_mu_law(place: jax.Array, bits: int, bound: float) -> jax.Array:
     """Inverts `mu_law`, in float32; `place` is the code without `lowest_code`, where it stands in the bits of y."""
     least = _least(bits, bound)
-    return jax.lax.bitcast_convert_type(place + least.view(np.int32), jnp.float32) - least
+    return lax.sub(lax.bitcast_convert_type(lax.add(place, least.view(np.int32)), np.float32), least)
 
 
 @functools.cache
@@ -173,28 +174,31 @@ class Word(Codec):
 
     def encode(self, x: tuple[jax.Array, ...], dither: tuple[jax.Array, ...]) -> jax.Array:
         assert self.bound is not None
-        m, v = (y.astype(jnp.float32) for y in x)
-        s = jax.lax.max(jax.lax.sqrt(v) if self._is_root else v, np.float32(2.0**LOWEST))
+        add, mini, shl, i32, f32 = lax.add, lax.min, lax.shift_left, np.int32, np.float32
+        m, v = (lax.convert_element_type(y, f32) for y in x)
+        s = lax.max(lax.sqrt(v) if self._is_root else v, f32(2.0**LOWEST))
         lowest = lowest_code(7, self.bound)
-        k = mu_law(m if self.unit is None else m / s, dither[0], 7, self.bound)
-        bits = jax.lax.bitcast_convert_type(jax.lax.min(s, np.float32(_LARGEST)), jnp.int32)
-        bits = bits & np.int32(0x7FFFFFFF)  # A nan can have a sign.
-        n = jax.lax.shift_right_logical(bits + noise.upper_bits(dither[1], _SHIFT), np.int32(_SHIFT))
-        n = jax.lax.min(n, np.int32(_NAN + _OFFSET))
+        k = mini(mu_law(m if self.unit is None else lax.div(m, s), dither[0], 7, self.bound), i32(lowest + 63))
+        bits = lax.bitcast_convert_type(mini(s, f32(_LARGEST)), i32)
+        bits = add(
+            lax.bitwise_and(bits, i32(0x7FFFFFFF)), noise.upper_bits(dither[1], _SHIFT)
+        )  # A nan can have a sign.
+        n = mini(lax.shift_right_logical(bits, i32(_SHIFT)), i32(_NAN + _OFFSET))
         # The last operations are on floats, so that on a TPU they join the pass that writes the parameters.
-        word = ((jax.lax.min(k, np.int32(lowest + 63)) << 9) + n).astype(jnp.float32)
+        word = lax.convert_element_type(add(shl(k, i32(9)), n), f32)
         zero = (lowest << 9) + _OFFSET
-        word = word - jnp.where(m < 0, np.float32(zero - 2**15), np.float32(zero))
-        return jnp.where(v == 0, 0, word).astype(jnp.uint16)
+        word = lax.sub(word, jnp.where(m < 0, f32(zero - 2**15), f32(zero)))
+        return lax.convert_element_type(jnp.where(v == 0, f32(0), word), np.uint16)
 
     def decode(self, code: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, ...]:
         assert self.bound is not None
-        word = code.astype(jnp.int32)
-        n = word & _NAN
-        s = jax.lax.bitcast_convert_type((n + _OFFSET) << _SHIFT, jnp.float32)
+        shl, bitwise_and, i32 = lax.shift_left, lax.bitwise_and, np.int32
+        word = lax.convert_element_type(code, i32)
+        n = bitwise_and(word, i32(_NAN))
+        s = lax.bitcast_convert_type(shl(lax.add(n, i32(_OFFSET)), i32(_SHIFT)), np.float32)
         s = jnp.where(n == 0, 0, jnp.where(n == _NAN, jnp.nan, s)).astype(dtype)
-        r = from_mu_law((word << 11) & (63 << 20), 7, self.bound).astype(dtype)
-        r = jax.lax.select(word >= 2**15, -r, r)
+        r = from_mu_law(bitwise_and(shl(word, i32(11)), i32(63 << 20)), 7, self.bound).astype(dtype)
+        r = lax.select(lax.ge(word, i32(2**15)), lax.neg(r), r)
         return r + (s - s) if self.unit is None else r * s, s * s if self._is_root else s  # s - s is 0, or nan.
 
 

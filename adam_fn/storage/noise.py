@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 #: The multiples of this A, of A² and of A² + A, modulo 2³², fill the interval almost as evenly as those of the golden
 #: ratio: n successive ones leave no gap wider than 2/n.
@@ -36,21 +37,24 @@ def time_offsets(count: jax.Array, names: Sequence[str]) -> dict[str, jax.Array]
     """
     if not names:
         return {}
-    s = jnp.asarray(count).astype(jnp.uint32)
+    # `lax` and not `jnp`, whose functions are traced anew for each transformation.
+    mul, shl, shr, xor, u32 = lax.mul, lax.shift_left, lax.shift_right_logical, lax.bitwise_xor, np.uint32
+    s = lax.convert_element_type(count, u32)
     for shift, mask in ((1, 0x55555555), (2, 0x33333333), (4, 0x0F0F0F0F), (8, 0x00FF00FF), (16, 0x0000FFFF)):
-        s = ((s >> shift) & np.uint32(mask)) | ((s & np.uint32(mask)) << shift)
+        upper, lower = lax.bitwise_and(shr(s, u32(shift)), u32(mask)), lax.bitwise_and(s, u32(mask))
+        s = lax.bitwise_or(upper, shl(lower, u32(shift)))
     found = {}
     for name in names:
-        s = s + np.uint32(zlib.crc32(name.encode()))
+        s = lax.add(s, u32(zlib.crc32(name.encode())))
         for factor in (0x6C50B47C, 0xB82F1E52, 0xC7AFE638, 0x8D22F6E6):  # Even: bits depend on lower ones alone.
-            s = s ^ (s * np.uint32(factor))
-        found[name] = jax.lax.bitcast_convert_type(s, jnp.int32)
+            s = xor(s, mul(s, u32(factor)))
+        found[name] = lax.bitcast_convert_type(s, np.int32)
     return found
 
 
 def dither(lattice: jax.Array, time: jax.Array) -> jax.Array:
     """The dither of each element of a leaf, int32."""
-    return lattice + jnp.reshape(time, (1,) * lattice.ndim)
+    return lax.add(lattice, time)
 
 
 def lattice(like: jax.Array, layer: jax.Array | None = None) -> jax.Array:
@@ -62,7 +66,7 @@ def lattice(like: jax.Array, layer: jax.Array | None = None) -> jax.Array:
     shape, place = like.shape, jax.typeof(like).sharding
     # Without a sharding, each device would compute the lattice of the whole leaf over explicit axes.
     indices = [
-        jax.lax.broadcasted_iota(jnp.int32, shape, axis, out_sharding=place) for axis, n in enumerate(shape) if n > 1
+        lax.broadcasted_iota(jnp.int32, shape, axis, out_sharding=place) for axis, n in enumerate(shape) if n > 1
     ]
     if layer is not None:  # Two reals, of a complex number, stand before the axis of the layers.
         indices.insert(shape[0] != 1, jnp.reshape(layer.astype(jnp.int32), (1,) * like.ndim))
@@ -71,12 +75,13 @@ def lattice(like: jax.Array, layer: jax.Array | None = None) -> jax.Array:
     factors = [_FACTOR] if len(indices) == 1 else [*[_FACTOR] * (len(indices) - 2), *_LAST_FACTORS]
     # Adding 0, or anything where `like` is nan, ties the lattice to its leaf. XLA would compute it once for all leaves
     # of a shape, and then fuse these leaves into one program, or try to, which takes long to compile.
-    found = jax.lax.bitcast_convert_type(like - like, f"int{8 * like.dtype.itemsize}").astype(jnp.int32)
+    zero = lax.bitcast_convert_type(lax.sub(like, like), f"int{8 * like.dtype.itemsize}")
+    found = lax.convert_element_type(zero, np.int32)
     for index, factor in zip(indices, factors, strict=True):
-        found = (found + index) * np.int32(factor)
+        found = lax.mul(lax.add(found, index), np.int32(factor))
     return found
 
 
 def upper_bits(dither: jax.Array, bits: int) -> jax.Array:
     """The upper bits of a dither, an int32 that is not negative, to be added below the bits that are kept."""
-    return jax.lax.shift_right_logical(dither, jnp.int32(32 - bits))
+    return lax.shift_right_logical(dither, np.int32(32 - bits))

@@ -115,9 +115,9 @@ def test_what_the_new_state_is_computed_from() -> None:
         now = Times(time_offsets(jnp.int32(1), list(rule.slots)))
 
         def step(p: Any, stored: Any) -> Any:
-            return body(rule, codecs, UPDATES, Inputs(jnp.ones(2), p), stored, clock, now).stored
+            return body(rule, codecs, UPDATES, Inputs(jnp.ones(3), p), stored, clock, now).stored
 
-        return sources(step, jnp.ones(()), stored_of(tx, tx.init(jnp.ones(3))))
+        return sources(step, jnp.ones(3), stored_of(tx, tx.init(jnp.ones(3))))
 
     assert found(adam_fn.adamw(1e-2)) == {"mu": {"mu"}, "nu": {"nu"}}
     assert found(TX) == {"mu": {"mu", "nu"}, "nu": {"nu"}}, "m is in units of v"
