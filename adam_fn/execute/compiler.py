@@ -38,7 +38,7 @@ def one_after(x: jax.Array, count: jax.Array) -> jax.Array:
         return jax.lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(()).astype(jnp.float32)
 
     def one(x: jax.Array) -> jax.Array:
-        return jnp.where(first(x) > 0, jnp.float32(1), 1)  # Of the same type as `first`, inside `shard_map` too.
+        return jax.lax.full_like(first(x), 1)  # Of the same type as `first`, inside `shard_map` too.
 
     # The condition is always true, but XLA does not see that.
     return jax.lax.cond(count | 1 != 0, one, first, jax.lax.stop_gradient(x))
