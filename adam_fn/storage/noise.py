@@ -73,13 +73,20 @@ def lattice(like: jax.Array, layer: jax.Array | None = None) -> jax.Array:
     if not indices:
         return jnp.zeros_like(like, jnp.int32)
     factors = [_FACTOR] if len(indices) == 1 else [*[_FACTOR] * (len(indices) - 2), *_LAST_FACTORS]
-    # Adding 0, or anything where `like` is nan, ties the lattice to its leaf. XLA would compute it once for all leaves
-    # of a shape, and then fuse these leaves into one program, or try to, which takes long to compile.
-    zero = lax.bitcast_convert_type(lax.sub(like, like), f"int{8 * like.dtype.itemsize}")
-    found = lax.convert_element_type(zero, np.int32)
+    found = lax.platform_dependent(like, cpu=lambda x: lax.full_like(x, 0, np.int32), default=_zero)
     for index, factor in zip(indices, factors, strict=True):
         found = lax.mul(lax.add(found, index), np.int32(factor))
     return found
+
+
+def _zero(like: jax.Array) -> jax.Array:
+    """Zeros, or anything where `like` is nan, that tie a lattice to its leaf; int32.
+
+    XLA for GPUs and TPUs would compute the lattice once for all leaves of a shape, and then fuse these leaves into one
+    program, or try to, which takes long to compile. XLA for CPUs does not, and has fewer operations without.
+    """
+    zero = lax.bitcast_convert_type(lax.sub(like, like), f"int{8 * like.dtype.itemsize}")
+    return lax.convert_element_type(zero, np.int32)
 
 
 def upper_bits(dither: jax.Array, bits: int) -> jax.Array:
