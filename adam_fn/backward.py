@@ -23,11 +23,12 @@ from jax.typing import ArrayLike
 from adam_fn.execute.sources import dependencies
 from adam_fn.trees.functions import owner_of
 from adam_fn.trees.leaves import PyTree
-from adam_fn.trees.stack import Stack
+from adam_fn.trees.stack import Stack, Undivided
 from adam_fn.wrappers.base import COUNT, check_state, step_parameters
 from adam_fn.wrappers.clip import check_norm
 from adam_fn.wrappers.guard import GuardState, SkipNonfinite, decided
-from adam_fn.wrappers.layers import Embed, Head, Layer, Model, Run, clipping
+from adam_fn.wrappers.layered_model import Embed, Head, Layer, Model
+from adam_fn.wrappers.layers import Run, clipping
 
 
 def value_and_step(
@@ -92,13 +93,22 @@ def value_and_step(
         guard = owner_of(tx)
         guard = guard if isinstance(guard, SkipNonfinite) else None
         inner = guard.tx if guard else tx
+        way = owner_of(inner) if hasattr(owner_of(inner), "vary") else Undivided(inner)
+        inner = way.tx
         if hasattr(owner_of(inner), "state_shardings"):
-            raise ValueError("zero1 and offload plan for whole leaves: value_and_step takes what they wrap")
+            raise ValueError("offload fetches the whole state: value_and_step takes what it wraps")
         if guard:
             check_state(state, GuardState, "skip_nonfinite", skipped=COUNT, consecutive=COUNT)
-        stack = Stack(inner, params, state.inner if guard else state, layers, keep_every)
+        stack = Stack(
+            inner,
+            params,
+            state.inner if guard else state,
+            layers,
+            keep_every,
+            lambda part: jax.eval_shape(way.part(part).init, part),
+        )
         _check_separate(inner, stack, params, extra_args)
-        run = Run(inner, model, stack, batch, extra_args)
+        run = Run(way, model, stack, batch, extra_args)
         ends = run.ends()
         layer_norm, model_norm = (max_norm, None) if clip == "layer" else (None, max_norm)
         if guard is None and model_norm is None:
@@ -119,7 +129,7 @@ def _check_separate(
 ) -> None:
     """Raises if an update, or a part of the state, depends on gradients of other leaves."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params)
-    state = stack.treedef.unflatten(jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in stack.state)
+    state = jax.eval_shape(tx.init, shapes)
     closed = jax.make_jaxpr(lambda g, s, p: step_parameters(tx, g, s, p, **extra_args))(shapes, state, shapes)
     there = [i for i, p in enumerate(stack.leaves.leaves) if p is not None]
     results = [(i, f"the step of {stack.leaves.paths[i]}") for i in there]

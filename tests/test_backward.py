@@ -333,7 +333,7 @@ def test_errors_name_what_is_wrong() -> None:
     def run(params: Any = params, state: Any = state, **options: Any) -> Any:
         return backward.value_and_step(tx, embed, layer, head, **options)(params, state, BATCHES[0])
 
-    with pytest.raises(ValueError, match="zero1 and offload plan for whole leaves"):
+    with pytest.raises(ValueError, match="offload fetches the whole state"):
         backward.value_and_step(adam_fn.offload(tx), embed, layer, head)(params, state, BATCHES[0])
     with pytest.raises(ValueError, match=r"layers='blocks' names no parameters; there are embed, layers/b,"):
         run(layers="blocks")
@@ -399,6 +399,81 @@ def test_a_batch_divided_inside_shard_map_gives_the_ordinary_steps() -> None:
     losses, found, _ = train(jax.jit(run), tx, params)
     expected = train(ordinary(tx), tx, params)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5), (losses, found), expected[:2])
+
+
+def _divided(tx: Any, params: Any, mesh: Any) -> Any:
+    return adam_fn.zero1(tx, params, mesh, layers="layers")
+
+
+@pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_zero1(dtype: Any, axes: AxisType) -> None:
+    """The state stays divided, also inside the loop; parameters stay whole, and the numbers are those without it."""
+    tx, params = adam_fn.adamw(1e-2, eps=1e-2, storage="16bit"), init(dtype)
+    tx = adam_fn.master_weights(tx) if dtype == jnp.bfloat16 else tx
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(axes,))
+    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    with jax.set_mesh(mesh):
+        spread = _divided(tx, params, mesh)
+        batches = [jax.device_put(batch, NamedSharding(mesh, PartitionSpec())) for batch in BATCHES]
+        ways = [full_jit(backward.value_and_step(x, embed, layer, head)) for x in (tx, spread)]
+        expected, found = (train(step, x, params, batches) for step, x in zip(ways, (tx, spread), strict=True))
+
+    def near(x: Any, y: Any) -> None:
+        x, y = np.asarray(x, float), np.asarray(y, float)
+        assert np.linalg.norm(x - y) <= (1e-5 if dtype == jnp.float32 else 1e-2) * np.linalg.norm(y)
+
+    jax.tree.map(near, found[:2], expected[:2])
+    _, found, state = found
+
+    def is_there(x: jax.Array, place: NamedSharding) -> bool:
+        return x.sharding.is_equivalent_to(place, x.ndim)
+
+    assert all(jax.tree.leaves(jax.tree.map(is_there, state, adam_fn.state_shardings(spread, params))))
+    words = [x for x in jax.tree.leaves(state) if x.shape == (LAYERS, WIDTH, HIDDEN)]
+    assert words and all(x.sharding.shard_shape(x.shape) == (LAYERS, 1, HIDDEN) for x in words)
+    assert all(jax.tree.leaves(jax.tree.map(lambda x: x.sharding.is_fully_replicated, found))), found
+
+
+def test_zero1_inside_shard_map() -> None:
+    """The gradients of a layer, of each device's part of the batch, are summed where they are divided."""
+    tx, params = adam_fn.adamw(1e-2), init(index=False)
+    expected = train(ordinary(tx), tx, params)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    spread = _divided(tx, params, mesh)
+    places = jax.tree.map(lambda x: x.spec, adam_fn.state_shardings(spread, params))
+
+    def mean(params: Any, h: Any, batch: Any) -> Any:
+        return jax.lax.pmean(head(params, h, batch), "data")
+
+    def run(**options: Any) -> Any:
+        step = jax.shard_map(
+            backward.value_and_step(spread, embed, layer, mean, **options),
+            mesh=mesh,
+            in_specs=(PartitionSpec(), places, PartitionSpec("data")),
+            out_specs=(PartitionSpec(), PartitionSpec(), places),
+        )
+        return train(jax.jit(step), spread, params), step
+
+    (losses, found, state), step = run()
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5), (losses, found), expected[:2])
+    text = str(jax.make_jaxpr(step)(params, state, BATCHES[0]))
+    assert "reduce_scatter" in text
+    clipped = optax.chain(optax.clip_by_global_norm(0.1), adam_fn.adam(1e-2, eps=1e-2))
+    tx = adam_fn.adam(1e-2, eps=1e-2)
+    expected = train(ordinary(clipped), clipped, params)
+    spread = _divided(tx, params, mesh)
+    places = jax.tree.map(lambda x: x.spec, adam_fn.state_shardings(spread, params))
+    (losses, found, _), _ = run(max_norm=0.1)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=2e-5), (losses, found), expected[:2])
+
+
+def test_zero1_must_know_the_layers() -> None:
+    """Divided along the axis of the layers, a layer's state would be on one device."""
+    mesh, params = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4]), init(index=False)
+    tx = adam_fn.zero1(adam_fn.adam(1e-2), params, mesh)
+    with pytest.raises(ValueError, match=r"zero1 divides layers/b along the axis of the layers: give it layers="):
+        backward.value_and_step(tx, embed, layer, head)(params, tx.init(params), BATCHES[0])
 
 
 # In the frameworks' own idioms.

@@ -83,14 +83,47 @@ class Zero1(TreeTransformation):
     def _step(
         self, run: Callable[..., Any], grads: PyTree, state: PyTree, params: PyTree, extra_args: dict[str, PyTree]
     ) -> tuple[PyTree, PyTree]:
+        new, state = self.run(run, *self.enter(grads, params), state, **extra_args)
+        return self.leave(new), state
+
+    def enter(self, grads: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
+        """Divides gradients, after summing what devices hold, and parameters."""
         grads = self._each(grads, "gradients", self._reduced)
-        if params is not None:
-            params = self._each(params, "parameters", self._part)
+        return grads, None if params is None else self._each(params, "parameters", self._part)
+
+    def run(
+        self, step: Callable[..., Any], grads: PyTree, params: PyTree, state: PyTree, **extra_args: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        """Makes a step of what is divided."""
         spread = self.plan.places.treedef.unflatten(
             None if x is None else x.step_sharding for x in self.plan.places.leaves
         )
-        new, state = self._within(run, (spread, self.plan.state.tree()), grads, self._kept(state), params, **extra_args)
-        return self._each(new, "results", self._gathered), self._kept(state)
+        results = spread, self.plan.state.tree()
+        new, state = self._within(step, results, grads, self._kept(state), params, **extra_args)
+        return new, self._kept(state)
+
+    def leave(self, results: PyTree) -> PyTree:
+        """Gathers the results of a step where the parameters live."""
+        return self._each(results, "results", self._gathered)
+
+    def settle(self, params: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
+        """Places whole parameters and their state where they live."""
+        if self._inside():
+            return params, state
+        return self._each(params, "parameters", lambda leaf, x: _placed(x, leaf.sharding)), self._kept(state)
+
+    def part(self, params: PyTree) -> "Zero1":
+        """The same for some of the parameters, or parts of them: shapes in the whole tree, with None for the others."""
+        return dataclasses.replace(self, plan=self.plan.part(self.tx, params, self.mesh))
+
+    def vary(self, params: PyTree) -> PyTree:
+        """The parameters, such that their gradients are not summed over the axes of an enclosing `shard_map`."""
+
+        def each(_: Place, x: jax.Array) -> jax.Array:
+            axes = tuple(name for name in self.names if name not in varying_axes(x))
+            return jax.lax.pcast(x, axes, to="varying") if axes else x
+
+        return self._each(params, "parameters", each) if self._inside() else params
 
     def _within(self, run: Callable[..., Any], results: PyTree, *args: PyTree, **extra_args: PyTree) -> Any:  # noqa: ANN401
         """Calls `run` and places its results as `results` says. Inside, XLA divides the work over explicit axes too."""
@@ -185,7 +218,12 @@ def _manual() -> tuple[str, ...]:
 
 
 def zero1(
-    tx: optax.GradientTransformation, params: PyTree, mesh: Mesh, axis: str | Sequence[str] = "data"
+    tx: optax.GradientTransformation,
+    params: PyTree,
+    mesh: Mesh,
+    axis: str | Sequence[str] = "data",
+    *,
+    layers: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Divides the state, and the work of a step, over an axis along which the parameters are copies (ZeRO, stage 1).
 
@@ -215,6 +253,8 @@ def zero1(
         device.
       mesh: the mesh that the parameters live on.
       axis: the mesh axis, or axes, of data parallelism.
+      layers: the path of parameters that are stacked along a first axis, which is then not divided. Needed by
+        `adam_fn.backward.value_and_step`, which steps one layer after the other.
 
     Raises:
       ValueError: if the mesh has no such axis, or a parameter lives on another mesh.
@@ -223,7 +263,7 @@ def zero1(
     for name in names:
         if name not in mesh.shape:
             raise ValueError(f"zero1: the mesh has the axes {tuple(mesh.axis_names)}, not {name!r}")
-    return Zero1(tx, mesh, names, plan(tx, params, mesh, names)).transformation()
+    return Zero1(tx, mesh, names, plan(tx, params, mesh, names, layers)).transformation()
 
 
 def undivided(tx: optax.GradientTransformation) -> dict[str, int]:

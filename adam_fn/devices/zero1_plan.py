@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from adam_fn.trees.layout import Division, Shape, StateLayout, check_mesh, device_count, divided, division
-from adam_fn.trees.leaves import PyTree, display_path
+from adam_fn.trees.leaves import PyTree, display_path, within
 
 #: Leaves of fewer elements are not worth a warning.
 SMALL = 4096
@@ -61,9 +61,27 @@ class Plan:
     state: Tree
     undivided: tuple[tuple[str, int], ...]
 
+    def part(self, tx: optax.GradientTransformation, params: PyTree, mesh: Mesh) -> "Plan":
+        """The plan for parts of the parameters along their first axes, such as one layer; None for the others."""
+        places: list[Place | None] = []
+        for place, x in zip(self.places.leaves, self.places.treedef.flatten_up_to(params), strict=True):
+            if place is not None and x is not None and place.axis == 0 and x.shape[:1] != place.shape[:1]:
+                raise ValueError(
+                    f"zero1 divides {place.path} along the axis of the layers: give it layers=…, the path of the layers"
+                )
+            places.append(None if place is None or x is None else dataclasses.replace(place, shape=x.shape))
+        over = [() if place is None else division(place.step_sharding, len(place.shape)) for place in places]
+        leaves, treedef = jax.tree.flatten(StateLayout(tx, params).shardings(mesh, over))
+        return Plan(Tree(tuple(places), self.places.treedef), Tree(tuple(leaves), treedef), ())
 
-def plan(tx: optax.GradientTransformation, params: PyTree, mesh: Mesh, names: Sequence[str]) -> Plan:
-    """Plans how to divide the state of `tx` over axes of a mesh; warns of large leaves that stay whole."""
+
+def plan(
+    tx: optax.GradientTransformation, params: PyTree, mesh: Mesh, names: Sequence[str], layers: str | None = None
+) -> Plan:
+    """Plans how to divide the state of `tx` over axes of a mesh; warns of large leaves that stay whole.
+
+    The first axis of parameters at the path `layers` is not divided.
+    """
     slots = StateLayout(tx, params)
     stored = [False] * len(slots.shapes)
     slots.map(lambda i, _: stored.__setitem__(i, True), lambda _: None)
@@ -79,7 +97,8 @@ def plan(tx: optax.GradientTransformation, params: PyTree, mesh: Mesh, names: Se
         own = division(sharding, len(p.shape))
         free = not any(set(names) & set(other) for other in own)
         place = divided(mesh, own)
-        found = first_axis(mesh, names, own, p.shape) if kept and free else None
+        start = int(layers is not None and within(path, layers))
+        found = first_axis(mesh, names, own, p.shape, start) if kept and free else None
         if found is None:
             places.append(Place(display_path(path), p.shape, place, place))
             if kept and free:
@@ -101,7 +120,7 @@ def plan(tx: optax.GradientTransformation, params: PyTree, mesh: Mesh, names: Se
     return Plan(tree, Tree(tuple(leaves), treedef), sizes)
 
 
-def first_axis(mesh: Mesh, names: Sequence[str], own: Division, shape: Shape) -> int | None:
-    """The first axis along which a leaf can be divided further, or None."""
-    parts = (device_count(mesh, (*own[axis], *names)) for axis in range(len(shape)))
-    return next((axis for axis, n in enumerate(parts) if shape[axis] and shape[axis] % n == 0), None)
+def first_axis(mesh: Mesh, names: Sequence[str], own: Division, shape: Shape, start: int) -> int | None:
+    """The first axis from `start` on along which a leaf can be divided further, or None."""
+    parts = [device_count(mesh, (*own[axis], *names)) for axis in range(len(shape))]
+    return next((axis for axis in range(start, len(shape)) if shape[axis] and shape[axis] % parts[axis] == 0), None)

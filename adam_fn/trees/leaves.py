@@ -21,6 +21,11 @@ def join_keys(keys: jax.tree_util.KeyPath) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
+def within(name: str, path: str) -> bool:
+    """Whether a leaf of this name is at a path or below it."""
+    return name == path or name.startswith(f"{path}/")
+
+
 #: The classes, with their packages, in which frameworks box an array: the ``value`` in a box is not part of a path.
 _BOXES = {("flax", "AxisMetadata"), ("flax", "Variable"), ("flax", "VariableState"), ("penzai", "ParameterValue")}
 

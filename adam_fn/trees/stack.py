@@ -1,23 +1,64 @@
 """Parameters and a state of which a part belongs to layers that are stacked along a first axis."""
 
-from collections.abc import Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from adam_fn.trees.layout import owners
-from adam_fn.trees.leaves import Leaves, PyTree, display_path, join_keys
+from adam_fn.trees.leaves import Leaves, PyTree, display_path, join_keys, within
+
+
+@dataclasses.dataclass(frozen=True)
+class Undivided:
+    """The way to step some parameters where they are; a `Zero1` divides them first, and has the same methods."""
+
+    tx: optax.GradientTransformation
+
+    def part(self, params: PyTree) -> Self:
+        """The way for some of the parameters, or parts of them: shapes in the whole tree, with None for the others."""
+        return self
+
+    def init(self, params: PyTree) -> PyTree:
+        return self.tx.init(params)
+
+    def vary(self, params: PyTree) -> PyTree:
+        return params
+
+    def enter(self, grads: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
+        return grads, params
+
+    def run(
+        self, step: Callable[..., Any], grads: PyTree, params: PyTree, state: PyTree, **extra_args: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        return step(grads, state, params, **extra_args)
+
+    def leave(self, results: PyTree) -> PyTree:
+        return results
+
+    def settle(self, params: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
+        return params, state
 
 
 class Stack:
     """Parameters and state, and which of their arrays belong to the stacked layers."""
 
-    def __init__(self, tx: optax.GradientTransformation, params: PyTree, state: PyTree, path: str, every: int) -> None:
+    def __init__(
+        self,
+        tx: optax.GradientTransformation,
+        params: PyTree,
+        state: PyTree,
+        path: str,
+        every: int,
+        init: Callable[[PyTree], PyTree],
+    ) -> None:
+        """`init` gives the state of a part of the parameters: of their shapes, with None for the others."""
         self.leaves = Leaves(params)
         self.path, self.every = path, every
-        self.inside = [name == path or name.startswith(f"{path}/") for name in self.leaves.names]
+        self.inside = [within(name, path) for name in self.leaves.names]
         lengths = {
             display_path(name): jnp.shape(p)[0] if jnp.ndim(p) else None
             for name, p, inside in zip(self.leaves.names, self.leaves.leaves, self.inside, strict=True)
@@ -37,13 +78,14 @@ class Stack:
             raise ValueError("the state does not have the structure of tx.init(params)")
         self.owners: list[int] = jax.tree.leaves(owned)
         kinds = ["shared" if i < 0 else "layers" if self.inside[i] else "others" for i in self.owners]
-        self._find_fixed(tx, params, kinds)
+        self.one, self.rest = self._parts()
+        self._find_fixed(init, kinds)
         self.shared, self.of_layers, self.others, self.fixed = (
             [k for k, own in enumerate(kinds) if own == kind] for kind in ("shared", "layers", "others", "fixed")
         )
 
-    def _find_fixed(self, tx: optax.GradientTransformation, params: PyTree, kinds: list[str]) -> None:
-        """Compares the state with that of one layer; marks what has no axis for the layers and no other shape there."""
+    def _parts(self) -> tuple[PyTree, PyTree]:
+        """The shapes of one layer, with a first axis of length 1, and those of all other parameters."""
 
         def one(inside: bool, p: Any) -> Any:  # noqa: ANN401
             return (
@@ -55,8 +97,12 @@ class Stack:
             None if inside or p is None else jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p))
             for inside, p in zip(self.inside, self.leaves.leaves, strict=True)
         )
-        for part, left_out in ((tree, "others"), (rest, "layers")):
-            found = jax.tree.leaves(jax.eval_shape(tx.init, part))
+        return tree, rest
+
+    def _find_fixed(self, init: Callable[[PyTree], PyTree], kinds: list[str]) -> None:
+        """Compares the state with that of one layer; marks what has no axis for the layers and no other shape there."""
+        for part, left_out in ((self.one, "others"), (self.rest, "layers")):
+            found = jax.tree.leaves(init(part))
             numbers = [
                 k for k, kind in enumerate(kinds) if kind != left_out and (left_out == "others" or kind != "fixed")
             ]

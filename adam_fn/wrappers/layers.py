@@ -3,11 +3,10 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.typing import ArrayLike
 
 from adam_fn.algebra.norms import norm, reals
@@ -16,49 +15,7 @@ from adam_fn.execute.sources import dependencies
 from adam_fn.trees.leaves import PyTree
 from adam_fn.trees.stack import Stack
 from adam_fn.wrappers.base import step_parameters
-
-#: ``embed(params, batch) -> h``
-Embed: TypeAlias = Callable[[PyTree, PyTree], PyTree]
-#: ``layer(layer_params, h, batch) -> h``
-Layer: TypeAlias = Callable[[PyTree, PyTree, PyTree], PyTree]
-#: ``head(params, h, batch) -> loss``
-Head: TypeAlias = Callable[[PyTree, PyTree, PyTree], Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """The three parts of a model."""
-
-    embed: Embed
-    layer: Layer
-    head: Head
-    has_aux: bool
-
-    def in_parts(self, number: int) -> "Model":
-        """The same for a batch in parts, one after the other; between the layers every array has an axis of parts."""
-
-        def split(batch: PyTree) -> PyTree:
-            def parts(x: jax.Array) -> jax.Array:
-                if jnp.ndim(x) == 0 or x.shape[0] % number:
-                    raise ValueError(f"{number} microbatches do not divide a batch of shape {jnp.shape(x)}")
-                return x.reshape(number, x.shape[0] // number, *x.shape[1:])
-
-            return jax.tree.map(parts, batch)
-
-        def each(function: Callable[..., Any], *xs: PyTree) -> PyTree:
-            return jax.lax.map(lambda x: jax.checkpoint(function)(*x), xs)
-
-        def head(params: PyTree, h: PyTree, batch: PyTree) -> Any:  # noqa: ANN401
-            found = each(functools.partial(self.head, params), h, split(batch))
-            return (found[0].mean(), found[1]) if self.has_aux else found.mean()
-
-        return Model(
-            lambda params, batch: each(functools.partial(self.embed, params), split(batch)),
-            lambda params, h, batch: each(functools.partial(self.layer, params), h, split(batch)),
-            head,
-            self.has_aux,
-        )
-
+from adam_fn.wrappers.layered_model import Model
 
 # With unsigned numbers, which cannot be negative: XLA sees that what is read and what is written are one place.
 
@@ -118,9 +75,13 @@ class Ends(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A step of a model."""
+    """A step of a model.
 
-    tx: optax.GradientTransformation
+    Attributes:
+      way: an `Undivided`, or a `Zero1`.
+    """
+
+    way: Any
     model: Model
     stack: Stack
     batch: PyTree
@@ -184,18 +145,27 @@ class Run:
 
         Gradients are multiplied by `scale`, or clipped layer by layer to `layer_norm`.
         """
-        stack = self.stack
+        stack, tx = self.stack, self.way.tx
         shared, of_layers = [*stack.shared, *stack.fixed], stack.of_layers
+        of_layer, of_rest = self.way.part(stack.one), self.way.part(stack.rest)
+
+        def entered(g: Sequence[Any], slices: Sequence[jax.Array]) -> tuple[list[Any], list[Any]]:
+            g, slices = of_layer.enter(stack.tree(g, None), stack.tree(slices, None))
+            return stack.split(g)[0], stack.split(slices)[0]
+
+        def left(new: list[Any]) -> list[Any]:
+            return stack.split(of_layer.leave(stack.tree(new, None)))[0]
 
         def scaled(grads: list[Any]) -> list[Any]:
             by = scale if layer_norm is None else clipping(_measured(grads)[0], layer_norm)
             return [_scaled(g, by) for g in grads]
 
-        def stepped(grads: PyTree, params: PyTree, given: dict[int, jax.Array], **more: Any) -> Any:  # noqa: ANN401
+        def stepped(way: Any, grads: PyTree, params: PyTree, given: dict[int, jax.Array], **more: Any) -> Any:  # noqa: ANN401
             """A step of some parameters, with arrays of the state by their numbers; they keep their order in it."""
             numbers = sorted(given)
-            state = jax.tree.structure(jax.eval_shape(self.tx.init, params)).unflatten([given[k] for k in numbers])
-            new, after = step_parameters(self.tx, grads, state, params, **self.extra_args, **more)
+            state = jax.tree.structure(jax.eval_shape(tx.init, params)).unflatten([given[k] for k in numbers])
+            step = functools.partial(step_parameters, tx)
+            new, after = way.run(step, grads, params, state, **self.extra_args, **more)
             if made is not None:
                 new, after = jax.tree.map(functools.partial(jnp.where, made), (new, after), (params, state))
             return new, dict(zip(numbers, jax.tree.leaves(after), strict=True))
@@ -203,7 +173,7 @@ class Run:
         def again(i: jax.Array, g: list[Any], slices: list[Any], parts: dict[int, jax.Array]) -> Any:  # noqa: ANN401
             given = parts | {k: stack.state[k] for k in shared}
             layer = {"layer": i} if stack.length > 1 else {}
-            new, after = stepped(stack.tree(g, None), stack.tree(slices, None), given, **layer)
+            new, after = stepped(of_layer, stack.tree(g, None), stack.tree(slices, None), given, **layer)
             return stack.split(new)[0], {k: after[k] for k in of_layers}
 
         def taken(arrays: dict[int, jax.Array], i: jax.Array) -> dict[int, jax.Array]:
@@ -216,7 +186,7 @@ class Run:
 
             XLA for GPUs writes each into its stack by a kernel of its own, and would store what these have in common.
             """
-            new = again(i, g, slices, taken(arrays, i))[0]
+            new = left(again(i, g, slices, taken(arrays, i))[0])
             params = [_put(x, part, i) for x, part in zip(params, new, strict=True)]
             after, last = dict[int, jax.Array](), params
             for k in of_layers:
@@ -237,7 +207,7 @@ class Run:
                 return again(i, g, both[0], both[1])
 
             new, after = run_at_most_once(i | 1 != 0, step, (slices, taken(arrays, i)))
-            params = [_put(x, part, i) for x, part in zip(params, new, strict=True)]
+            params = [_put(x, part, i) for x, part in zip(params, left(new), strict=True)]
             return params, {k: _put(arrays[k], after[k], i, stack.axis(k)) for k in of_layers}
 
         def new_state(slices: list[Any], parts: dict[int, jax.Array], g: list[Any]) -> list[jax.Array]:
@@ -245,21 +215,23 @@ class Run:
 
         # Parameters are written first: their old slices are kept where the step of the state reads them.
         parts = {k: stack.state[k] for k in of_layers}
-        one = jax.eval_shape(lambda: ([_take(p, 0) for p in ends.inside], taken(parts, jnp.int32(0))))
+        slices = [_take(p, 0) for p in ends.inside]
+        one = jax.eval_shape(lambda: (entered(slices, slices)[1], taken(parts, jnp.int32(0))))
         needed = dependencies(jax.make_jaxpr(new_state)(*one, one[0]).jaxpr)
         reads_parameters = any(n < len(ends.inside) for own in needed for n in own)
 
         def use(carry: Any, i: jax.Array, slices: list[Any], grads: list[Any]) -> Any:  # noqa: ANN401
-            g = scaled(grads)
-            return jax.lax.platform_dependent(*carry, i, g, slices, cpu=at_once, default=in_turn)
+            own = entered(scaled(grads), slices)
+            return jax.lax.platform_dependent(*carry, i, *own, cpu=at_once, default=in_turn)
 
         carry = ends.inside, {k: stack.state[k] for k in of_layers}
-        (inside, arrays), dh = self._backward(carry, ends, lambda carry: carry[0], use)
-        outside = stack.tree(None, scaled(ends.finish(dh)))
-        given = {k: stack.state[k] for k in (*stack.shared, *stack.others)}
-        new, after = stepped(outside, stack.tree(None, ends.outside), given)
+        (inside, arrays), dh = self._backward(carry, ends, lambda carry: carry[0], use, vary=layer_norm is None)
+        g, rest = of_rest.enter(stack.tree(None, scaled(ends.finish(dh))), stack.tree(None, ends.outside))
+        new, after = stepped(of_rest, g, rest, {k: stack.state[k] for k in (*stack.shared, *stack.others)})
+        new = of_rest.leave(new)
         state = {**arrays, **after, **{k: stack.state[k] for k in stack.fixed}}
-        return stack.tree(inside, stack.split(new)[1]), stack.treedef.unflatten([state[k] for k in sorted(state)])
+        params = stack.tree(inside, stack.split(new)[1])
+        return self.way.settle(params, stack.treedef.unflatten([state[k] for k in sorted(state)]))
 
     def _backward(
         self,
@@ -267,8 +239,14 @@ class Run:
         ends: "Ends",
         params_of: Callable[[Any], Sequence[jax.Array]],
         use: Callable[[Any, jax.Array, list[Any], list[Any]], Any],
+        *,
+        vary: bool = False,
     ) -> tuple[Any, PyTree]:
-        """Goes back through the layers: `use` makes a new carry of a layer's index, parameters and gradients."""
+        """Goes back through the layers: `use` makes a new carry of a layer's index, parameters and gradients.
+
+        With `vary`, it may get gradients that are not summed over the devices of a `shard_map`.
+        """
+        of_layer = self.way.part(self.stack.one)
         every, length = self.stack.every, self.stack.length
 
         def group(k: jax.Array, both: tuple[Any, PyTree]) -> tuple[Any, PyTree]:
@@ -285,7 +263,8 @@ class Run:
                     else jax.tree.map(lambda x: jnp.reshape(_take(x, i - start), x.shape[1:]), inputs)
                 )
                 slices = [_take(p, i) for p in params_of(carry)]
-                _, pull = jax.vjp(self._layer, slices, own)
+                varying = self.stack.split(of_layer.vary(self.stack.tree(slices, None)))[0] if vary else slices
+                _, pull = jax.vjp(self._layer, varying, own)
                 grads, dh = pull(dh)
                 return use(carry, i, slices, grads), dh
 
