@@ -93,7 +93,7 @@ def value_and_step(
         guard = owner_of(tx)
         guard = guard if isinstance(guard, SkipNonfinite) else None
         inner = guard.tx if guard else tx
-        way = owner_of(inner) if hasattr(owner_of(inner), "vary") else Undivided(inner)
+        way = owner_of(inner) if hasattr(owner_of(inner), "read") else Undivided(inner)
         inner = way.tx
         if hasattr(owner_of(inner), "state_shardings"):
             raise ValueError("offload fetches the whole state: value_and_step takes what it wraps")

@@ -106,24 +106,30 @@ class Zero1(TreeTransformation):
         """Gathers the results of a step where the parameters live."""
         return self._each(results, "results", self._gathered)
 
-    def settle(self, params: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
-        """Places whole parameters and their state where they live."""
+    def settle(self, params: PyTree, state: dict[int, jax.Array]) -> tuple[PyTree, dict[int, jax.Array]]:
+        """Places whole parameters, and arrays of the state by their numbers, where they live."""
         if self._inside():
             return params, state
-        return self._each(params, "parameters", lambda leaf, x: _placed(x, leaf.sharding)), self._kept(state)
+        params = self._each(params, "parameters", lambda leaf, x: _placed(x, leaf.sharding))
+        return params, {k: _placed(x, self.plan.state.leaves[k]) for k, x in state.items()}
 
     def part(self, params: PyTree) -> "Zero1":
         """The same for some of the parameters, or parts of them: shapes in the whole tree, with None for the others."""
         return dataclasses.replace(self, plan=self.plan.part(self.tx, params, self.mesh))
 
-    def vary(self, params: PyTree) -> PyTree:
-        """The parameters, such that their gradients are not summed over the axes of an enclosing `shard_map`."""
+    def read(self, params: PyTree, *, vary: bool = False) -> PyTree:
+        """Parameters as the model reads them: whole, lest XLA divides the model's work as that of the step.
 
-        def each(_: Place, x: jax.Array) -> jax.Array:
-            axes = tuple(name for name in self.names if name not in varying_axes(x))
+        Inside a `shard_map`, with `vary`, their gradients are not summed over its axes.
+        """
+
+        def each(leaf: Place, x: jax.Array) -> jax.Array:
+            if not self._inside():
+                return _placed(x, leaf.sharding)
+            axes = tuple(name for name in self.names if vary and name not in varying_axes(x))
             return jax.lax.pcast(x, axes, to="varying") if axes else x
 
-        return self._each(params, "parameters", each) if self._inside() else params
+        return self._each(params, "parameters", each)
 
     def _within(self, run: Callable[..., Any], results: PyTree, *args: PyTree, **extra_args: PyTree) -> Any:  # noqa: ANN401
         """Calls `run` and places its results as `results` says. Inside, XLA divides the work over explicit axes too."""

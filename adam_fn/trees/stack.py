@@ -25,7 +25,7 @@ class Undivided:
     def init(self, params: PyTree) -> PyTree:
         return self.tx.init(params)
 
-    def vary(self, params: PyTree) -> PyTree:
+    def read(self, params: PyTree, *, vary: bool = False) -> PyTree:
         return params
 
     def enter(self, grads: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
@@ -39,7 +39,7 @@ class Undivided:
     def leave(self, results: PyTree) -> PyTree:
         return results
 
-    def settle(self, params: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
+    def settle(self, params: PyTree, state: dict[int, jax.Array]) -> tuple[PyTree, dict[int, jax.Array]]:
         return params, state
 
 

@@ -90,11 +90,30 @@ class Run:
     def _layer(self, slices: Sequence[jax.Array], h: PyTree) -> PyTree:
         return self.model.layer(self.stack.layer(slices), h, self.batch)
 
+    @functools.cached_property
+    def _of_layer(self) -> Any:  # noqa: ANN401
+        """The way of one layer."""
+        return self.way.part(self.stack.one)
+
+    def _read(self, slices: Sequence[jax.Array], *, vary: bool = False) -> list[Any]:
+        """The parameters of a layer as the model reads them."""
+        return self.stack.split(self._of_layer.read(self.stack.tree(slices, None), vary=vary))[0]
+
+    def _entered(self, g: Sequence[Any], slices: Sequence[jax.Array]) -> tuple[list[Any], list[Any]]:
+        """The gradients and parameters of a layer as its step gets them."""
+        stack = self.stack
+        g, slices = self._of_layer.enter(stack.tree(g, None), stack.tree(slices, None))
+        return stack.split(g)[0], stack.split(slices)[0]
+
+    def _left(self, new: Sequence[Any]) -> list[Any]:
+        """The results of a layer's step as they are put into the stack."""
+        return self.stack.split(self._of_layer.leave(self.stack.tree(new, None)))[0]
+
     def _forward(self, params: Sequence[jax.Array], h: PyTree, start: ArrayLike, number: int) -> tuple[PyTree, PyTree]:
         """The outputs of `number` layers from `start` on, and their inputs."""
 
         def one(h: PyTree, i: jax.Array) -> tuple[PyTree, PyTree]:
-            return self._layer([_take(p, i) for p in params], h), h
+            return self._layer(self._read([_take(p, i) for p in params]), h), h
 
         return jax.lax.scan(one, h, jnp.add(start, jnp.arange(number)))
 
@@ -147,14 +166,7 @@ class Run:
         """
         stack, tx = self.stack, self.way.tx
         shared, of_layers = [*stack.shared, *stack.fixed], stack.of_layers
-        of_layer, of_rest = self.way.part(stack.one), self.way.part(stack.rest)
-
-        def entered(g: Sequence[Any], slices: Sequence[jax.Array]) -> tuple[list[Any], list[Any]]:
-            g, slices = of_layer.enter(stack.tree(g, None), stack.tree(slices, None))
-            return stack.split(g)[0], stack.split(slices)[0]
-
-        def left(new: list[Any]) -> list[Any]:
-            return stack.split(of_layer.leave(stack.tree(new, None)))[0]
+        of_rest = self.way.part(stack.rest)
 
         def scaled(grads: list[Any]) -> list[Any]:
             by = scale if layer_norm is None else clipping(_measured(grads)[0], layer_norm)
@@ -173,7 +185,7 @@ class Run:
         def again(i: jax.Array, g: list[Any], slices: list[Any], parts: dict[int, jax.Array]) -> Any:  # noqa: ANN401
             given = parts | {k: stack.state[k] for k in shared}
             layer = {"layer": i} if stack.length > 1 else {}
-            new, after = stepped(of_layer, stack.tree(g, None), stack.tree(slices, None), given, **layer)
+            new, after = stepped(self._of_layer, stack.tree(g, None), stack.tree(slices, None), given, **layer)
             return stack.split(new)[0], {k: after[k] for k in of_layers}
 
         def taken(arrays: dict[int, jax.Array], i: jax.Array) -> dict[int, jax.Array]:
@@ -186,7 +198,7 @@ class Run:
 
             XLA for GPUs writes each into its stack by a kernel of its own, and would store what these have in common.
             """
-            new = left(again(i, g, slices, taken(arrays, i))[0])
+            new = self._left(again(i, g, slices, taken(arrays, i))[0])
             params = [_put(x, part, i) for x, part in zip(params, new, strict=True)]
             after, last = dict[int, jax.Array](), params
             for k in of_layers:
@@ -207,7 +219,7 @@ class Run:
                 return again(i, g, both[0], both[1])
 
             new, after = run_at_most_once(i | 1 != 0, step, (slices, taken(arrays, i)))
-            params = [_put(x, part, i) for x, part in zip(params, left(new), strict=True)]
+            params = [_put(x, part, i) for x, part in zip(params, self._left(new), strict=True)]
             return params, {k: _put(arrays[k], after[k], i, stack.axis(k)) for k in of_layers}
 
         def new_state(slices: list[Any], parts: dict[int, jax.Array], g: list[Any]) -> list[jax.Array]:
@@ -216,13 +228,15 @@ class Run:
         # Parameters are written first: their old slices are kept where the step of the state reads them.
         parts = {k: stack.state[k] for k in of_layers}
         slices = [_take(p, 0) for p in ends.inside]
-        one = jax.eval_shape(lambda: (entered(slices, slices)[1], taken(parts, jnp.int32(0))))
+        one = jax.eval_shape(lambda: (self._entered(slices, slices)[1], taken(parts, jnp.int32(0))))
         needed = dependencies(jax.make_jaxpr(new_state)(*one, one[0]).jaxpr)
         reads_parameters = any(n < len(ends.inside) for own in needed for n in own)
 
         def use(carry: Any, i: jax.Array, slices: list[Any], grads: list[Any]) -> Any:  # noqa: ANN401
-            own = entered(scaled(grads), slices)
-            return jax.lax.platform_dependent(*carry, i, *own, cpu=at_once, default=in_turn)
+            own = self._entered(scaled(grads), slices)
+            params, arrays = jax.lax.platform_dependent(*carry, i, *own, cpu=at_once, default=in_turn)
+            params, arrays = self.way.settle(stack.tree(params, None), arrays)
+            return stack.split(params)[0], arrays
 
         carry = ends.inside, {k: stack.state[k] for k in of_layers}
         (inside, arrays), dh = self._backward(carry, ends, lambda carry: carry[0], use, vary=layer_norm is None)
@@ -230,8 +244,8 @@ class Run:
         new, after = stepped(of_rest, g, rest, {k: stack.state[k] for k in (*stack.shared, *stack.others)})
         new = of_rest.leave(new)
         state = {**arrays, **after, **{k: stack.state[k] for k in stack.fixed}}
-        params = stack.tree(inside, stack.split(new)[1])
-        return self.way.settle(params, stack.treedef.unflatten([state[k] for k in sorted(state)]))
+        params, state = self.way.settle(stack.tree(inside, stack.split(new)[1]), state)
+        return params, stack.treedef.unflatten([state[k] for k in sorted(state)])
 
     def _backward(
         self,
@@ -246,7 +260,6 @@ class Run:
 
         With `vary`, it may get gradients that are not summed over the devices of a `shard_map`.
         """
-        of_layer = self.way.part(self.stack.one)
         every, length = self.stack.every, self.stack.length
 
         def group(k: jax.Array, both: tuple[Any, PyTree]) -> tuple[Any, PyTree]:
@@ -262,9 +275,8 @@ class Run:
                     if inputs is None
                     else jax.tree.map(lambda x: jnp.reshape(_take(x, i - start), x.shape[1:]), inputs)
                 )
-                slices = [_take(p, i) for p in params_of(carry)]
-                varying = self.stack.split(of_layer.vary(self.stack.tree(slices, None)))[0] if vary else slices
-                _, pull = jax.vjp(self._layer, varying, own)
+                slices = self._read([_take(p, i) for p in params_of(carry)])
+                _, pull = jax.vjp(self._layer, self._read(slices, vary=vary), own)
                 grads, dh = pull(dh)
                 return use(carry, i, slices, grads), dh
 
