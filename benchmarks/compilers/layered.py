@@ -1,5 +1,6 @@
 """The step of a GPT inside its backward pass, beside `value_and_grad` and then the step."""
 
+import contextlib
 import functools
 import itertools
 import math
@@ -74,35 +75,39 @@ def ordinary(tx: optax.GradientTransformation) -> Callable[..., Tree]:
 
 def shardings(mesh: Mesh) -> Tree:
     """FSDP: every parameter is divided along an axis of its own, the layers are not."""
-    layers = {name: jax.P(None, "fsdp") for name in SHAPES} | {"norm": jax.P(None, None, "fsdp")}
-    specs = {"embedding": jax.P("fsdp"), "layers": layers, "norm": jax.P("fsdp")}
+    layers = {name: jax.P(None, "data") for name in SHAPES} | {"norm": jax.P(None, None, "data")}
+    specs = {"embedding": jax.P("data"), "layers": layers, "norm": jax.P("data")}
     return jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, jax.P))
 
 
 def compiled(name: str, way: str, target: str) -> Row:
     """A step of training; bytes per parameter of a device."""
     tx, p = STEPS[name.removesuffix(ORDINARY)], params()
-    batch = jax.ShapeDtypeStruct((BATCH * (16 if way == "FSDP 16" else 1), LENGTH), "int32")
+    batch = jax.ShapeDtypeStruct((BATCH * (1 if way == "one device" else 16), LENGTH), "int32")
+    mesh = None
+    if way == "one device":
+        place = first(target)
+        p, state, batch = (placed(x, place) for x in (p, jax.eval_shape(tx.init, p), batch))
+    else:
+        mesh = Mesh(np.array(devices(target, "4x4")), ("data",), axis_types=(AxisType.Auto,))
+        p = placed(p, shardings(mesh) if way == "FSDP 16" else jax.NamedSharding(mesh, jax.P()))
+        tx = tx if way == "FSDP 16" else adam_fn.zero1(tx, p, mesh, layers="layers")
+        state = placed(jax.eval_shape(tx.init, p), adam_fn.state_shardings(tx, p))
+        batch = placed(batch, jax.NamedSharding(mesh, jax.P("data")))
     step = ordinary(tx) if name.endswith(ORDINARY) else backward.value_and_step(tx, embed, layer, head)
     run = jax.jit(step, donate_argnums=(0, 1))
     jax.clear_caches()
-    if way == "one device":
-        devices_, place = 1, first(target)
-        p, state, batch = (placed(x, place) for x in (p, jax.eval_shape(tx.init, p), batch))
+    with (
+        contextlib.nullcontext() if mesh is None else several(),
+        jax.set_mesh(mesh) if mesh else contextlib.nullcontext(),
+    ):
         program: typing.Any = run.lower(p, state, batch).compile()
-    else:
-        devices_ = 16
-        mesh = Mesh(np.array(devices(target, "4x4")), ("fsdp",), axis_types=(AxisType.Auto,))
-        p = placed(p, shardings(mesh))
-        state = placed(jax.eval_shape(tx.init, p), adam_fn.state_shardings(tx, p))
-        batch = placed(batch, jax.NamedSharding(mesh, jax.P("fsdp")))
-        with several(), jax.set_mesh(mesh):
-            program = run.lower(p, state, batch).compile()
+    devices_ = 16 if way == "FSDP 16" else 1
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(p)) / devices_
     text, memory = Program(program.as_text() or ""), program.memory_analysis()
     moved = text.exchanges()
     temporaries, kept = memory.temp_size_in_bytes / count, DEPTH * BATCH * LENGTH * WIDTH * 2 / count
-    gradient = held(p["layers"]) / DEPTH / count / (devices_ if way == "one device" else 1)  # In FSDP whole at first.
+    gradient = held(p["layers"]) / DEPTH / count  # In FSDP whole at first.
     found: Row = {
         "temporaries": temporaries,
         "kept": kept,
@@ -115,7 +120,7 @@ def compiled(name: str, way: str, target: str) -> Row:
 
 
 def jobs(target: str) -> Iterator[tuple[Row, Callable[[], Row]]]:
-    ways = {"v5e": ("one device", "FSDP 16"), "h200": ("one device",)}.get(target, ())
+    ways = {"v5e": ("one device", "FSDP 16", "ZeRO-1 16"), "h200": ("one device",)}.get(target, ())
     for way, step, kind in itertools.product(ways, STEPS, ("", ORDINARY)):
         name = f"{step}{kind}"
         yield {"part": BACKWARD, "step": name, "way": way}, functools.partial(compiled, name, way, target)

@@ -114,8 +114,9 @@ LIMITS = (
         for figure, most in (("cycles", 1.02), ("temporaries", 1))
     ),
     *(
-        Limit(("v5e",), BACKWARD, "exchanged", 1, (step,), base=f"{step}{ORDINARY}", way="FSDP 16")
+        Limit(("v5e",), BACKWARD, figure, 1, (step,), base=f"{step}{ORDINARY}", way=way)
         for step in ("16bit", "masters, 16bit")
+        for way, figure in (("FSDP 16", "exchanged"), ("ZeRO-1 16", "exchanged"), ("ZeRO-1 16", "collectives"))
     ),
     Limit(GPU, OFFLOAD, "peak", 10.7, ("GPT-2 small",)),
     Limit(TPU, OFFLOAD, "peak", 20.5, ("GPT-2 small",)),  # 16.2, as on the device: all is fetched at once.
