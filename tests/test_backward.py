@@ -104,6 +104,8 @@ SAME: dict[str, tuple[Callable[[], Any], Any]] = {
     "masters": (lambda: adam_fn.master_weights(adam_fn.adamw(1e-2, storage="16bit")), jnp.bfloat16),
     "stochastic rounding": (lambda: adam_fn.stochastic_rounding(adam_fn.adamw(1e-2, storage="24bit"), 3), jnp.bfloat16),
     "stored": (lambda: optax.chain(adam_fn.stored(adam_fn.scale_by_adam()), optax.scale(-0.01)), jnp.float32),
+    "lamb": (lambda: adam_fn.lamb(1e-2, weight_decay=0.1, layers="layers"), jnp.float32),
+    "cautious": (lambda: adam_fn.cautious(adam_fn.adamw(1e-2), layers="layers"), jnp.float32),
     "average": (lambda: optax.chain(adam_fn.adam(1e-2), adam_fn.average_params(0.9)), jnp.float32),
 }
 
@@ -247,9 +249,11 @@ def test_a_guard_skips_the_whole_step() -> None:
 
 
 def test_norms_are_those_of_layers() -> None:
-    """`lamb` of stacked layers takes a norm of each layer, as of layers that are not stacked."""
+    """`lamb` takes a norm of each layer, as of layers apart, also where it does not know of the stack."""
     tx, params = adam_fn.lamb(1e-2), init(index=False)
     _, found, _ = backward.value_and_step(tx, embed, layer, head)(params, tx.init(params), BATCHES[0])
+    with pytest.raises(ValueError, match="layers='blocks' names no parameters; there are embed"):
+        adam_fn.lamb(1e-2, layers="blocks").update(params, tx.init(params), params)
     apart = {f"{i}": jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(LAYERS)}
     grads = jax.grad(loss)(params, BATCHES[0])["layers"]
     grads = {i: jax.tree.map(lambda x, i=i: x[int(i)], grads) for i in apart}

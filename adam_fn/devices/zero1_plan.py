@@ -87,7 +87,9 @@ def plan(
     slots.map(lambda i, _: stored.__setitem__(i, True), lambda _: None)
     places: list[Place | None] = []
     whole: dict[str, Shape] = {}
-    for path, x, p, kept in zip(slots.leaves.names, slots.leaves.leaves, slots.shapes, stored, strict=True):
+    names_ = slots.leaves.names
+    stacked = [False] * len(names_) if layers is None else within(names_, layers)
+    for path, x, p, kept, start in zip(names_, slots.leaves.leaves, slots.shapes, stored, stacked, strict=True):
         if p is None:
             places.append(None)
             continue
@@ -97,7 +99,6 @@ def plan(
         own = division(sharding, len(p.shape))
         free = not any(set(names) & set(other) for other in own)
         place = divided(mesh, own)
-        start = int(layers is not None and within(path, layers))
         found = first_axis(mesh, names, own, p.shape, start) if kept and free else None
         if found is None:
             places.append(Place(display_path(path), p.shape, place, place))

@@ -1,6 +1,7 @@
 """LAMB: Adam with the step of each leaf scaled to the norm of its parameter, times the rate."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Unpack
 
@@ -26,6 +27,7 @@ class Lamb(TreeTransformation):
 
     direction: tuple[Transformation, ...]
     step: tuple[Transformation, ...]
+    layers: str | None = None
 
     def init(self, params: PyTree) -> tuple[PyTree, ...]:
         before, after = (tuple(link.init(params) for link in links) for links in (self.direction, self.step))
@@ -41,7 +43,7 @@ class Lamb(TreeTransformation):
             raise ValueError("lamb needs the parameters: call update(grads, state, params)")
         # Everything is computed in float32 at least, and rounded to the gradients' dtype once.
         wide, before = _applied(self.direction, _widened(updates), state[:first], params)
-        wide, after = _applied(self.step, _trusted(wide, params), state[first + 1 :], params, **extra_args)
+        wide, after = _applied(self.step, _trusted(wide, params, self.layers), state[first + 1 :], params, **extra_args)
         return _rounded(wide, updates), (*before, state[first], *after)
 
 
@@ -61,8 +63,8 @@ def _widened(grads: PyTree) -> PyTree:
     return map_trained(lambda g: g if jnp.iscomplexobj(g) else g.astype(compute_dtype(g.dtype)), grads)
 
 
-@jax.jit
-def _trusted(updates: PyTree, params: PyTree) -> PyTree:
+@functools.partial(jax.jit, static_argnames="layers")
+def _trusted(updates: PyTree, params: PyTree, layers: str | None) -> PyTree:
     """Each leaf of the updates, times ``‖p‖/‖u‖``, or 1 where either is 0."""
 
     def trusted(u: jax.Array, p: jax.Array) -> jax.Array:
@@ -70,7 +72,7 @@ def _trusted(updates: PyTree, params: PyTree) -> PyTree:
         ratio = jnp.where((of_u == 0) | (of_p == 0), 1, of_p / jnp.where(of_u == 0, 1, of_u))
         return u * ratio.astype(u.real.dtype)
 
-    return map_trained(trusted, updates, params)
+    return map_trained(trusted, updates, params, layers=layers)
 
 
 @jax.jit
@@ -87,6 +89,8 @@ def lamb(
     eps_root: Hyper = 0.0,
     weight_decay: Hyper = 0.0,
     mask: Mask | None = None,
+    *,
+    layers: str | None = None,
     **options: Unpack[MuOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """LAMB (You et al., arXiv 1904.00962): ``p ← p - α (‖p‖/‖r‖) r``, ``r = m̂/(√v̂ + ε) + λp``, norms of each leaf.
@@ -95,7 +99,9 @@ def lamb(
     ratio, as in Keras. The norms are computed in float32 (float64 for float64), for a complex leaf from its two reals.
     They are norms of whole leaves, so use `lamb` outside `shard_map`.
 
-    The arguments are those of `adamw`; the state is that of `optax.lamb`.
+    `layers` is the path of parameters that are stacked along a first axis, as for `jax.lax.scan`, such as
+    ``"decoder/layers"``: each layer's part of them has norms of its own. Otherwise a stack is one leaf. The other
+    arguments are those of `adamw`; the state is that of `optax.lamb`.
     """
     found = built(Adam(b1, b2, eps, eps_root), learning_rate, weight_decay=weight_decay, mask=mask, **options)
 
@@ -107,4 +113,6 @@ def lamb(
         )
         return transform(part, **{name: x for name, x in found.arguments.items() if name not in unused})
 
-    return Lamb(tuple(map(link, found.direction.parts())), tuple(map(link, found.step.parts()))).transformation()
+    return Lamb(
+        tuple(map(link, found.direction.parts())), tuple(map(link, found.step.parts())), layers
+    ).transformation()

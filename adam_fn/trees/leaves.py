@@ -21,9 +21,12 @@ def join_keys(keys: jax.tree_util.KeyPath) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
-def within(name: str, path: str) -> bool:
-    """Whether a leaf of this name is at a path or below it."""
-    return name == path or name.startswith(f"{path}/")
+def within(names: Sequence[str], path: str) -> list[bool]:
+    """Whether each leaf, by its name, is at a path or below it; if none is, that is a ValueError."""
+    found = [name == path or name.startswith(f"{path}/") for name in names]
+    if not any(found):
+        raise ValueError(f"layers={path!r} names no parameters; there are {', '.join(map(display_path, names[:8]))}")
+    return found
 
 
 #: The classes, with their packages, in which frameworks box an array: the ``value`` in a box is not part of a path.

@@ -58,15 +58,13 @@ class Stack:
         """`init` gives the state of a part of the parameters: of their shapes, with None for the others."""
         self.leaves = Leaves(params)
         self.path, self.every = path, every
-        self.inside = [within(name, path) for name in self.leaves.names]
+        self.inside = within(self.leaves.names, path)
         lengths = {
             display_path(name): jnp.shape(p)[0] if jnp.ndim(p) else None
             for name, p, inside in zip(self.leaves.names, self.leaves.leaves, self.inside, strict=True)
             if inside and p is not None
         }
-        if not lengths:
-            raise ValueError(f"layers={path!r} names no parameters; there are {', '.join(self.leaves.paths[:8])}")
-        if len({*lengths.values()}) > 1 or None in lengths.values():
+        if len({*lengths.values()}) != 1 or None in lengths.values():
             raise ValueError(f"the first axes of stacked layers must have one length, got {lengths}")
         self.length: int = next(iter(lengths.values())) or 0
         if self.length % every:

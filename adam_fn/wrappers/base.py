@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from adam_fn.algebra.dtypes import as_real, compute_dtype
 from adam_fn.algebra.values import Method, register
 from adam_fn.trees.functions import Functions, write_of
-from adam_fn.trees.leaves import PyTree, arrays_of
+from adam_fn.trees.leaves import Leaves, PyTree, arrays_of, within
 
 
 class TreeTransformation(abc.ABC):
@@ -83,14 +83,21 @@ def is_trained(update: jax.Array | None) -> bool:
     return update is not None and jnp.issubdtype(jnp.result_type(update), jnp.inexact)
 
 
-def map_trained(function: Callable[..., jax.Array], updates: PyTree, *others: PyTree) -> PyTree:
+def map_trained(
+    function: Callable[..., jax.Array], updates: PyTree, *others: PyTree, layers: str | None = None
+) -> PyTree:
     """Applies `function` to each trained leaf of the updates, and to the same leaf of the other trees.
 
-    An integer leaf may have a floating update, all zeros, if its gradient was floating.
+    It is applied to one layer after the other of leaves that are stacked along a first axis, at the path `layers`. An
+    integer leaf may have a floating update, all zeros, if its gradient was floating.
     """
     leaves, treedef = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
     rows = zip(leaves, *map(treedef.flatten_up_to, others), strict=True)
-    return treedef.unflatten(function(*row) if all(map(is_trained, row)) else row[0] for row in rows)
+    stacked = [False] * len(leaves) if layers is None else within(Leaves(updates).names, layers)
+    ways = {False: function, True: jax.vmap(function)}
+    return treedef.unflatten(
+        ways[own](*row) if all(map(is_trained, row)) else row[0] for own, row in zip(stacked, rows, strict=True)
+    )
 
 
 def inner(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """Cautious updates: only the elements that go against the gradient are kept."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ class Cautious(TreeTransformation):
 
     tx: optax.GradientTransformation
     floor: ArrayLike
+    layers: str | None = None
 
     def init(self, params: PyTree) -> optax.OptState:
         return self.tx.init(params)
@@ -26,11 +28,11 @@ class Cautious(TreeTransformation):
         self, updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: PyTree
     ) -> tuple[PyTree, PyTree]:
         new, state = optax.with_extra_args_support(self.tx).update(updates, state, params, **extra_args)
-        return _masked(new, updates, self.floor), state
+        return _masked(new, updates, self.floor, self.layers), state
 
 
-@jax.jit
-def _masked(updates: PyTree, grads: PyTree, floor: ArrayLike) -> PyTree:
+@functools.partial(jax.jit, static_argnames="layers")
+def _masked(updates: PyTree, grads: PyTree, floor: ArrayLike, layers: str | None) -> PyTree:
     def masked(u: jax.Array, g: jax.Array) -> jax.Array:
         if u.size == 0:
             return u
@@ -41,10 +43,12 @@ def _masked(updates: PyTree, grads: PyTree, floor: ArrayLike) -> PyTree:
         # A product and not a choice, so that nan stays nan.
         return as_dtype(u_real * jnp.where(agrees, scale, 0), u.dtype)
 
-    return map_trained(masked, updates, grads)
+    return map_trained(masked, updates, grads, layers=layers)
 
 
-def cautious(tx: optax.GradientTransformation, floor: ArrayLike = 1e-3) -> optax.GradientTransformationExtraArgs:
+def cautious(
+    tx: optax.GradientTransformation, floor: ArrayLike = 1e-3, *, layers: str | None = None
+) -> optax.GradientTransformationExtraArgs:
     """Drops the elements of an update that point up the gradient (Liang et al., arXiv 2411.16085).
 
     ::
@@ -59,8 +63,9 @@ def cautious(tx: optax.GradientTransformation, floor: ArrayLike = 1e-3) -> optax
     Args:
       tx: any transformation whose updates are added to the parameters (with the sign of descent).
       floor: the least value that the updates are divided by.
+      layers: the path of parameters that are stacked along a first axis: each layer's part has a mean of its own.
     """
     check_transformation(tx, "cautious")
     if isinstance(floor, (int, float)) and not 0 < floor <= 1:
         raise ValueError(f"floor must be in (0, 1], got {floor}")
-    return Cautious(tx, floor).transformation()
+    return Cautious(tx, floor, layers).transformation()

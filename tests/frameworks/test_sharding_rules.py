@@ -1,7 +1,8 @@
 """The rules by which frameworks divide a state over a mesh: with each, moments live where their parameters do.
 
 Every storage is checked where the state is made; one after the other is trained. Frozen leaves have no moments, and
-`optax.MaskedNode` in their place: two of the rules cannot take it, from `optax.masked` neither (`MASKED_FAILS`).
+`optax.MaskedNode` in their place: two of the rules cannot take it, from `optax.masked` neither (`MASKED_FAILS`). With
+a rate of 0 the leaves stay as they are too, and every rule finds arrays.
 """
 
 import re
@@ -30,6 +31,7 @@ TXS: dict[str, Callable[[], Any]] = {
     "masters": lambda: adam_fn.master_weights(adam_fn.adamw(1e-2)),
     "masters of 24 bits, 16bit": lambda: adam_fn.master_weights(adam_fn.adamw(1e-2, storage="16bit"), bits=8),
     "frozen": lambda: adam_fn.adamw(1e-2, storage="24bit", frozen=adam_fn.masks.path("*norm*")),
+    "rate 0": lambda: adam_fn.adamw(1e-2, storage="24bit", groups={"*norm*": adam_fn.Group(rate=0.0)}),
 }
 #: Where the parameters live; the norm is float32 among bfloat16 ones under masters.
 SPECS = {
@@ -151,6 +153,19 @@ def by_function(tx: Any, mesh: Any, like: Any) -> Any:
         is_leaf=lambda x: isinstance(x, tuple),
     )
     return adam_fn.state_shardings(tx, params)
+
+
+def test_a_rate_of_0_leaves_parameters_as_they_are() -> None:
+    tx: Any = TXS["rate 0"]()
+    params: Any = parameters("rate 0")
+    grads, state = jax.tree.map(jnp.ones_like, params), tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    before: Any = parameters("rate 0")
+    assert (params["norm"]["scale"] == before["norm"]["scale"]).all()
+    assert (params["embed"] != before["embed"]).all()
+    assert jax.tree.map(jnp.shape, state[0].nu) == SHAPES
 
 
 RULES = (by_optax, by_optax_with_masks, by_names, by_shape, by_function)
