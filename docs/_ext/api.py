@@ -26,7 +26,7 @@ TYPES = {
         "storage.codec": ("Stored",),
         "storage.low_bit_codes": ("StorageLike", "StorageName"),
         "options": ("Complex", "DecayKind"),
-        "wrappers.layers": ("Embed", "Head", "Layer"),
+        "wrappers.layered_model": ("Embed", "Head", "Layer"),
         "surgery": ("Second",),
         "interop.moments": ("Paths", "Transpose"),
         "interop.torch": ("StateDict",),
