@@ -89,7 +89,8 @@ def comparison() -> str:
     command = "python benchmarks/speed.py --out benchmarks/results"
     records = latest(record for path in sorted(RESULTS.glob("speed-cpu*.json")) for record in read(path, command))
     device = Device([record for record in records if record["device"] == records[0]["device"]])
-    runs = read(RESULTS / "precision-cpu.json", "python benchmarks/precision.py --out benchmarks/results")["runs"]
+    trained = read(RESULTS / "precision-cpu.json", "python benchmarks/precision.py --out benchmarks/results")
+    runs, machines = trained["runs"], {trained["device"], device.records[0]["device"]}
     loss: dict[str, dict[int, float]] = {}
     for run in runs:
         if run["workload"] == "tuned":
@@ -159,8 +160,8 @@ def comparison() -> str:
         "Errors are relative L2 errors against float64 at step 1,000. The two times in each ratio come from the same "
         "run. The losses are those of a character transformer, trained further at a low rate. Steps of a steady "
         "gradient are those with β₁ = 0.9, 0.95 and 0.99, with both moments in bfloat16. Measured on "
-        f"{device.records[0]['device']} by `exactness.py`, `speed.py`, `precision.py` and `codes.py` in `benchmarks`, "
-        "or compiled by `compiled.py`."
+        f"{' and '.join(sorted(machines))} by `exactness.py`, `speed.py`, `precision.py` and `codes.py` in "
+        "`benchmarks`, or compiled by `compiled.py`."
     )
 
 
