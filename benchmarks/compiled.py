@@ -139,7 +139,7 @@ FIGURES: dict[str, dict[str, tuple[str, str]]] = {
     },
     BACKWARD: {
         "temporaries": ("temporaries", ".2f"),
-        "kept": ("inputs of the layers", ".2f"),
+        "activations": ("activations", ".2f"),
         "gradient": ("gradient of a layer", ".2f"),
         "exchanged": ("exchanged", ".1f"),
     },

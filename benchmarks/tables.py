@@ -90,7 +90,8 @@ def comparison() -> str:
     records = latest(record for path in sorted(RESULTS.glob("speed-cpu*.json")) for record in read(path, command))
     device = Device([record for record in records if record["device"] == records[0]["device"]])
     trained = read(RESULTS / "precision-cpu.json", "python benchmarks/precision.py --out benchmarks/results")
-    runs, machines = trained["runs"], {trained["device"], device.records[0]["device"]}
+    runs = trained["runs"]
+    machines = {x["device"].replace(", 1 cores", ", 1 core") for x in (trained, device.records[0])}
     loss: dict[str, dict[int, float]] = {}
     for run in runs:
         if run["workload"] == "tuned":
@@ -355,9 +356,11 @@ def backward() -> str:
         if (first := known.get((target, way, f"{step}{ORDINARY}"))) is not None:
             cycles = f"{row['cycles'] / first['cycles']:.2f}" if "cycles" in row else NONE
             sizes = (f"{x['temporaries']:.2f}" for x in (first, row))
-            body.append([f"{target}, {way}", step, *sizes, f"{row['kept']:.2f}", f"{row['gradient']:.2f}", cycles])
-    head = ["device", "state", "gradients first", "step in the backward pass", "of that the layers' inputs"]
-    head += ["and one layer's gradient", "cycles, relative to gradients first"]
+            body.append(
+                [f"{target}, {way}", step, *sizes, f"{row['activations']:.2f}", f"{row['gradient']:.2f}", cycles]
+            )
+    head = ["device", "state", "gradients first", "step in the backward pass", "activations alone"]
+    head += ["one layer's gradient", "cycles, relative to gradients first"]
     return (
         f"{table(head, body)}\n\nBytes per parameter (of a device) beside parameters and state, of a training step of "
         "a GPT with 12 stacked layers in bfloat16. Compiled, but **not run**, by `benchmarks/compiled.py`; cycles are "

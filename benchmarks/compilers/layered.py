@@ -80,11 +80,21 @@ def shardings(mesh: Mesh) -> Tree:
     return jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, jax.P))
 
 
+def inputs_only(p: Tree, batch: jax.Array) -> Tree:
+    """The loss and its gradient for what `embed` returned: the activations of a step, and no gradient of parameters."""
+
+    def loss(h: jax.Array) -> jax.Array:
+        again = jax.checkpoint(functools.partial(layer, batch=batch), policy=None)
+        return head(p, jax.lax.scan(lambda h, q: (again(q, h), None), h, p["layers"])[0], batch)
+
+    return jax.value_and_grad(loss)(embed(p, batch))
+
+
 def compiled(name: str, way: str, target: str) -> Row:
     """A step of training; bytes per parameter of a device."""
     tx, p = STEPS[name.removesuffix(ORDINARY)], params()
     batch = jax.ShapeDtypeStruct((BATCH * (1 if way == "one device" else 16), LENGTH), "int32")
-    mesh = None
+    context = contextlib.ExitStack()
     if way == "one device":
         place = first(target)
         p, state, batch = (placed(x, place) for x in (p, jax.eval_shape(tx.init, p), batch))
@@ -94,25 +104,24 @@ def compiled(name: str, way: str, target: str) -> Row:
         tx = tx if way == "FSDP 16" else adam_fn.zero1(tx, p, mesh, layers="layers")
         state = placed(jax.eval_shape(tx.init, p), adam_fn.state_shardings(tx, p))
         batch = placed(batch, jax.NamedSharding(mesh, jax.P("data")))
+        context.enter_context(several())
+        context.enter_context(jax.set_mesh(mesh))
     step = ordinary(tx) if name.endswith(ORDINARY) else backward.value_and_step(tx, embed, layer, head)
-    run = jax.jit(step, donate_argnums=(0, 1))
     jax.clear_caches()
-    with (
-        contextlib.nullcontext() if mesh is None else several(),
-        jax.set_mesh(mesh) if mesh else contextlib.nullcontext(),
-    ):
-        program: typing.Any = run.lower(p, state, batch).compile()
+    with context:
+        program: typing.Any = jax.jit(step, donate_argnums=(0, 1)).lower(p, state, batch).compile()
+        alone: typing.Any = jax.jit(inputs_only).lower(p, batch).compile()
     devices_ = 16 if way == "FSDP 16" else 1
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(p)) / devices_
-    text, memory = Program(program.as_text() or ""), program.memory_analysis()
+    text = Program(program.as_text() or "")
     moved = text.exchanges()
-    temporaries, kept = memory.temp_size_in_bytes / count, DEPTH * BATCH * LENGTH * WIDTH * 2 / count
+    temporaries, activations = (x.memory_analysis().temp_size_in_bytes / count for x in (program, alone))
     gradient = held(p["layers"]) / DEPTH / count  # In FSDP whole at first.
     found: Row = {
         "temporaries": temporaries,
-        "kept": kept,
+        "activations": activations,
         "gradient": gradient,
-        "beside": temporaries - kept - gradient,
+        "beside": temporaries - activations - gradient,
         "collectives": len(moved),
         "exchanged": sum(size for _, size in moved) / count,
     }

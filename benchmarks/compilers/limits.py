@@ -105,9 +105,8 @@ LIMITS = (
     # 8: the TPU's scheduler fetches the state before the backward pass is over.
     Limit(TPU, OFFLOAD, "saved", 8.01, ("training",), least=-10.5, way="one program"),
     Limit(BOTH, OFFLOAD, "saved", 8.01, ("training",), least=7.9, way="two programs"),
-    # Beside the layers' inputs and the gradient of one layer. A GPU's matrix products read copies of the parameters.
-    Limit(("v5e",), BACKWARD, "beside", 0.15, ("16bit",), way="one device"),
-    Limit(("h200",), BACKWARD, "beside", 0.4, ("16bit",), way="one device"),
+    # Beside the activations and the gradient of one layer.
+    Limit(("v5e", "h200"), BACKWARD, "beside", 0.15, ("16bit", "masters, 16bit")),
     *(
         Limit(("v5e",), BACKWARD, figure, most, (step,), base=f"{step}{ORDINARY}")
         for step in ("16bit", "masters, 16bit")
