@@ -19,7 +19,7 @@ from adam_fn.execute.compiler import zeros_like
 from adam_fn.execute.destination import PARAMETERS, UPDATES, Destination, Inputs
 from adam_fn.execute.run import step_leaf
 from adam_fn.storage import noise
-from adam_fn.storage.codec import Stored
+from adam_fn.storage.codec import Cast, Stored
 from adam_fn.trees.checks import check_leaf, check_untrained, no_update
 from adam_fn.trees.definition import Definition, advanced, tree_from_leaves, weight_dtype
 from adam_fn.trees.groups import rules_of
@@ -64,7 +64,7 @@ def coded(
     stored: list[Stored | None] = []
     for path, own, codecs in zip(leaves.paths, slots, definition.codecs_of(leaves, params), strict=True):
         with leaf_in_errors(path):
-            if own and any(unit for codec in codecs.values() for unit in codec.units):
+            if own and not all(isinstance(codec, Cast) for codec in codecs.values()):
                 finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, own.values()))
                 own = {name: jnp.where(finite, x, jnp.nan) for name, x in own.items()}  # noqa: PLW2901
             stored.append(encode(codecs, own, lattice_of(next(iter(own.values()))), times) if own else own)

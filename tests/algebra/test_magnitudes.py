@@ -155,3 +155,15 @@ def test_gradients_that_are_not_finite_show_in_every_storage(case: Case) -> None
             if x.unit is not None:
                 np.testing.assert_array_equal(np.isnan(slots[x.unit.slot]), bad)
             assert not np.isinf(slots[slot]).any()
+
+
+def test_converted_states_that_are_not_finite_become_nan_in_every_moment() -> None:
+    """A code of m relies on v for its nan, also where only one of the two was not finite before."""
+    params, plain = jnp.ones(4), adam_fn.adam(1e-3)
+    state: Any = plain.init(params)
+    adam = state[0]._replace(mu=jnp.asarray([jnp.nan, 0.5, 0.5, 0.5]), nu=jnp.asarray([1.0, jnp.inf, 1.0, 1.0]))
+    for storage in ("24bit", "16bit"):
+        tx = adam_fn.adam(1e-3, storage=storage)
+        found = adam_fn.interop.change_storage(plain, tx, params, (adam, *state[1:]))
+        for x in tx.update.decoded(found, params).values():
+            np.testing.assert_array_equal(np.isnan(x), [True, True, False, False])
