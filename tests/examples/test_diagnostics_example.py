@@ -1,11 +1,10 @@
-"""The example of `adam_fn.diagnostics`: what it draws and writes, and how it refuses bad options."""
+"""The example of `adam_fn.diagnostics`: what it draws and writes."""
 
 import json
 from pathlib import Path
 
 import diagnostics as example
 import numpy as np
-import pytest
 
 
 class TestExample:
@@ -28,11 +27,3 @@ class TestExample:
         assert found[-1] < 5000
         assert example.means(np.ones(7)).tolist() == [1] * 7
         assert example.means(np.full(5000, 2.0)).tolist() == [2] * len(found)
-
-    def test_bad_options_take_one_line(self, capsys: pytest.CaptureFixture[str]) -> None:
-        with pytest.raises(SystemExit):
-            example.main(("--epochs", "none"))
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("diagnostics.py: error: argument --epochs")
-        with pytest.raises(SystemExit, match="--batch 1438 is more than the 1437 training images"):
-            example.main(("--data", "digits", "--batch", "1438"))

@@ -2,9 +2,7 @@
 
 import os
 import re
-import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,61 +16,77 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import compiling
+from helpers.scripts import SERVER
 from helpers.states import slots_of
 from loaders import mnist
 
-SCRIPT = Path(distributed_mnist.__file__)
 OPTIONS = ("--data", "digits", "--quick", "--epochs", "4", "--timeout", "6")
 
 
-def start(place: Path, name: str, *options: str) -> subprocess.Popen[bytes]:
-    """The script with four host devices; what it says goes to the file of that name."""
-    env = {**os.environ, "XLA_FLAGS": compiling.flags(devices=4), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(SCRIPT), *OPTIONS, "--out", str(place), *options]
-    with (place / name).open("w") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env=env)
+def process(log: Path, *options: str) -> None:
+    """A process of a job, with four host devices; what it says goes to `log`."""
+    os.environ["XLA_FLAGS"] = compiling.flags(devices=4)
+    with log.open("w") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    distributed_mnist.main([*OPTIONS, "--out", str(log.parent), *options])
 
 
-def wait_for(pattern: str, log: Path, job: list[subprocess.Popen[bytes]]) -> re.Match[str]:
-    deadline = time.monotonic() + 120
-    while (found := re.search(pattern, log.read_text())) is None:
-        assert time.monotonic() < deadline, log.read_text()
-        assert all(process.poll() is None for process in job), log.read_text()
-        time.sleep(0.02)
-    return found
+def train(*options: str) -> distributed_mnist.Trained:
+    """In this process."""
+    return distributed_mnist.train(mnist.digits(), distributed_mnist.parse([*OPTIONS, *options]))
 
 
-def test_a_job_that_loses_a_process_ends_and_goes_on_as_one_process_would(tmp_path: Path) -> None:
+def launch(*options: str) -> object:
+    """The exit status of the launcher, which runs in this process."""
+    with pytest.raises(SystemExit) as ended:
+        distributed_mnist.main([*OPTIONS, "--local", "2", *options])
+    return ended.value.code
+
+
+def test_a_job_that_loses_a_process_ends_and_goes_on_as_one_process_would(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Process 1 of 2 is killed after its first epoch; then two new ones finish the run."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
     saved = ("--checkpoint", str(tmp_path / "run"))
     each = ("--coordinator", coordinator, "--processes", "2", *saved)
-    job = [start(tmp_path, f"killed{i}", *each, "--process", str(i)) for i in range(2)]
+    logs = [tmp_path / "process 0", tmp_path / "process 1"]
+    job = [SERVER.Process(target=process, args=(log, *each, "--process", str(i))) for i, log in enumerate(logs)]
+    for log, run in zip(logs, job, strict=True):
+        log.touch()
+        run.start()
+    log = logs[0]
     try:
-        wait_for(r"ZeRO-1 1/4:", tmp_path / "killed0", job)
+        deadline = time.monotonic() + 120
+        while "ZeRO-1 1/4:" not in log.read_text():
+            assert time.monotonic() < deadline, log.read_text()
+            assert all(run.is_alive() for run in job), log.read_text()
+            time.sleep(0.02)
         job[1].kill()
-        assert job[0].wait(timeout=120) != 0
+        job[0].join(timeout=120)
+        assert job[0].exitcode not in (None, 0)
     finally:
-        for process in job:
-            process.kill()
-            process.wait()
-    said = (tmp_path / "killed0").read_text()
+        for run in job:
+            run.kill()
+            run.join()
+    said = log.read_text()
     assert re.search(r"tasks are unhealthy[^\n]*:\n1\n", said), said
     assert "wrote" not in said
 
-    with start(tmp_path, "resumed", "--local", "2", *saved) as launcher:
-        assert launcher.wait(timeout=120) == 0, (tmp_path / "resumed").read_text()
-    said = (tmp_path / "resumed").read_text()
-    assert re.search(r"resumed from .* after epoch [123]/4", said), said
-    assert "4 of the 8 devices" in said
-    assert said.count("ZeRO-1 4/4:") == 1  # Of one process alone.
+    status = launch("--out", str(tmp_path), *saved)
+    said = capfd.readouterr()
+    assert status == 0, said
+    assert re.search(r"resumed from .* after epoch [123]/4", said.out), said
+    assert "4 of the 8 devices" in said.out
+    assert said.out.count("ZeRO-1 4/4:") == 1  # Of one process alone.
     assert (tmp_path / "distributed_mnist.png").exists()
 
-    alone = distributed_mnist.main([*OPTIONS, "--out", str(tmp_path / "alone")])
+    alone = train()
     # Nothing is left to be done: these are the parameters and the state that two processes saved.
-    both = distributed_mnist.main([*OPTIONS, "--out", str(tmp_path / "both"), *saved])
+    both = train(*saved)
     assert len(both.run.step_costs) == len(alone.run.step_costs) == 4 * (1437 // 128)
     assert alone.run.step_costs[-1] < 0.9 * alone.run.step_costs[0]
     np.testing.assert_allclose(both.run.step_costs, alone.run.step_costs, rtol=3e-6)
@@ -84,32 +98,21 @@ def test_a_job_that_loses_a_process_ends_and_goes_on_as_one_process_would(tmp_pa
     np.testing.assert_allclose(both.run.epochs[-1].test_cost, alone.run.epochs[-1].test_cost, rtol=1e-5)
 
 
-def test_the_launcher_names_the_process_that_was_lost_and_ends_the_others(tmp_path: Path) -> None:
-    with start(tmp_path, "log", "--local", "2") as launcher:
-        pids = [
-            int(wait_for(rf"process {i} of 2: started here, pid (\d+)", tmp_path / "log", [launcher])[1])
-            for i in (0, 1)
-        ]
-        os.kill(pids[1], signal.SIGKILL)
-        assert launcher.wait(timeout=60) == 1
-    said = (tmp_path / "log").read_text()
-    assert "error: process 1 of 2 was lost: killed by SIGKILL" in said, said
+def test_the_launcher_names_the_process_that_was_lost_and_ends_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of a script whose process 1 kills itself, and whose process 0 waits."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys, time\nif '--process=1' in sys.argv:\n    os.kill(os.getpid(), 9)\ntime.sleep(60)\n"
+    )
+    monkeypatch.setattr(distributed_mnist, "__file__", str(script))
+    assert launch() == 1
+    said = capfd.readouterr()
+    assert "error: process 1 of 2 was lost: killed by SIGKILL" in said.err
+    (pid,) = re.findall(r"process 0 of 2: started here, pid (\d+)", said.out)
     with pytest.raises(ProcessLookupError):
-        os.kill(pids[0], 0)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--batch", "100"], "--batch 100 cannot be divided by the 8 devices"),
-        (["--coordinator", "localhost:1"], "--coordinator, --processes and --process are given together"),
-        (["--cluster", "--local", "2"], "--local, --cluster and --coordinator exclude one another"),
-    ],
-)
-def test_bad_options(options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as error:
-        distributed_mnist.main([*OPTIONS, "--out", str(tmp_path), *options])
-    assert message in f"{error.value} {capsys.readouterr().err}"
+        os.kill(int(pid), 0)
 
 
 def test_rows_that_fill_up_the_test_images_do_not_count() -> None:

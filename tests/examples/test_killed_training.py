@@ -1,24 +1,83 @@
-"""A real process, killed with SIGKILL again and again, ends where an undisturbed one does: bit for bit."""
+"""A real process, killed with SIGKILL again and again, ends where an undisturbed one does: bit for bit.
+
+It goes on from the last complete checkpoint in its folder, saves every few steps, says when it starts and which
+checkpoint it begins, and at last a digest of parameters, state and random key.
+"""
 
 import contextlib
-import multiprocessing
+import hashlib
+import os
 import random
 import signal
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import killed_training
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from helpers import compiling
+from helpers.scripts import SERVER
 
-KILLS = 20
-STEPS = 500
+import adam_fn
+from adam_fn import checkpoint
+
+KILLS = 8
+STEPS = 250
 EVERY = 3
 
-#: A server that has imported what is large forks each process; none of them has run anything of JAX's before.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["jax", "optax", "orbax.checkpoint", "adam_fn.checkpoint"])
+TX = adam_fn.master_weights(adam_fn.adamw(optax.cosine_decay_schedule(1e-2, 1000), weight_decay=0.01, storage="16bit"))
+
+
+def begin() -> Any:
+    w1, w2 = (jax.random.normal(jax.random.key(i), (64, 64), jnp.bfloat16) / 8 for i in range(2))
+    params = {"w1": w1, "b1": jnp.zeros(64, jnp.bfloat16), "w2": w2}
+    return {"params": params, "state": TX.init(params), "key": jax.random.key(2)}
+
+
+def step(carry: Any) -> Any:
+    """A batch and dropout that the key decides, which the next step needs too."""
+    key, batch, drop = jax.random.split(carry["key"], 3)
+    x = jax.random.normal(batch, (16, 64), jnp.bfloat16)
+
+    def loss(p: Any) -> jax.Array:
+        hidden = jnp.tanh(x @ p["w1"] + p["b1"][None]) * jax.random.bernoulli(drop, 0.5, (16, 64))
+        return jnp.mean((hidden @ p["w2"] - jnp.sin(x)).astype(jnp.float32) ** 2)
+
+    updates, state = TX.update(jax.grad(loss)(carry["params"]), carry["state"], carry["params"])
+    return {"params": optax.apply_updates(carry["params"], updates), "state": state, "key": key}
+
+
+def digest(carry: Any) -> str:
+    carry = {**carry, "key": jax.random.key_data(carry["key"])}
+    return hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(carry))).hexdigest()
+
+
+def train(folder: str, steps: int, every: int, cache: str, said: Connection) -> None:
+    """What a process of its own runs; `cache` is for what it compiles, through `said` it sends its lines."""
+    os.environ["XLA_FLAGS"] = compiling.flags(devices=1)  # One device starts sooner than eight.
+    jax.config.update("jax_compilation_cache_dir", cache)
+    assert jax.device_count() == 1
+    carry, done = begin(), 0
+    advance = jax.jit(step, donate_argnums=0).lower(carry).compile()
+    options = ocp.CheckpointManagerOptions(max_to_keep=2)
+    with ocp.CheckpointManager(folder, options=options, item_handlers=ocp.StandardCheckpointHandler()) as manager:
+        if (last := manager.latest_step()) is not None:
+            checkpoint.check(manager.metadata(last).custom_metadata, TX, carry["params"])
+            carry, done = manager.restore(last, args=ocp.args.StandardRestore(carry)), last
+        about = checkpoint.describe(TX, carry["params"])
+        said.send(f"start {done}")
+        while done < steps:
+            carry, done = advance(carry), done + 1
+            if done % every == 0 or done == steps:
+                manager.save(done, args=ocp.args.StandardSave(carry), custom_metadata=about)
+                said.send(f"save {done}")
+    said.send(f"end {digest(carry)}")
 
 
 @contextlib.contextmanager
@@ -27,7 +86,7 @@ def process(place: Path, name: str, every: int) -> Iterator[tuple[BaseProcess, A
     said, its_end = SERVER.Pipe(duplex=False)
     # A cache of its own: a killed process may leave half an entry behind.
     arguments = (str(place / name), STEPS, every, str(place / "cache"), its_end)
-    run = SERVER.Process(target=killed_training.main, args=arguments)
+    run = SERVER.Process(target=train, args=arguments)
     run.start()
     its_end.close()
     try:

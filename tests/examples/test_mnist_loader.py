@@ -6,12 +6,13 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from helpers.mirror import Mirror
+from helpers.mirror import Serve
 from loaders import mnist
 from loaders.mnist import Checksums, DataError
 from numpy.typing import NDArray
@@ -50,29 +51,6 @@ LAST = f"{mnist.TRAIN_IMAGES}.gz"
 def flipped(content: bytes) -> bytes:
     """`content` with one bit changed near its end."""
     return content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]
-
-
-Serve = Callable[..., Mirror]
-
-
-@pytest.fixture
-def serve() -> Iterator[Serve]:
-    mirrors: list[Mirror] = []
-
-    def start(files: Mapping[str, bytes], cut: frozenset[str] = frozenset()) -> Mirror:
-        mirrors.append(Mirror(files, cut))
-        return mirrors[-1]
-
-    yield start
-    for mirror in mirrors:
-        mirror.close()
-
-
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("ADAM_FN_DATA", raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
 @pytest.fixture
@@ -120,28 +98,21 @@ class TestDownload:
         assert_tiny(load(tmp_path / "cache", mirror.url))
         assert len(mirror.fetched) == len(FILES), "the second load must not fetch"
 
-    def test_a_full_cache_needs_no_mirror(self, unreachable: str, tmp_path: Path) -> None:
-        assert_tiny(load(write(tmp_path, FILES), unreachable))
-
-    def test_second_mirror_serves_what_the_first_lacks(self, serve: Serve, tmp_path: Path) -> None:
-        first, second = serve({name: FILES[name] for name in FILES if name != LAST}), serve(FILES)
-        assert_tiny(load(tmp_path, first.url, second.url))
-        assert sorted(first.fetched) == sorted(FILES)
-        assert second.fetched == [LAST]
-
-    def test_second_mirror_when_nobody_listens_on_the_first(
-        self, serve: Serve, unreachable: str, tmp_path: Path
+    @pytest.mark.parametrize(
+        ("files", "cut"),
+        [
+            ({name: FILES[name] for name in FILES if name != LAST}, frozenset()),
+            (FILES, frozenset({LAST})),
+            ({**FILES, LAST: flipped(FILES[LAST])}, frozenset()),
+        ],
+        ids=["lacks a file", "breaks off", "has an altered file"],
+    )
+    def test_second_mirror_where_the_first(
+        self, files: Mapping[str, bytes], cut: frozenset[str], serve: Serve, unreachable: str, tmp_path: Path
     ) -> None:
-        assert_tiny(load(tmp_path, unreachable, serve(FILES).url))
-
-    def test_second_mirror_when_the_first_breaks_off(self, serve: Serve, tmp_path: Path) -> None:
-        first, second = serve(FILES, cut=frozenset({LAST})), serve(FILES)
-        assert_tiny(load(tmp_path, first.url, second.url))
-        assert second.fetched == [LAST]
-
-    def test_second_mirror_when_the_first_serves_an_altered_file(self, serve: Serve, tmp_path: Path) -> None:
-        first, second = serve({**FILES, LAST: flipped(FILES[LAST])}), serve(FILES)
-        assert_tiny(load(tmp_path, first.url, second.url))
+        first, second = serve(files, cut), serve(FILES)
+        assert_tiny(load(tmp_path, unreachable, first.url, second.url))
+        assert set(first.fetched) == set(FILES)
         assert second.fetched == [LAST]
 
     def test_altered_file_is_refused(self, serve: Serve, tmp_path: Path) -> None:
@@ -165,19 +136,15 @@ class TestDownload:
             assert part in said
 
     def test_without_a_mirror_digits_and_one_line(
-        self, unreachable: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, serve: Serve, unreachable: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert_digits(load(tmp_path, unreachable, unreachable))
-        (line,) = capsys.readouterr().out.splitlines()
-        assert "could not be downloaded (no mirror answers)" in line
-        assert "scikit-learn's digits" in line
-        assert not list(tmp_path.iterdir())
-
-    def test_digits_when_no_mirror_has_the_files(
-        self, serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        assert_digits(load(tmp_path, serve({}).url, serve({}).url))
-        assert "could not be downloaded (404 from" in capsys.readouterr().out
+        for mirror, tried, reason in ((unreachable, 0, "no mirror answers)"), (serve({}).url, 2, "404 from")):
+            assert_digits(load(tmp_path, mirror, mirror))
+            *downloads, line = capsys.readouterr().out.splitlines()
+            assert len(downloads) == tried
+            assert f"could not be downloaded ({reason}" in line
+            assert "scikit-learn's digits" in line
+            assert not list(tmp_path.iterdir())
 
     def test_a_mirror_that_never_answers_costs_the_timeout(self, tmp_path: Path) -> None:
         with socket.socket() as mute:
@@ -210,19 +177,21 @@ class TestFolder:
         for part in (name, sha256(whole[name]), sha256(damaged)):
             assert part in str(error.value)
 
-    def test_missing_folder_is_an_error(self, serve: Serve, tmp_path: Path) -> None:
+    def test_a_folder_that_is_not_complete_is_an_error(
+        self, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One that was asked for, and the one of the environment: nothing is downloaded instead."""
         mirror = serve(FILES)
+        options: Any = {"mirrors": (mirror.url,), "checksums": CHECKSUMS, "cache": tmp_path / "cache"}
         with pytest.raises(DataError, match="absent: is not a folder"):
-            mnist.load(tmp_path / "absent", mirrors=(mirror.url,), checksums=CHECKSUMS, cache=tmp_path)
-        assert not mirror.fetched
-
-    def test_folder_that_lacks_files_is_an_error(self, serve: Serve, tmp_path: Path) -> None:
-        mirror = serve(FILES)
-        folder = write(tmp_path / "some", {LAST: FILES[LAST]})
-        with pytest.raises(DataError) as error:
-            mnist.load(folder, mirrors=(mirror.url,), checksums=CHECKSUMS, cache=tmp_path / "cache")
-        for name in ARRAYS:
-            assert (name in str(error.value)) == (f"{name}.gz" != LAST)
+            mnist.load(tmp_path / "absent", **options)
+        folder = write(tmp_path / "mnist", {LAST: FILES[LAST]})
+        monkeypatch.setenv("ADAM_FN_DATA", str(tmp_path))
+        for asked in (folder, None):
+            with pytest.raises(DataError, match="lacks") as error:
+                mnist.load(asked, **options)
+            for name in ARRAYS:
+                assert (name in str(error.value)) == (f"{name}.gz" != LAST)
         assert not mirror.fetched
 
     def test_images_and_labels_must_match(self, tmp_path: Path) -> None:
@@ -233,28 +202,15 @@ class TestFolder:
             mnist.load(folder, checksums=checksums)
 
 
-class TestEnvironment:
-    def test_the_folder_of_the_environment_comes_before_the_cache(
-        self, monkeypatch: pytest.MonkeyPatch, unreachable: str, tmp_path: Path
-    ) -> None:
-        write(tmp_path / "data" / "mnist", FILES)
-        monkeypatch.setenv("ADAM_FN_DATA", str(tmp_path / "data"))
-        assert_tiny(load(tmp_path / "cache", unreachable))
-        assert not (tmp_path / "cache").exists()
-
-    def test_the_folder_of_the_environment_must_be_complete(
-        self, monkeypatch: pytest.MonkeyPatch, serve: Serve, tmp_path: Path
-    ) -> None:
-        write(tmp_path / "mnist", {LAST: FILES[LAST]})
-        monkeypatch.setenv("ADAM_FN_DATA", str(tmp_path))
-        with pytest.raises(DataError, match="lacks"):
-            load(tmp_path / "cache", serve(FILES).url)
-
-    def test_without_the_folder_of_the_environment_the_cache_is_used(
-        self, monkeypatch: pytest.MonkeyPatch, unreachable: str, tmp_path: Path
-    ) -> None:
-        monkeypatch.setenv("ADAM_FN_DATA", str(tmp_path / "elsewhere"))
-        assert_tiny(load(write(tmp_path / "cache", FILES), unreachable))
+def test_the_folder_of_the_environment_comes_before_the_cache(
+    monkeypatch: pytest.MonkeyPatch, unreachable: str, tmp_path: Path
+) -> None:
+    write(tmp_path / "data" / "mnist", FILES)
+    monkeypatch.setenv("ADAM_FN_DATA", str(tmp_path / "data"))
+    assert_tiny(load(tmp_path / "cache", unreachable))
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setenv("ADAM_FN_DATA", str(tmp_path / "elsewhere"))
+    assert_tiny(load(write(tmp_path / "cache", FILES), unreachable))
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,8 @@
-"""Both examples on scikit-learn's digits: what they print, write and learn, and how they refuse bad options."""
+"""Both examples on scikit-learn's digits: what they print, write and learn."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import flax_train_state
 import jax
@@ -13,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers.scripts import assert_png, read_json, script
+from helpers.scripts import assert_png, read_json
 from loaders import mnist
 
 import adam_fn
@@ -23,65 +22,62 @@ CHANCE = math.log(10)  # the cost of a guess among ten classes, in nats
 
 
 class TestMnistMlp:
-    def test_the_script_writes_its_curves_and_numbers(self, tmp_path: Path) -> None:
+    def test_learns_and_writes_its_curves_and_numbers(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         out = tmp_path / "new" / "folder"
-        done = script("mnist_mlp.py", *QUICK, "--out", str(out))
-        assert done.returncode == 0, done.stderr
-        assert "Adam 2/2: training cost" in done.stdout
-        assert "test accuracy" in done.stdout
-        assert f"wrote {out / 'mnist_mlp.png'} and {out / 'mnist_mlp.json'}" in done.stdout
-        assert_png(out / "mnist_mlp.png")
-        numbers = read_json(out / "mnist_mlp.json")
-        assert numbers["dataset"] == "scikit-learn's digits"
-        assert (numbers["train_images"], numbers["test_images"]) == (1437, 360)
-        assert numbers["layers"] == [64, 64, 64, 10]
-        assert {"batch", "seed", "device", "versions"} < set(numbers)
-        (run,) = numbers["runs"]
-        assert run["optimizer"] == "adam"
-        assert run["learning_rate"] == mnist_mlp.OPTIMIZERS["adam"].rate
-        assert [epoch["epoch"] for epoch in run["epochs"]] == [1, 2]
-        assert len(run["step_costs"]) == 2 * (1437 // 128)
-        assert all(epoch["images_per_second"] > 0 for epoch in run["epochs"])
-
-    def test_learns_and_writes_what_it_returns(self, tmp_path: Path) -> None:
         options = ("--data", "digits", "--width", "128", "--epochs", "8", "--learning-rate", "3e-3")
-        (run,) = mnist_mlp.main((*options, "--out", str(tmp_path)))
+        (run,) = mnist_mlp.main((*options, "--out", str(out)))
+        said = capsys.readouterr().out
+        assert "Adam 8/8: training cost" in said
+        assert "test accuracy" in said
+        assert f"wrote {out / 'mnist_mlp.png'} and {out / 'mnist_mlp.json'}" in said
+        assert_png(out / "mnist_mlp.png")
         costs = [epoch.train_cost for epoch in run.epochs]
         assert run.step_costs[0] == pytest.approx(CHANCE, abs=0.5)
         assert costs[-1] < 0.1 * costs[0]
         assert run.epochs[-1].test_accuracy > 0.93
-        (written,) = read_json(tmp_path / "mnist_mlp.json")["runs"]
+        numbers = read_json(out / "mnist_mlp.json")
+        assert numbers["dataset"] == "scikit-learn's digits"
+        assert (numbers["train_images"], numbers["test_images"]) == (1437, 360)
+        assert numbers["layers"] == [64, 128, 128, 10]
+        assert {"batch", "seed", "device", "versions"} < set(numbers)
+        (written,) = numbers["runs"]
+        assert (written["optimizer"], written["learning_rate"]) == ("adam", 3e-3)
+        assert len(run.step_costs) == 8 * (1437 // 128)
         np.testing.assert_allclose(written["step_costs"], run.step_costs, rtol=1e-5)
-        for said, epoch in zip(written["epochs"], run.epochs, strict=True):
-            assert said["test_accuracy"] == pytest.approx(epoch.test_accuracy, rel=1e-5)
-            assert said["train_cost"] == pytest.approx(epoch.train_cost, rel=1e-5)
+        assert [epoch["epoch"] for epoch in written["epochs"]] == list(range(1, 9))
+        for entry, epoch in zip(written["epochs"], run.epochs, strict=True):
+            assert entry["test_accuracy"] == pytest.approx(epoch.test_accuracy, rel=1e-5)
+            assert entry["train_cost"] == pytest.approx(epoch.train_cost, rel=1e-5)
+            assert entry["images_per_second"] > 0
             hits = 360 * epoch.test_accuracy  # every test image is evaluated, so it is a whole number
             assert hits == pytest.approx(round(hits), abs=1e-3)
 
-    @pytest.mark.parametrize("name", mnist_mlp.OPTIMIZERS)
-    def test_every_optimizer_learns_at_its_own_rate(self, name: str) -> None:
-        options = mnist_mlp.parse((*QUICK, "--epochs", "16", "--schedule", "constant"))
-        run = mnist_mlp.train(mnist.digits(), name, options)
-        assert run.learning_rate == mnist_mlp.OPTIMIZERS[name].rate
-        assert run.epochs[-1].train_cost < 0.8 * CHANCE
-        assert run.epochs[-1].test_accuracy > 0.5
-
-    def test_comparison_starts_from_one_initialisation_on_the_same_images(self, tmp_path: Path) -> None:
-        runs = mnist_mlp.main((*QUICK, "--compare", "--out", str(tmp_path)))
-        assert [run.optimizer for run in runs] == list(mnist_mlp.COMPARED)
-        assert {len(run.epochs) for run in runs} == {2}
-        np.testing.assert_allclose([run.step_costs[0] for run in runs], runs[0].step_costs[0], rtol=1e-6)
-        assert len({run.step_costs[-1] for run in runs}) > len(runs) // 2, "the optimizers must differ"
+    def test_every_optimizer_learns_at_its_own_rate(self, tmp_path: Path) -> None:
+        """The compared ones, from one initialisation on the same images, and the others."""
+        options = (*QUICK, "--epochs", "16", "--schedule", "constant")
+        compared = mnist_mlp.main((*options, "--compare", "--out", str(tmp_path)))
+        assert [run.optimizer for run in compared] == list(mnist_mlp.COMPARED)
+        first = compared[0].step_costs[0]
+        np.testing.assert_allclose([run.step_costs[0] for run in compared], first, rtol=1e-6)
+        assert len({run.step_costs[-1] for run in compared}) > len(compared) // 2, "the optimizers must differ"
         assert_png(tmp_path / "mnist_compare.png")
         written = read_json(tmp_path / "mnist_compare.json")["runs"]
-        assert [run["label"] for run in written] == [mnist_mlp.OPTIMIZERS[name].label for name in mnist_mlp.COMPARED]
+        assert [run["label"] for run in written] == [run.label for run in compared]
+
+        others = mnist_mlp.OPTIMIZERS.keys() - mnist_mlp.COMPARED
+        runs = *compared, *(mnist_mlp.train(mnist.digits(), name, mnist_mlp.parse(options)) for name in others)
+        for run in runs:
+            assert run.learning_rate == mnist_mlp.OPTIMIZERS[run.optimizer].rate
+            assert len(run.epochs) == 16
+            assert run.epochs[-1].train_cost < 0.8 * CHANCE, run.label
+            assert run.epochs[-1].test_accuracy > 0.5, run.label
 
     def test_goes_on_from_its_last_checkpoint(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         """Ended in the middle of epoch 3, it goes on from epoch 2 and ends as if nothing had been."""
-        options = (*QUICK, "--epochs", "4", "--dropout", "0.2", "--out", str(tmp_path / "out"))
-        (expected,) = mnist_mlp.main(options)
+        digits, options = mnist.digits(), (*QUICK, "--epochs", "4", "--dropout", "0.2", "--out", str(tmp_path / "out"))
+        expected = mnist_mlp.train(digits, "adam", mnist_mlp.parse(options))
         saving = (*options, "--checkpoint", str(tmp_path / "run"))
         evaluate, calls = mnist_mlp.evaluate, iter((False, False, True))
 
@@ -96,8 +92,8 @@ class TestMnistMlp:
         monkeypatch.undo()
         capsys.readouterr()
         for line, epochs in ((f"Adam: resumed from {tmp_path / 'run' / 'adam'} after epoch 2/4", 2), ("4/4", 0)):
-            (run,) = mnist_mlp.main(saving)
-            _, resumed, *lines = capsys.readouterr().out.splitlines()
+            run = mnist_mlp.train(digits, "adam", mnist_mlp.parse(saving))
+            resumed, *lines = capsys.readouterr().out.splitlines()
             assert resumed.endswith(line)
             assert sum("training accuracy" in line for line in lines) == epochs
             assert run.step_costs == expected.step_costs
@@ -112,20 +108,21 @@ class TestMnistMlp:
         with pytest.raises(SystemExit, match="rules: Adam, expected Yogi"):
             mnist_mlp.main(saving)
 
-    def test_seed_decides(self) -> None:
-        digits = mnist.digits()
-        first, again, other = (
-            mnist_mlp.train(digits, "adam", mnist_mlp.parse((*QUICK, "--epochs", "1", "--seed", seed))).step_costs
-            for seed in ("3", "3", "4")
+    def test_another_seed_has_another_initialisation(self) -> None:
+        first, other = (
+            mnist_mlp.train(mnist.digits(), "adam", mnist_mlp.parse((*QUICK, "--epochs", "1", "--seed", seed)))
+            for seed in ("3", "4")
         )
-        assert first == again
-        assert first[0] != other[0]
+        assert first.step_costs[0] != other.step_costs[0]
 
     def test_a_run_that_diverges_is_written_as_null(self, tmp_path: Path) -> None:
         options = ("--optimizer", "sgd-nesterov", "--learning-rate", "1e30", "--schedule", "constant")
         (run,) = mnist_mlp.main((*QUICK, *options, "--out", str(tmp_path)))
         assert math.isnan(run.epochs[-1].train_cost)
-        assert read_json(tmp_path / "mnist_mlp.json")["runs"][0]["epochs"][-1]["train_cost"] is None
+        assert len(run.epochs) == 2
+        numbers = read_json(tmp_path / "mnist_mlp.json")
+        assert numbers["layers"] == [64, 64, 64, 10]
+        assert numbers["runs"][0]["epochs"][-1]["train_cost"] is None
         assert_png(tmp_path / "mnist_mlp.png")
 
     def test_step_updates_in_place(self) -> None:
@@ -151,11 +148,12 @@ class TestMnistMlp:
 
     @pytest.mark.parametrize("name", mnist_mlp.SCHEDULES)
     def test_schedules_stay_within_the_rate(self, name: str) -> None:
+        counts = jnp.arange(100)
         for steps in (1, 2, 100):
             schedule = mnist_mlp.SCHEDULES[name](0.5, steps)
-            rates = [jnp.asarray(schedule(t) if callable(schedule) else schedule).item() for t in range(steps)]
-            assert all(0 <= rate <= 0.5 for rate in rates)
-            assert steps < 100 or max(rates) == pytest.approx(0.5)
+            rates = np.asarray(schedule(counts) if callable(schedule) else np.full(100, schedule))[:steps]
+            assert ((rates >= 0) & (rates <= 0.5)).all()
+            assert steps < 100 or rates.max() == pytest.approx(0.5)
         assert name == "constant" or rates[-1] < 0.2 * 0.5
 
     @pytest.mark.parametrize(
@@ -167,44 +165,6 @@ class TestMnistMlp:
         tx = mnist_mlp.build(name, 0.1, 0.01)
         updates, _ = tx.update(jnp.zeros(2), tx.init(params), params)
         np.testing.assert_allclose(np.asarray(updates), -shrinks * np.asarray(params), rtol=1e-5)
-
-    @pytest.mark.parametrize(
-        ("options", "complaint"),
-        [
-            (("--batch", "0"), "argument --batch: '0' is not a whole number"),
-            (("--epochs", "1.5"), "argument --epochs: '1.5' is not a whole number"),
-            (("--learning-rate", "nan"), "argument --learning-rate: 'nan' is not a finite number"),
-            (("--weight-decay=-1",), "argument --weight-decay: '-1' is not a finite number"),
-            (("--seed", "99999999999"), "argument --seed: '99999999999' is not a whole number"),
-            (("--optimizer", "adamm"), "argument --optimizer: invalid choice: 'adamm'"),
-            (("--schedule", "zigzag"), "argument --schedule: invalid choice: 'zigzag'"),
-            (("--compare", "--optimizer", "adam"), "--compare gives each optimizer its own rate"),
-        ],
-    )
-    def test_bad_options_take_one_line(
-        self, options: Sequence[str], complaint: str, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        with pytest.raises(SystemExit) as stop:
-            mnist_mlp.main(options)
-        assert stop.value.code == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("mnist_mlp.py: error: ")
-        assert complaint in line
-
-    def test_data_and_folders_that_do_not_fit(self, tmp_path: Path) -> None:
-        (tmp_path / "file").touch()
-        for options, complaint in (
-            (("--data", str(tmp_path / "absent")), "absent: is not a folder"),
-            (("--data", str(tmp_path)), "lacks t10k-labels-idx1-ubyte, train-labels-idx1-ubyte"),
-            (("--data", "digits", "--batch", "1438"), "--batch 1438 is more than the 1437 training images"),
-            (("--data", "digits", "--out", str(tmp_path / "file")), "file"),
-            (("--data", "digits", "--out", str(tmp_path), "--checkpoint", str(tmp_path / "file")), "file"),
-        ):
-            with pytest.raises(SystemExit) as stop:
-                mnist_mlp.main((*options, *(() if "--out" in options else ("--out", str(tmp_path / "out")))))
-            assert isinstance(stop.value.code, str), "sys.exit prints a string and exits with 1"
-            assert complaint in stop.value.code
-            assert "\n" not in stop.value.code
 
 
 class TestFlaxTrainState:
@@ -223,29 +183,17 @@ class TestFlaxTrainState:
 
     def test_chain_clips_and_warms_up(self) -> None:
         tx = flax_train_state.optimizer(steps=100, rate=0.1)
-        params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
-        state = tx.init(params)
+        params = {"kernel": np.ones((2, 2), np.float32), "bias": np.ones(2, np.float32)}
+        state, update = tx.init(params), jax.jit(tx.update)
         grads = jax.tree.map(lambda p: 1e6 * p, params)
         sizes, decayed = [], []
         for _ in range(11):
-            updates, state = tx.update(grads, state, params)
-            updates = cast(dict[str, jax.Array], updates)
-            sizes.append(-updates["bias"][0].item())
-            decayed.append(-updates["kernel"][0, 0].item())
+            updates, state = update(grads, state, params)
+            sizes.append(-np.asarray(updates["bias"])[0])
+            decayed.append(-np.asarray(updates["kernel"])[0, 0])
         # A constant gradient makes Adam's step the rate itself, whatever the gradient's size is.
         np.testing.assert_allclose(sizes, 0.1 * np.arange(11) / 10, rtol=1e-4)
         mu = optax.tree.get(state, "mu")
         clipped = (1 / math.sqrt(6)) * (1 - 0.9**11)  # six equal entries of a gradient of norm 1
         np.testing.assert_allclose(np.asarray(mu["bias"]), clipped, rtol=1e-4)
         np.testing.assert_allclose(decayed, 1.01 * np.asarray(sizes), rtol=1e-4)  # the kernel decays, the bias does not
-
-    def test_bad_options_of_the_flax_script_take_one_line(self, capsys: pytest.CaptureFixture[str]) -> None:
-        with pytest.raises(SystemExit) as stop:
-            flax_train_state.main(("--epochs", "none"))
-        assert stop.value.code == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line == (
-            "flax_train_state.py: error: argument --epochs: 'none' is not a whole number from 1 to 2147483647"
-        )
-        with pytest.raises(SystemExit, match="--batch 1438 is more than the 1437 training images"):
-            flax_train_state.main(("--data", "digits", "--batch", "1438"))

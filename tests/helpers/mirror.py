@@ -1,7 +1,9 @@
 """A web server for what the loaders download."""
 
+import io
+import tarfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -41,3 +43,17 @@ class Mirror:
         self.server.shutdown()
         self.server.server_close()
         self.thread.join()
+
+
+Serve = Callable[..., Mirror]
+
+
+def archive(files: Mapping[str, bytes]) -> bytes:
+    """A tar.gz of these files."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz") as members:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            members.addfile(member, io.BytesIO(data))
+    return content.getvalue()

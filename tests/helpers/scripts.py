@@ -1,19 +1,33 @@
 """Running a script as its users do, and reading what it wrote."""
 
 import json
-import os
-import subprocess
+import multiprocessing
+import runpy
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
+
+import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
+#: A server that has imported what is large forks each process; none of them has run anything of JAX's before.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["adam_fn.checkpoint", "flax.nnx", "matplotlib.figure", "optax", "orbax.checkpoint"])
 
-def script(name: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """Run an example as a user does."""
-    command = [sys.executable, str(EXAMPLES / name), *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=dict(os.environ))
+
+def script(name: str, *options: str) -> None:
+    """Runs an example as a user does: of the examples' folders only its own is on the path."""
+    path = EXAMPLES / name
+    ours = {path.stem for folder in (EXAMPLES, EXAMPLES / "paper") for path in folder.iterdir()}
+    elsewhere = [place for place in sys.path if not Path(place).is_relative_to(EXAMPLES)]
+    with pytest.MonkeyPatch.context() as patch:
+        for module in [module for module in sys.modules if module.partition(".")[0] in ours]:
+            patch.delitem(sys.modules, module)
+        patch.setattr(sys, "path", [str(path.parent), *elsewhere])
+        patch.setattr(sys, "argv", [name, *options])
+        runpy.run_path(str(path), run_name="__main__")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -30,3 +44,11 @@ def assert_png(path: Path, least: int = 10_000, most: int | None = None) -> None
     content = path.read_bytes()
     assert content.startswith(b"\x89PNG\r\n\x1a\n")
     assert least < len(content) < (most or len(content) + 1)
+
+
+def quick_figure(figure: ModuleType, out: Path) -> dict[str, Any]:
+    """The numbers that a quick run of the script writes; its picture is small, and it decides no claim."""
+    claims = figure.main(("--quick", "--data", "standin", "--out", str(out)))
+    assert {claim.holds for claim in claims} == {None}
+    assert_png(out / f"{figure.__name__}.png", 1_000, 150_000)
+    return read_json(out / f"{figure.__name__}.json")
