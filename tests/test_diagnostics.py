@@ -9,25 +9,31 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.runs import Array, compilations, full_jit, random_gradients, relative_error
+from helpers.runs import Array, compilations, random_gradients, relative_error
 from helpers.states import count_of, slots_of
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from oracles import family, momentum
 
 import adam_fn
 from adam_fn import Storage, diagnostics
 
 STEPS, SIZE, RATE = 5, 24, 1e-2
 GRADS = random_gradients(STEPS, SIZE, spread=1.0)
+MATRIX = np.random.default_rng(1).standard_normal((4, 64, 128)).astype(np.float32)
 START = np.linspace(-1.0, 1.0, SIZE, dtype=np.float32)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def stepped(tx: optax.GradientTransformation, grads: Any, params: Any) -> tuple[Any, Any, Any]:
-    """Parameters, state and updates after a step for each of the gradients."""
-    step, state, updates = jax.jit(tx.update), tx.init(params), None
-    for g in grads:
-        updates, state = step(g, state, params)
-        params = optax.apply_updates(params, updates)
-    return params, state, updates
+    """Parameters, state and updates after a step for each of the stacked gradients."""
+
+    def step(carry: Any, g: Any) -> Any:
+        params, state = carry
+        updates, state = tx.update(g, state, params)
+        return (optax.apply_updates(params, updates), state), updates
+
+    (params, state), updates = jax.lax.scan(step, (params, tx.init(params)), grads)
+    return params, state, jax.tree.map(lambda u: u[-1], updates)
 
 
 def wide(x: Any) -> Array:
@@ -42,99 +48,53 @@ def ema(beta: float, xs: Array, start: float = 0.0) -> Array:
     return average
 
 
-def corrected(beta: float, xs: Array) -> Array:
-    return ema(beta, xs) / (1 - beta ** len(xs))
-
-
-def adam(g: Array, b1: float = 0.9, b2: float = 0.999) -> Array:
-    return corrected(b1, g) / np.sqrt(corrected(b2, g * g))
-
-
-def amsgrad(g: Array) -> Array:
-    highest = np.max([ema(0.5, g[:t] ** 2) for t in range(1, len(g) + 1)], axis=0)
-    return corrected(0.9, g) / np.sqrt(highest / (1 - 0.5 ** len(g)))
-
-
-def amsgrad_raw(g: Array) -> Array:
-    return ema(0.9, g) / np.sqrt(np.max([ema(0.5, g[:t] ** 2) for t in range(1, len(g) + 1)], axis=0))
-
-
-def adamax(g: Array) -> Array:
-    ages = np.arange(len(g))[::-1, None]
-    return corrected(0.9, g) / np.max(0.999**ages * (np.abs(g) + 1e-8), axis=0)
-
-
-def adabelief(g: Array) -> Array:
-    distances = np.stack([g[t] - ema(0.9, g[: t + 1]) for t in range(len(g))])
-    return corrected(0.9, g) / np.sqrt(corrected(0.999, distances**2))
-
-
-def yogi(g: Array) -> Array:
-    v = np.full(g.shape[1], 1e-6)
-    for x in g:
-        v = v - 1e-3 * np.sign(v - x**2) * x**2
-    weight = 1 - 0.999 ** len(g)
-    return ema(0.9, g, 1e-6) / (1 - 0.9 ** len(g)) / np.sqrt(v / weight)
-
-
-def laprop(g: Array) -> Array:
-    normalised = np.stack([g[t] / np.sqrt(corrected(0.999, g[: t + 1] ** 2)) for t in range(len(g))])
-    return corrected(0.9, normalised)
-
-
-def adopt(g: Array) -> Array:
-    v, normalised = g[0] ** 2, [0 * g[0]]
-    for t in range(1, len(g)):
-        normalised.append(np.clip(g[t] / np.sqrt(v), -(t**0.25), t**0.25))
-        v = 0.9999 * v + 1e-4 * g[t] ** 2
-    return ema(0.9, np.stack(normalised))
+def direction(oracle: Callable[..., family.Trajectory], **options: Any) -> Callable[[Array], Array]:
+    """The ratio as the last step that a paper would take at a rate of 1 and without ε."""
+    return lambda g: -oracle(g, np.zeros_like(g[0]), 1.0, eps=0.0, **options).updates[-1]
 
 
 def adan(g: Array) -> Array:
     ahead = np.concatenate([g[:1], g[1:] + 0.92 * np.diff(g, axis=0)])
-    return corrected(0.98, g) / np.sqrt(corrected(0.99, ahead**2))
+    weights = [1 - beta ** len(g) for beta in (0.98, 0.99)]
+    return ema(0.98, g) / weights[0] / np.sqrt(ema(0.99, ahead**2) / weights[1])
 
 
+adam = direction(family.adam)
+RAW: Any = {"b2": 0.5, "bias_correction_mu": False, "bias_correction_nu": False}
 RATIOS: dict[str, tuple[optax.GradientTransformation, Callable[[Array], Array]]] = {
     "adam": (adam_fn.adam(RATE, eps=1.0), adam),
-    "betas": (adam_fn.adamw(RATE, 0.5, 0.99), functools.partial(adam, b1=0.5, b2=0.99)),
+    "betas": (adam_fn.adamw(RATE, 0.5, 0.99), direction(family.adam, b1=0.5, b2=0.99)),
     "nadam": (adam_fn.nadam(RATE), adam),
     "radam": (adam_fn.radam(RATE), adam),
     "ademamix": (adam_fn.ademamix(RATE), adam),
-    "adam_atan2": (adam_fn.adam_atan2(RATE), functools.partial(adam, b2=0.99)),
+    "adam_atan2": (adam_fn.adam_atan2(RATE), direction(family.adam, b2=0.99)),
     "lamb": (adam_fn.lamb(RATE), adam),
-    "amsgrad": (adam_fn.amsgrad(RATE, b2=0.5), amsgrad),
-    "amsgrad-raw": (adam_fn.amsgrad(RATE, b2=0.5, bias_correction_mu=False, bias_correction_nu=False), amsgrad_raw),
-    "adamax": (adam_fn.adamax(RATE), adamax),
-    "adabelief": (adam_fn.adabelief(RATE), adabelief),
-    "yogi": (adam_fn.yogi(RATE), yogi),
-    "laprop": (adam_fn.laprop(RATE), laprop),
-    "adopt": (adam_fn.adopt(RATE), adopt),
+    "amsgrad": (adam_fn.amsgrad(RATE, b2=0.5), direction(family.amsgrad, b2=0.5)),
+    "amsgrad-raw": (adam_fn.amsgrad(RATE, **RAW), direction(family.amsgrad, **RAW)),
+    "adamax": (adam_fn.adamax(RATE), direction(family.adamax)),
+    "adabelief": (adam_fn.adabelief(RATE), direction(family.adabelief, eps_root=0.0)),
+    "yogi": (adam_fn.yogi(RATE), direction(family.yogi)),
+    "laprop": (adam_fn.laprop(RATE), direction(momentum.laprop)),
+    "adopt": (adam_fn.adopt(RATE), direction(momentum.adopt)),
     "adan": (adam_fn.adan(RATE), adan),
     "averaged": (adam_fn.transform(adam_fn.Average() >> adam_fn.Adam() >> adam_fn.Rate(RATE)), adam),
 }
 
 
 @functools.cache
-def ratios() -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+def ratios() -> dict[str, list[jax.Array]]:
     """Of all, in one program: before the first step, and after the last."""
 
-    def run(grads: jax.Array, params: jax.Array) -> Any:
-        found = {}
-        for name, (tx, _) in RATIOS.items():
-            first = state = tx.init(params)
-            for g in grads:
-                _, state = tx.update(g, state, params)
-            found[name] = [diagnostics.signal_to_noise(tx, s, params) for s in (first, state)]
-        return found
+    def read(tx: optax.GradientTransformation, grads: jax.Array, params: jax.Array) -> list[jax.Array]:
+        states = (tx.init(params), stepped(tx, grads, params)[1])
+        return [diagnostics.signal_to_noise(tx, state, params) for state in states]
 
-    both = jax.jit(run)(GRADS, jnp.asarray(START))
-    return {name: x[0] for name, x in both.items()}, {name: x[1] for name, x in both.items()}
+    return jax.jit(lambda *args: {name: read(tx, *args) for name, (tx, _) in RATIOS.items()})(GRADS, START)
 
 
 @pytest.mark.parametrize("name", RATIOS)
 def test_signal_to_noise(name: str) -> None:
-    first, last = (np.asarray(found[name]) for found in ratios())
+    first, last = map(np.asarray, ratios()[name])
     assert not first.any()
     # AdaBelief's g - m cancels.
     assert relative_error(last, RATIOS[name][1](wide(GRADS))) < (2e-5 if name == "adabelief" else 3e-6)
@@ -148,77 +108,88 @@ def decay(count: Any) -> Any:
     return 0.1 / (2 + count)
 
 
+ADAMW = adam_fn.adamw(rate, weight_decay=decay)
 WRAPPERS: dict[str, optax.GradientTransformation] = {
-    "bare": adam_fn.adamw(rate, weight_decay=decay),
+    "bare": ADAMW,
     "jax_array": adam_fn.adamw(jnp.asarray(RATE), weight_decay=decay),
     "independent": adam_fn.adam(rate, weight_decay=decay, decay="independent"),
     "proximal": adam_fn.adam(rate, weight_decay=decay, decay="proximal"),
-    "chain": optax.chain(optax.trace(0.0), adam_fn.adamw(rate, weight_decay=decay), adam_fn.average_params(0.9)),
-    "links": optax.chain(
-        adam_fn.transform(adam_fn.Adam()),
-        adam_fn.transform(adam_fn.Decay(decay)),
-        adam_fn.transform(adam_fn.Rate(rate)),
-    ),
-    "named": optax.named_chain(("z", adam_fn.adamw(rate, weight_decay=decay)), ("a", adam_fn.average_params())),
+    "chain": optax.chain(optax.trace(0.0), ADAMW, adam_fn.average_params(0.9)),
+    "links": optax.chain(*map(adam_fn.transform, (adam_fn.Adam(), adam_fn.Decay(decay), adam_fn.Rate(rate)))),
+    "named": optax.named_chain(("z", ADAMW), ("a", adam_fn.average_params())),
     "injected": optax.inject_hyperparams(adam_fn.adamw)(rate, weight_decay=decay),
     "injected_rate": optax.inject_hyperparams(adam_fn.adamw)(RATE, weight_decay=decay),
-    "masters": adam_fn.master_weights(adam_fn.adamw(rate, weight_decay=decay)),
-    "masters_of_chain": adam_fn.master_weights(optax.chain(adam_fn.adamw(rate, weight_decay=decay))),
-    "rounding": adam_fn.stochastic_rounding(adam_fn.adamw(rate, weight_decay=decay)),
-    "rounding_of_chain": adam_fn.stochastic_rounding(optax.chain(adam_fn.adamw(rate, weight_decay=decay))),
-    "cautious": adam_fn.cautious(adam_fn.adamw(rate, weight_decay=decay)),
+    "masters": adam_fn.master_weights(ADAMW),
+    "masters_of_chain": adam_fn.master_weights(optax.chain(ADAMW)),
+    "rounding": adam_fn.stochastic_rounding(ADAMW),
+    "rounding_of_chain": adam_fn.stochastic_rounding(optax.chain(ADAMW)),
+    "cautious": adam_fn.cautious(ADAMW),
     "lamb": adam_fn.lamb(rate, weight_decay=decay),
     "swats": adam_fn.swats(rate),
-    "steps": optax.MultiSteps(adam_fn.adamw(rate, weight_decay=decay), 1).gradient_transformation(),
-    "finite": optax.apply_if_finite(adam_fn.adamw(rate, weight_decay=decay), 3),
-    "masked": optax.masked(adam_fn.adamw(rate, weight_decay=decay), {"w": True, "b": False}),
-    "split": optax.partition(
-        {"a": adam_fn.adamw(rate, weight_decay=decay), "b": optax.set_to_zero()}, {"w": "a", "b": "b"}
-    ),
+    "steps": optax.MultiSteps(ADAMW, 1).gradient_transformation(),
+    "finite": optax.apply_if_finite(ADAMW, 3),
+    "masked": optax.masked(ADAMW, {"w": True, "b": False}),
+    "split": optax.partition({"a": ADAMW, "b": optax.set_to_zero()}, {"w": "a", "b": "b"}),
 }
+PARAMS = {"w": START, "b": np.ones(2, np.float32)}
+
+
+@functools.cache
+def runs() -> dict[str, Any]:
+    """Of all wrappers, in one program: what a run ended with, and what is read of it."""
+
+    def run(grads: Any, params: Any) -> dict[str, Any]:
+        found = {}
+        for name, tx in WRAPPERS.items():
+            p, state, updates = stepped(tx, grads, params)
+            later = diagnostics.learning_rate(tx, state, p, ahead=2)
+            summary = diagnostics.summary(tx, state, p, updates, per_leaf=True)
+            found[name] = (p, updates, later, summary, diagnostics.moments(tx, state, p))
+        return found
+
+    return jax.jit(run)({"w": GRADS, "b": np.ones((STEPS, 2), np.float32)}, PARAMS)
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_the_optimizer_is_found_in_every_wrapper(name: str) -> None:
-    tx = WRAPPERS[name]
-    params = {"w": jnp.asarray(START), "b": jnp.ones(2)}
-    params, state, updates = stepped(tx, [{"w": jnp.asarray(g), "b": jnp.ones(2)} for g in GRADS], params)
-    found = diagnostics.summary(tx, state, params, updates, per_leaf=True)
-
+    params, updates, later, found, moments = runs()[name]
     constant = name in ("jax_array", "injected_rate")
     rates = [RATE if constant else rate(count) for count in (STEPS - 1, STEPS, STEPS + 1)]
-    assert float(found["learning_rate"]) == pytest.approx(rates[0], rel=1e-6)
-    assert float(found["next_learning_rate"]) == pytest.approx(rates[1], rel=1e-6)
-    assert float(diagnostics.learning_rate(tx, state, params, ahead=2)) == pytest.approx(rates[2], rel=1e-6)
     decayed = 0 if name == "swats" else decay(STEPS - 1)
-    assert float(found["weight_decay"]) == pytest.approx(decayed, rel=1e-6)
+    logged = [found[key] for key in ("learning_rate", "next_learning_rate", "weight_decay")]
+    assert [float(x) for x in (*logged, later)] == pytest.approx([*rates[:2], decayed, rates[2]], rel=1e-6)
 
-    expected = adam(wide(GRADS))
-    assert float(found["signal_to_noise/w"]) == pytest.approx(np.sqrt(np.mean(expected**2)), rel=1e-5)
-    assert float(found["effective_step/w"]) == pytest.approx(rates[0] * np.sqrt(np.mean(expected**2)), rel=1e-5)
-    w, u = (wide(tree["w"]) for tree in (params, updates))
-    assert float(found["update_to_weight/w"]) == pytest.approx(np.linalg.norm(u) / np.linalg.norm(w), rel=1e-5)
+    ratio = np.sqrt(np.mean(adam(wide(GRADS)) ** 2))
+    of_weight = np.linalg.norm(wide(updates["w"])) / np.linalg.norm(wide(params["w"]))
+    logged = [found[f"{key}/w"] for key in ("signal_to_noise", "effective_step", "update_to_weight")]
+    assert [float(x) for x in logged] == pytest.approx([ratio, rates[0] * ratio, of_weight], rel=1e-5)
     alone = name in ("masked", "split")  # The leaf b is not trained by this optimizer.
     assert ("signal_to_noise/b" in found) != alone
     assert ("update_to_weight/b" in found) != alone
     if alone:
         assert float(found["update_to_weight"]) == float(found["update_to_weight/w"])
 
+    assert relative_error(np.asarray(moments["mu"]["w"]), ema(0.9, wide(GRADS))) < 1e-6
+    tolerance = 2e-5 if name.startswith("injected") else 1e-6  # Which makes 1 - β₂ one of float32.
+    assert relative_error(np.asarray(moments["nu"]["w"]), ema(0.999, wide(GRADS) ** 2)) < tolerance
+    assert (moments["mu"]["b"] == optax.MaskedNode()) == alone
 
-NARROW: Any = pytest.mark.parametrize("storage", ["bfloat16", "24bit", "16bit"])
+
+NARROW = ("bfloat16", "24bit", "16bit")
 
 
-@NARROW
+@pytest.mark.parametrize("storage", NARROW)
 def test_bfloat16_parameters(storage: Any) -> None:
     """With masters they have the ratios of float32 ones."""
     tx = adam_fn.adam(RATE, storage=storage)
-    w, g = (jnp.asarray(x, jnp.bfloat16) for x in MATRIX[:2])
-    masters = adam_fn.master_weights(tx)
-    _, state, _ = stepped(masters, [g], w)
-    found = diagnostics.summary(masters, state, w)
-    wide_w, wide_g = w.astype(jnp.float32), g.astype(jnp.float32)
-    _, state, _ = stepped(tx, [wide_g], wide_w)
-    expected = diagnostics.summary(tx, state, wide_w)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def read(tx: optax.GradientTransformation, grads: jax.Array, params: jax.Array) -> dict[str, jax.Array]:
+        return diagnostics.summary(tx, stepped(tx, grads, params)[1], params)
+
+    short = jnp.asarray(MATRIX[:2], jnp.bfloat16)
+    found = read(adam_fn.master_weights(tx), short[1:], short[0])
+    expected = read(tx, short[1:].astype(jnp.float32), short[0].astype(jnp.float32))
     assert jax.tree.map(float, found) == pytest.approx(jax.tree.map(float, expected), rel=1e-5)
 
 
@@ -247,105 +218,67 @@ def test_the_rate_of_one_step() -> None:
 def test_injected_hyperparameters_that_are_set() -> None:
     """By assignment, as optax documents it."""
     tx, params = optax.inject_hyperparams(adam_fn.adam)(RATE), jnp.asarray(START)
-    _, state, _ = stepped(tx, [jnp.ones(SIZE)], params)
+    _, state, _ = stepped(tx, jnp.ones((1, SIZE)), params)
     state.hyperparams["learning_rate"] = jnp.float32(0.25)
     assert float(diagnostics.learning_rate(tx, state, params, ahead=1)) == 0.25
 
 
 def test_share_at_the_step_bound() -> None:
     """Of three signs that are steady, and one that alternates; a growing gradient goes beyond the bound."""
-    grads = [{"a": jnp.array([1.0, 2.0, -3.0, (-1.0) ** t]), "b": jnp.array([1.1**t]), "e": jnp.ones(0)}
-             for t in range(40)]  # fmt: skip
-    tx, params = adam_fn.adam(RATE), jax.tree.map(jnp.zeros_like, grads[0])
+    ages = np.arange(40.0)
+    a = np.stack([1 + 0 * ages, 2 + 0 * ages, -3 + 0 * ages, (-1) ** ages], axis=1, dtype=np.float32)
+    grads = {"a": a, "b": (1.1 ** ages[:, None]).astype(np.float32), "e": np.ones((40, 0), np.float32)}
+    tx, params = adam_fn.adam(RATE), jax.tree.map(lambda g: jnp.zeros(g.shape[1:]), grads)
     params, state, updates = stepped(tx, grads, params)
     assert jax.tree.map(float, diagnostics.at_bound(tx, state, params)) == {"a": 0.75, "b": 1.0, "e": 0.0}
     assert jax.tree.map(float, diagnostics.at_bound(tx, state, params, threshold=1.1)) == {"a": 0.0, "b": 1.0, "e": 0.0}
     found = diagnostics.summary(tx, state, params, updates, per_leaf=True)
     assert float(found["at_bound"]) == pytest.approx(0.8)
     steps = diagnostics.effective_step(tx, state, params)
-    alternating = wide([[(-1.0) ** t] for t in range(40)])
-    np.testing.assert_allclose(np.asarray(steps["a"]), RATE * np.array([1, 1, -1, adam(alternating)[0]]), rtol=1e-4)
+    np.testing.assert_allclose(np.asarray(steps["a"]), RATE * adam(wide(a)), rtol=1e-4)
     assert all(np.isfinite(float(x)) for x in found.values())
 
 
 def test_update_to_weight() -> None:
-    params = {"w": np.array([3, 4], np.float32), "zero": np.zeros(2, np.float32), "i": np.arange(2), "n": None}
-    updates = {"w": np.array([0, 0.5], np.float32), "zero": np.ones(2, np.float32), "i": np.zeros(2, int), "n": None}
-    found = diagnostics.update_to_weight(updates, params)
-    assert float(found["w"]) == pytest.approx(0.1)
-    assert float(found["zero"]) == np.inf
-    assert (found["i"], found["n"]) == (optax.MaskedNode(), None)
-    assert float(diagnostics.update_to_weight(params, updates)["zero"]) == 0  # 0 over something
-    assert float(diagnostics.update_to_weight({"a": jnp.zeros(2)}, {"a": jnp.zeros(2)})["a"]) == 0
-    for scale in (1e-30, 1e30):  # Whose squares are 0 or inf.
-        found = diagnostics.update_to_weight(scale * jnp.ones(9) / 1024, scale * jnp.ones(9))
-        assert float(found) == pytest.approx(1 / 1024)
-    found = diagnostics.update_to_weight(jnp.full(9, 60000, jnp.float16), jnp.full(9, 30000, jnp.float16))
-    assert (float(found), found.dtype) == (2, jnp.float32)
-    assert float(diagnostics.update_to_weight(jnp.array([3 + 4j]), jnp.array([0 + 10j]))) == pytest.approx(0.5)
-    assert np.isnan(float(diagnostics.update_to_weight(jnp.array([jnp.nan]), jnp.ones(1))))
-
-
-@pytest.mark.parametrize("name", WRAPPERS)
-def test_moments_are_found_in_every_wrapper(name: str) -> None:
-    tx, params = WRAPPERS[name], {"w": jnp.asarray(START), "b": jnp.ones(2)}
-    _, state, _ = stepped(tx, [{"w": jnp.asarray(g), "b": jnp.ones(2)} for g in GRADS], params)
-    found = diagnostics.moments(tx, state, params)
-    assert relative_error(np.asarray(found["mu"]["w"]), ema(0.9, wide(GRADS))) < 1e-6
-    tolerance = 2e-5 if name.startswith("injected") else 1e-6  # Which makes 1 - β₂ one of float32.
-    assert relative_error(np.asarray(found["nu"]["w"]), ema(0.999, wide(GRADS) ** 2)) < tolerance
-    assert (found["mu"]["b"] == optax.MaskedNode()) == (name in ("masked", "split"))
-
-
-def test_moments_of_float32_are_the_state() -> None:
-    tx = adam_fn.amsgrad(RATE, frozen={"c": False, "f": True, "i": False, "n": False})
-    params = {"c": jnp.ones(3, jnp.complex64), "f": jnp.ones(2), "i": jnp.arange(2), "n": None}
-    _, state, _ = stepped(tx, [{**params, "c": jnp.asarray([1, 2j, 3 + 1j], jnp.complex64)}], params)
-    found = diagnostics.moments(tx, state, params)
-    assert jax.tree.structure(found) == jax.tree.structure(slots_of(state))
-    assert found["mu"]["c"].shape == (2, 3)
-    jax.tree.map(np.testing.assert_array_equal, found, slots_of(state))
-
-
-@NARROW
-def test_moments_of_codes_are_what_the_next_step_computes_with(storage: Any) -> None:
-    """A transformation that stores float32 goes on from them with the same update."""
-    coded, plain = adam_fn.adam(RATE, storage=storage), adam_fn.adam(RATE)
-    params = {"w": jnp.zeros((64, 128)), "b": jnp.zeros(3)}
-    grads = [{"w": jnp.asarray(g), "b": jnp.asarray(g[0, :3])} for g in MATRIX]
-    _, state, _ = stepped(coded, grads[:1], params)
-    found = full_jit(lambda state: diagnostics.moments(coded, state, params))(state)
-    for slot, exact in (("mu", 0.1 * wide(MATRIX[0])), ("nu", 0.001 * wide(MATRIX[0]) ** 2)):
-        assert found[slot]["w"].dtype == jnp.float32
-        assert 1e-4 < relative_error(np.asarray(found[slot]["w"]), exact) < (0.15 if storage == "16bit" else 0.03)
-    expected, _ = full_jit(coded.update)(grads[1], state, params)
-    wide_state = (optax.ScaleByAdamState(count_of(state), **found), optax.EmptyState())
-    updates, _ = full_jit(plain.update)(grads[1], wide_state, params)
-    for key in params:
-        np.testing.assert_allclose(np.asarray(updates[key]), np.asarray(expected[key]), rtol=1e-6)
+    cases = {  # An update, a parameter, and the ratio of their norms.
+        "w": ([0.0, 0.5], [3.0, 4.0], 0.1),
+        "of zeros": ([1.0, 1.0], [0.0, 0.0], np.inf),
+        "zeros": ([0.0, 0.0], [1.0, 1.0], 0),
+        "zeros of zeros": ([0.0, 0.0], [0.0, 0.0], 0),
+        "squares are 0": ([1e-30 / 1024] * 9, [1e-30] * 9, 1 / 1024),
+        "squares are inf": ([1e30 / 1024] * 9, [1e30] * 9, 1 / 1024),
+        "half": (np.full(9, 60000, np.float16), np.full(9, 30000, np.float16), 2),
+        "complex": ([3 + 4j], [10j], 0.5),
+        "nan": ([np.nan], [1.0], np.nan),
+    }
+    updates, params = ({name: jnp.asarray(case[i]) for name, case in cases.items()} for i in range(2))
+    whole = {"i": np.arange(2), "n": None}
+    found = diagnostics.update_to_weight({**updates, **whole}, {**params, **whole})
+    assert (found.pop("i"), found.pop("n")) == (optax.MaskedNode(), None)
+    assert {x.dtype for x in found.values()} == {jnp.dtype("float32")}
+    expected = {name: case[2] for name, case in cases.items()}
+    assert jax.tree.map(float, found) == pytest.approx(expected, rel=1e-6, nan_ok=True)
 
 
 def test_leaves_that_are_not_trained() -> None:
     """None, integers, frozen leaves; complex ones are two reals, and empty ones and scalars are no trouble."""
     z = np.random.default_rng(0).standard_normal((STEPS, 3, 2)) @ [1, 1j]
-    grads = [
-        {"c": jnp.asarray(z[t], jnp.complex64), "e": jnp.zeros((0, 3)), "f": jnp.ones(2), "i": jnp.zeros(2, int),
-         "n": None, "s": jnp.asarray(GRADS[t, 0])}
-        for t in range(STEPS)
-    ]  # fmt: skip
+    first = {"c": jnp.zeros(3, jnp.complex64), "e": jnp.zeros((0, 3)), "f": jnp.ones(2), "i": jnp.zeros(2, int),
+             "n": None, "s": jnp.zeros(())}  # fmt: skip
+    grads = jax.tree.map(lambda x: jnp.stack([x] * STEPS), first)
+    grads = {**grads, "c": jnp.asarray(z, jnp.complex64), "s": GRADS[:, 0]}
     tx = adam_fn.adam(RATE, frozen={"c": False, "e": False, "f": True, "i": False, "n": False, "s": False})
-    params = jax.tree.map(jnp.ones_like, grads[0])
+    params = jax.tree.map(jnp.ones_like, first)
     params, state, updates = stepped(tx, grads, params)
+    moments = diagnostics.moments(tx, state, params)
+    assert jax.tree.structure(moments) == jax.tree.structure(slots_of(state))
+    jax.tree.map(np.testing.assert_array_equal, moments, slots_of(state))
     found = diagnostics.signal_to_noise(tx, state, params)
-    assert (found["f"], found["i"], found["n"], found["e"].shape) == (
-        optax.MaskedNode(),
-        optax.MaskedNode(),
-        None,
-        (0, 3),
-    )
+    assert (found["f"], found["i"], found["n"]) == (optax.MaskedNode(), optax.MaskedNode(), None)
+    assert found["e"].shape == (0, 3)
     assert relative_error(np.asarray(found["c"]), np.stack([adam(z.real), adam(z.imag)])) < 1e-5
     assert relative_error(np.asarray(found["s"]), adam(wide(GRADS))[0]) < 1e-5
-    logged = diagnostics.summary(tx, state, params, updates, grads[0], per_leaf=True)
+    logged = diagnostics.summary(tx, state, params, updates, first, per_leaf=True)
     per_leaf = {key.split("/")[1] for key in logged if "/" in key}
     assert per_leaf == {"c", "e", "s"}
     assert all(np.isfinite(float(x)) for x in logged.values())
@@ -353,30 +286,42 @@ def test_leaves_that_are_not_trained() -> None:
     assert float(logged["signal_to_noise"]) == pytest.approx(np.sqrt(np.mean(every**2)), rel=1e-5)
 
 
-MATRIX = np.random.default_rng(1).standard_normal((4, 64, 128)).astype(np.float32)
-
-
-@pytest.mark.parametrize("storage", ["16bit", Storage(mu=adam_fn.MuLaw(), nu=adam_fn.Cast("bfloat16"))], ids=str)
+@pytest.mark.parametrize("storage", [*NARROW, Storage(mu=adam_fn.MuLaw(), nu=adam_fn.Cast("bfloat16"))], ids=str)
 def test_storage_is_decoded(storage: Any) -> None:
-    """And the error of storing is that of one step, from the same stored state."""
-    tx, params = adam_fn.adam(RATE, storage=storage), {"w": jnp.zeros((64, 128)), "b": jnp.zeros(3)}
-    grads = [{"w": jnp.asarray(g), "b": jnp.asarray(g[0, :3])} for g in MATRIX]
-    _, state, _ = stepped(tx, grads, params)
-    before = jax.tree.map(wide, tx.update.decoded(state, params))
-    m, v = (before[slot]["w"] for slot in ("mu", "nu"))
+    """From the moments, one that stores float32 goes on with the same update; the error of storing is of one step."""
+    coded, plain = adam_fn.adam(RATE, storage=storage), adam_fn.adam(RATE)
+    params = {"w": jnp.zeros((64, 128)), "b": jnp.zeros(3)}
+    grads = {"w": MATRIX, "b": MATRIX[:, 0, :3]}
+    now = jax.tree.map(lambda g: g[0], grads)
+
+    @jax.jit
+    def run(params: Any, grads: Any, now: Any) -> Any:
+        _, state, _ = stepped(coded, grads, params)
+        updates, later = coded.update(now, state, params)
+        before, after = (diagnostics.moments(coded, x, params) for x in (state, later))
+        exact = (optax.ScaleByAdamState(count_of(state), **before), optax.EmptyState())
+        read = (
+            diagnostics.signal_to_noise(coded, state, params),
+            diagnostics.quantisation_error(coded, state, now, params),
+            diagnostics.summary(coded, state, params, grads=now),
+        )
+        return before, after, (updates, plain.update(now, exact, params)[0]), read
+
+    before, after, updates, (ratio, found, logged) = run(params, grads, now)
+    jax.tree.map(lambda *x: np.testing.assert_allclose(*x, rtol=1e-6), *updates)
+    m, v = (wide(before[slot]["w"]) for slot in ("mu", "nu"))
+    most = 0.15 if storage == "16bit" else 0.03
+    assert 1e-4 < relative_error(m, ema(0.9, MATRIX)) < most
+    assert 1e-4 < relative_error(v, ema(0.999, wide(MATRIX) ** 2)) < most
     expected = m / (1 - 0.9**4) / np.sqrt(v / (1 - 0.999**4))
-    assert relative_error(np.asarray(diagnostics.signal_to_noise(tx, state, params)["w"]), expected) < 1e-5
+    assert relative_error(np.asarray(ratio["w"]), expected) < 1e-5
 
     # One more step: the slots in float64, and what is read back of them.
-    _, after = tx.update(grads[0], state, params)
-    found = diagnostics.quantisation_error(tx, state, grads[0], params)
-    logged = diagnostics.summary(tx, state, params, grads=grads[0])
     for slot, beta, power in (("mu", 0.9, 1), ("nu", 0.999, 2)):
-        stored = tx.update.decoded(after, params)[slot]
         lost, all_of_it = [], []
         for leaf in ("w", "b"):
-            exact = beta * before[slot][leaf] + (1 - beta) * wide(grads[0][leaf]) ** power
-            error = wide(stored[leaf]) - exact
+            exact = beta * wide(before[slot][leaf]) + (1 - beta) * wide(now[leaf]) ** power
+            error = wide(after[slot][leaf]) - exact
             lost, all_of_it = [*lost, *error.ravel()], [*all_of_it, *exact.ravel()]
             expected = np.linalg.norm(error) / np.linalg.norm(exact)
             assert float(found[slot][leaf]) == pytest.approx(expected, rel=1e-3, abs=1e-6)
@@ -403,7 +348,7 @@ def test_quantisation_error_of_a_cast_is_its_rounding() -> None:
     assert diagnostics.quantisation_error(adam_fn.adam(RATE), adam_fn.adam(RATE).init(params), params, params) == {}
 
 
-@NARROW
+@pytest.mark.parametrize("storage", NARROW)
 def test_quantisation_error_of_tiny_gradients(storage: Any) -> None:
     """Second moments of about 1e-27: their squares are 0 in float32."""
     tx, params = adam_fn.adam(RATE, storage=storage), jnp.zeros((64, 128))
@@ -458,70 +403,59 @@ def test_reading_the_rate_runs_no_step() -> None:
     assert tx.update(params, tx.init(params), params)[1] is not None  # And nothing is left behind.
 
 
-SHARDED = adam_fn.adamw(RATE, storage="16bit")
-
-
-@functools.cache
-def alone() -> dict[str, jax.Array]:
-    """What `test_a_sharded_summary_gathers_no_array` expects: all of it on one device."""
-    params, grads = jnp.asarray(MATRIX[0]), jnp.asarray(MATRIX[1])
-    updates, state = SHARDED.update(grads, SHARDED.init(params), params)
-    return diagnostics.summary(SHARDED, state, params, updates, grads)
-
-
 @pytest.mark.parametrize("explicit", [False, True])
 def test_a_sharded_summary_gathers_no_array(explicit: bool) -> None:
     """The same numbers, elements that stay where they are, and no array gathered."""
     kind = AxisType.Explicit if explicit else AxisType.Auto
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(kind, kind))
     where = NamedSharding(mesh, PartitionSpec("x", "y"))
-    tx = SHARDED
+    tx = adam_fn.adamw(RATE, storage="16bit")
+
+    @jax.jit
+    def read(p: jax.Array, g: jax.Array) -> Any:
+        updates, state = tx.update(g, tx.init(p), p)
+        return diagnostics.signal_to_noise(tx, state, p), diagnostics.summary(tx, state, p, updates, g)
+
+    _, expected = read(MATRIX[0], MATRIX[1])
     with jax.set_mesh(mesh):
         p, g = jax.device_put((MATRIX[0], MATRIX[1]), where)
-        state = jax.jit(tx.init)(p)
-        updates, state = jax.jit(tx.update)(g, state, p)
-        assert diagnostics.signal_to_noise(tx, state, p).sharding.is_equivalent_to(where, 2)
-        read = jax.jit(lambda s, p, u, g: diagnostics.summary(tx, s, p, u, g))
-        program = read.lower(state, p, updates, g).compile()
-        found = program(state, p, updates, g)
+        program = read.lower(p, g).compile()
+        ratio, found = program(p, g)
+    assert ratio.sharding.is_equivalent_to(where, 2)
     assert "all-gather" not in (program.as_text() or "all-gather")
-    assert jax.tree.map(float, found) == pytest.approx(jax.tree.map(float, alone()), rel=1e-5)
+    assert jax.tree.map(float, found) == pytest.approx(jax.tree.map(float, expected), rel=1e-5)
 
 
 @pytest.mark.quick
 def test_what_is_not_there_is_an_error() -> None:
-    params = jnp.asarray(START)
+    def read(function: Callable[..., Any], tx: optax.GradientTransformation) -> Any:
+        grads = (START,) if function is diagnostics.quantisation_error else ()
+        return function(tx, tx.init(START), *grads, START)
 
-    def read(function: Any, tx: optax.GradientTransformation, *args: Any) -> Any:
-        return function(tx, tx.init(params), *args, params)
+    def steps(tx: Any) -> optax.GradientTransformation:
+        return optax.MultiSteps(tx, 2).gradient_transformation()
 
-    with pytest.raises(ValueError, match="exactly one adam_fn optimizer, found 0"):
-        read(diagnostics.signal_to_noise, optax.adam(RATE))
-    with pytest.raises(ValueError, match="exactly one adam_fn optimizer, found 0"):
-        read(diagnostics.summary, optax.chain(adam_fn.transform(adam_fn.Rate(RATE)), adam_fn.average_params()))
-    with pytest.raises(ValueError, match="exactly one adam_fn optimizer, found 2"):
-        read(diagnostics.summary, optax.chain(adam_fn.adam(RATE), adam_fn.lion(RATE)))
-    with pytest.raises(ValueError, match="exactly one adam_fn optimizer, found 2"):
-        read(diagnostics.signal_to_noise, optax.chain(adam_fn.adam(RATE), adam_fn.adam(RATE)))
-    with pytest.raises(ValueError, match="exactly one adam_fn optimizer, found 2"):
-        read(diagnostics.quantisation_error, optax.chain(adam_fn.adam(RATE), adam_fn.lion(RATE)), params)
-    with pytest.raises(ValueError, match=r"Lion.* has no m̂/√v̂: its slots are \['mu'\]"):
-        read(diagnostics.at_bound, adam_fn.lion(RATE))
-    with pytest.raises(ValueError, match=r"slots are \['nu'\]"):
-        read(diagnostics.effective_step, adam_fn.adam(RATE, b1=0.0))
-    with pytest.raises(ValueError, match="one Rate in the transformation, found 0"):
-        read(diagnostics.learning_rate, optax.chain(adam_fn.transform(adam_fn.Adam()), optax.scale(-RATE)))
-    with pytest.raises(ValueError, match="found 0: pass learning_rate"):
-        read(diagnostics.effective_step, adam_fn.transform(adam_fn.Adam()))
-    with pytest.raises(ValueError, match="one Rate in the transformation, found 2"):
-        read(diagnostics.learning_rate, adam_fn.transform(adam_fn.Rate(1.0) >> adam_fn.Rate(0.5)))
-    steps = optax.MultiSteps(optax.inject_hyperparams(adam_fn.adam)(RATE), 2).gradient_transformation()
-    with pytest.raises(ValueError, match=r"learning_rate cannot see an optimizer that runs inside lax\.cond"):
-        read(diagnostics.learning_rate, steps)
-    steps = optax.MultiSteps(adam_fn.adam(RATE, storage="16bit"), 2).gradient_transformation()
-    with pytest.raises(ValueError, match=r"quantisation_error cannot see an optimizer that runs inside lax\.cond"):
-        read(diagnostics.quantisation_error, steps, params)
-    assert set(read(diagnostics.summary, adam_fn.lion(RATE))) == {"learning_rate", "next_learning_rate", "weight_decay"}
+    adam, lion, plain, rate = adam_fn.adam(RATE), adam_fn.lion(RATE), adam_fn.Adam(), adam_fn.Rate(RATE)
+    injected, coded = optax.inject_hyperparams(adam_fn.adam)(RATE), adam_fn.adam(RATE, storage="16bit")
+    only_rate, only_adam, two_rates = map(adam_fn.transform, (rate, plain, rate >> rate))
+    averaged, scaled = optax.chain(only_rate, adam_fn.average_params()), optax.chain(only_adam, optax.scale(-RATE))
+    for function, tx, message in (
+        (diagnostics.signal_to_noise, optax.adam(RATE), "exactly one adam_fn optimizer, found 0"),
+        (diagnostics.summary, averaged, "exactly one adam_fn optimizer, found 0"),
+        (diagnostics.summary, optax.chain(adam, lion), "exactly one adam_fn optimizer, found 2"),
+        (diagnostics.signal_to_noise, optax.chain(adam, adam), "exactly one adam_fn optimizer, found 2"),
+        (diagnostics.quantisation_error, optax.chain(adam, lion), "exactly one adam_fn optimizer, found 2"),
+        (diagnostics.at_bound, lion, r"Lion.* has no m̂/√v̂: its slots are \['mu'\]"),
+        (diagnostics.effective_step, adam_fn.adam(RATE, b1=0.0), r"slots are \['nu'\]"),
+        (diagnostics.learning_rate, scaled, "one Rate in the transformation, found 0"),
+        (diagnostics.effective_step, only_adam, "found 0: pass learning_rate"),
+        (diagnostics.learning_rate, two_rates, "one Rate in the transformation, found 2"),
+        (diagnostics.learning_rate, steps(injected), r"learning_rate cannot see .* inside lax\.cond"),
+        (diagnostics.quantisation_error, steps(coded), r"quantisation_error cannot see .* inside lax\.cond"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read(function, tx)
+    assert set(read(diagnostics.summary, lion)) == {"learning_rate", "next_learning_rate", "weight_decay"}
 
 
 def test_ratio_and_step_fall_near_the_optimum_at_a_constant_rate() -> None:

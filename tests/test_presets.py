@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -216,43 +216,34 @@ def test_every_preset_is_here_and_every_record_has_its_preset(records: Mapping[s
     assert absent == {"torch/adam_long_memory", "torch/adam_rmsprop"}  # Other betas of a preset that is there.
 
 
-@pytest.mark.quick
-@pytest.mark.parametrize("row", [row for row in ROWS if row.record], ids=_id)
-def test_oracles_reproduce_the_records_of_the_presets(row: Row, records: Mapping[str, Array]) -> None:
-    assert distance(transcribed(row), records[str(row.record)]) < 1e-12
+def followed(txs: Sequence[optax.GradientTransformation], dtype: DTypeLike) -> Array:
+    """[len(txs), 5, 64]: everyone's parameters after the steps RECORDED, from one program."""
+    tiled = Problem(*(np.stack([x] * len(txs), axis=-2) for x in problem()))
+    return np.swapaxes(follow(together(txs), tiled, dtype), 0, 1)
 
 
 @functools.cache
 def paths(dtype: DTypeLike) -> Array:
-    """[len(ROWS), 5, 64]: every row's parameters after the steps RECORDED."""
-    tiled = Problem(*(np.stack([x] * len(ROWS), axis=-2) for x in problem()))
     with jax.enable_x64(dtype == np.float64):
-        tx = together([getattr(presets, row.preset)(**row.ours) for row in ROWS])
-        return np.swapaxes(follow(tx, tiled, dtype), 0, 1)
+        return followed([getattr(presets, row.preset)(**row.ours) for row in ROWS], dtype)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=_id)
-def test_preset_is_the_framework_in_float64(row: Row, records: Mapping[str, Array]) -> None:
-    ours = paths(np.float64)[ROWS.index(row)]
-    assert distance(ours, transcribed(row)) < 1e-10
+def test_preset_is_the_framework(row: Row, records: Mapping[str, Array]) -> None:
+    expected, i = transcribed(row), ROWS.index(row)
     if row.record:
-        assert distance(ours, records[row.record]) < 1e-10
+        assert distance(expected, records[row.record]) < 1e-12
+    assert distance(paths(np.float64)[i], expected) < 1e-10
+    assert relative_error(paths(np.float32)[i], expected) < 2e-6
 
 
-@pytest.mark.parametrize("row", ROWS, ids=_id)
-def test_preset_follows_the_framework_in_float32(row: Row) -> None:
-    assert relative_error(paths(np.float32)[ROWS.index(row)], transcribed(row)) < 2e-6
-
-
-@pytest.mark.parametrize("name", LIVE)
-@pytest.mark.parametrize("defaults", [True, False], ids=["defaults", "arguments"])
-def test_preset_is_the_live_framework(name: str, defaults: bool) -> None:
-    factory, arguments = LIVE[name]
-    arguments = {} if defaults else arguments
+def test_presets_are_the_live_frameworks() -> None:
+    rows = [(name, arguments) for name, (_, some) in LIVE.items() for arguments in ({}, some)]
     with jax.enable_x64(True):
-        theirs = follow(factory(3e-3, **arguments), problem(), np.float64)
-        ours = follow(getattr(presets, name)(3e-3, **arguments), problem(), np.float64)
-    assert distance(ours, theirs) < 1e-10
+        theirs = followed([LIVE[name][0](3e-3, **arguments) for name, arguments in rows], np.float64)
+        ours = followed([getattr(presets, name)(3e-3, **arguments) for name, arguments in rows], np.float64)
+    for row, x, y in zip(rows, ours, theirs, strict=True):
+        assert distance(x, y) < 1e-10, row
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -270,18 +261,28 @@ def test_signature_and_help(name: str) -> None:
     assert "←" in preset.__doc__ or "`adam_fn.nadam`" in preset.__doc__ or "`keras3_adam`" in preset.__doc__
 
 
+LEAVES = dict.fromkeys(("w", "b", "fixed"), np.ones(3, np.float32))
+
+
+@functools.cache
+def decayed() -> dict[str, Any]:
+    """The first update of everyone that decays w alone, in one program."""
+    mask = {"w": True, "b": False, "fixed": False}
+    txs = {name: make(name, weight_decay=0.5, mask=mask) for name in sorted(DECAYING)}
+    grads = dict.fromkeys(LEAVES, np.array([-0.5, 0.5, 2.0], np.float32))
+    return jax.jit(lambda g, p: {name: tx.update(g, tx.init(p), p)[0] for name, tx in txs.items()})(grads, LEAVES)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_take_frozen_dtypes_and_decay_masks(name: str) -> None:
-    params = {"w": jnp.ones(3), "b": jnp.ones(3), "fixed": jnp.ones(3)}
     options: dict[str, Any] = {"frozen": {"w": False, "b": False, "fixed": True}, "mu_dtype": "bfloat16"}
     plain, stored = make(name), make(name, **options, nu_dtype="bfloat16")
     assert plain == make(name) != stored
-    slots: Any = slots_of(jax.eval_shape(stored.init, params))
+    slots: Any = slots_of(jax.eval_shape(stored.init, LEAVES))
     assert {slot["w"].dtype for slot in slots.values()} == {jnp.dtype("bfloat16")}
     assert all(isinstance(slot["fixed"], optax.MaskedNode) for slot in slots.values())
     if name in DECAYING:
-        tx = make(name, weight_decay=0.5, mask={"w": True, "b": False, "fixed": False})
-        updates: Any = tx.update(dict.fromkeys(params, jnp.asarray([-0.5, 0.5, 2.0])), tx.init(params), params)[0]
+        updates = decayed()[name]
         assert np.any(updates["w"] != updates["b"])
         np.testing.assert_array_equal(updates["b"], updates["fixed"])
     else:

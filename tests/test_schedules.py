@@ -1,5 +1,6 @@
 """Each schedule against its formula, written out in float64."""
 
+import functools
 import math
 import pickle
 from collections.abc import Callable
@@ -74,17 +75,22 @@ FORMULAS: dict[str, tuple[Any, Callable[[int], float]]] = {
 }
 
 
+@functools.cache
+def values(wide: bool) -> dict[str, jax.Array]:
+    """Of all schedules in float64 or float32, from one program."""
+    read = jax.jit(lambda counts: {key: jax.vmap(schedule)(counts) for key, (schedule, _) in FORMULAS.items()})
+    with jax.enable_x64(wide):
+        return read(COUNTS)
+
+
 @pytest.mark.parametrize("key", FORMULAS)
 def test_schedules_follow_their_formulas(key: str) -> None:
     schedule, formula = FORMULAS[key]
-    found = jax.jit(jax.vmap(schedule))(COUNTS)
+    found, expected = values(False)[key], [formula(int(c)) for c in COUNTS]
     assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, [formula(int(c)) for c in COUNTS], rtol=2e-5, atol=1e-6)
-    with jax.enable_x64(True):
-        np.testing.assert_allclose(
-            jax.vmap(schedule)(COUNTS), [formula(int(c)) for c in COUNTS], rtol=1e-12, atol=1e-14
-        )
-    assert schedule(0).shape == ()  # One step, as a Python number.
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(values(True)[key], expected, rtol=1e-12, atol=1e-14)
+    assert jax.eval_shape(lambda: schedule(0)).shape == ()  # One step, as a Python number.
 
 
 @pytest.mark.quick
@@ -99,7 +105,7 @@ def test_compares_hashes_and_pickles_by_value(key: str) -> None:
 
 
 def test_paper_restarts_at_100_300_700_1500() -> None:
-    current, length = jax.vmap(schedules.warm_restarts(100).period)(COUNTS)
+    current, length = jax.jit(jax.vmap(schedules.warm_restarts(100).period))(COUNTS)
     np.testing.assert_array_equal(COUNTS[np.asarray(current) == 0], [0, 100, 300, 700, 1500])
     np.testing.assert_array_equal(np.unique(length), [100, 200, 400, 800, 1600])
 
@@ -150,26 +156,26 @@ def test_a_decay_rate_by_its_distance_from_one() -> None:
     steps, schedule = 300, schedules.ademamix_b3(0.999999, 100)
     grads = np.random.default_rng(0).standard_normal(steps).astype(np.float32) + 1
 
-    def final(tx: Any) -> Any:
-        def step(state: Any, g: jax.Array) -> Any:
-            return tx.update(g, state, jnp.zeros(()))[1], None
+    def final(*txs: Any) -> list[Any]:
+        def scanned(tx: Any, zero: jax.Array, grads: jax.Array) -> Any:
+            return jax.lax.scan(lambda state, g: (tx.update(g, state, zero)[1], None), tx.init(zero), grads)[0]
 
-        return jax.jit(lambda: jax.lax.scan(step, tx.init(jnp.zeros(())), jnp.asarray(grads))[0])()
+        return jax.jit(lambda *args: [scanned(tx, *args) for tx in txs])(np.float32(0), grads)
 
     slow = 0.0
     halves = [math.log(0.5) / math.log(beta) for beta in (0.9, 0.999999)]
     for i, g in enumerate(grads.astype(float)):
         x = min((i + 1) / 100, 1.0)
         slow += -math.expm1(-math.log(2) / (halves[0] + (halves[1] - halves[0]) * x)) * (g - slow)
-    exact, short = (final(adam_fn.ademamix(1e-3, b3=b3)) for b3 in (schedule, schedule.__call__))
+    exact, short = final(*(adam_fn.ademamix(1e-3, b3=b3) for b3 in (schedule, schedule.__call__)))
     np.testing.assert_allclose(slots_of(exact)["m2"], slow, rtol=2e-6)
     assert abs(float(slots_of(short)["m2"]) / slow - 1) > 1e-4
 
     # As the number, in every member that has the argument; and equal by value.
-    for make in (adam_fn.adam, adam_fn.nadam, adam_fn.adan, adam_fn.radam, adam_fn.adamax, adam_fn.lion):
-        number, by = make(1e-3, b2=0.99999), make(1e-3, b2=schedules.by_complement(_tiny))
-        assert by == make(1e-3, b2=schedules.by_complement(_tiny))
-        one, other = final(by), final(number)
+    makes = (adam_fn.adam, adam_fn.nadam, adam_fn.adan, adam_fn.radam, adam_fn.adamax, adam_fn.lion)
+    numbers, others = ([make(1e-3, b2=b2) for make in makes] for b2 in (0.99999, schedules.by_complement(_tiny)))
+    assert others == [make(1e-3, b2=schedules.by_complement(_tiny)) for make in makes]
+    for number, by, other, one in zip(numbers, others, final(*numbers), final(*others), strict=True):
         for found, expected in zip(*map(jax.tree.leaves, (slots_of(one), slots_of(other))), strict=True):
             np.testing.assert_allclose(found, expected, rtol=2e-6, atol=1e-9)
         np.testing.assert_allclose(bias_weights(by, one), bias_weights(number, other), rtol=2e-6)

@@ -104,7 +104,7 @@ def test_init_only_names() -> None:
     *body, exported = ast.parse((ROOT / "__init__.py").read_text()).body[1:]
     for node in body:
         assert isinstance(node, ast.ImportFrom)
-        assert all(alias.asname == alias.name for alias in node.names)
+        assert all(alias.asname in (None, alias.name) for alias in node.names)
     names = [alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names]
     assert len(names) == len(set(names))
     assert isinstance(exported, ast.Assign)

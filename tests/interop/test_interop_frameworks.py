@@ -91,6 +91,7 @@ def named_variables(row: str) -> list[Variable]:
     return [Variable(*pair) for pair in zip(names, keras_variables(row), strict=True)]
 
 
+@functools.cache
 def converted(row: str) -> tuple[Any, Any]:
     """Parameters and our state."""
     framework, name = row.split("/")
@@ -255,16 +256,16 @@ def test_torch_errors_list_every_path() -> None:
     ]
     saved = torch_state("adam")
     saved["state"][1]["step"] = np.float32(4)
-    with pytest.raises(ValueError, match=r"(?s)dense/kernel: 10.*dense/bias: 4"):
-        from_torch(tx, params, saved, paths=path)
-    with pytest.raises(ValueError, match=r"\*/weight: matches no path"):
-        from_torch(tx, params, saved, paths=path, transpose={"*/weight": (1, 0)})
-    with pytest.raises(ValueError, match="are not the axes of dense/kernel"):
-        from_torch(tx, params, torch_state("adam"), paths=path, transpose={"*/kernel": (0, 2)})
-    with pytest.raises(ValueError, match=r"expected the state_dict.*\['optimizer'\]"):
-        from_torch(tx, params, {"optimizer": saved}, paths=path)
-    with pytest.raises(TypeError, match="torch has no counterpart of Yogi"):
-        from_torch(adam_fn.yogi(1e-3), params, saved, paths=path)
+    whole: Any = {"optimizer": saved}
+    for each, given, transpose, message in (
+        (tx, saved, {}, r"(?s)dense/kernel: 10.*dense/bias: 4"),
+        (tx, saved, {"*/weight": (1, 0)}, r"\*/weight: matches no path"),
+        (tx, torch_state("adam"), {"*/kernel": (0, 2)}, "are not the axes of dense/kernel"),
+        (tx, whole, {}, r"expected the state_dict.*\['optimizer'\]"),
+        (adam_fn.yogi(1e-3), saved, {}, "torch has no counterpart of Yogi"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            from_torch(each, params, given, paths=path, transpose=transpose)
     with pytest.raises(ValueError, match=r"(?s)dense/b: is not a trained.*dense/bias: is not among paths"):
         to_torch(tx, params, tx.init(params), saved, paths=[PATHS[0], "dense/b", *PATHS[2:]])
 

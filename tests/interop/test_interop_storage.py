@@ -1,5 +1,6 @@
 """A state goes on in another storage."""
 
+import functools
 from typing import Any
 
 import chex
@@ -13,7 +14,8 @@ from helpers.states import count_of, kept_weights, slots_of
 import adam_fn
 from adam_fn.interop import change_storage, from_optax, to_optax
 
-PARAMS = {"w": jax.random.normal(jax.random.key(0), (64, 128)), "b": jnp.ones(3), "n": jnp.arange(2)}
+W = np.random.default_rng(0).standard_normal((64, 128)).astype(np.float32)
+PARAMS = {"w": jnp.asarray(W), "b": jnp.ones(3), "n": jnp.arange(2)}
 SHORT = {name: p.astype(jnp.bfloat16) if p.dtype == jnp.float32 else p for name, p in PARAMS.items()}
 PLAIN = adam_fn.adamw(1e-3)
 NARROW: dict[Any, Any] = {name: adam_fn.adamw(1e-3, storage=name) for name in ("bfloat16", "24bit", "16bit")}
@@ -25,19 +27,20 @@ def falling(count: Any) -> Any:
     return 0.9 - 0.1 * jnp.exp(-count / 3.0)
 
 
-def after(tx: Any, params: Any, steps: int = 3) -> Any:
-    """Parameters and state after some steps."""
+@functools.cache
+def after(tx: Any, short: bool = False) -> Any:
+    """Parameters, in bfloat16 where they are `short`, and state after three steps."""
 
     @jax.jit
     def run(params: Any) -> Any:
         state = tx.init(params)
-        for i in range(steps):
+        for i in range(3):
             grads = jax.tree.map(lambda p, i=i: jnp.sin(p * (i + 2)) if p.dtype != jnp.int32 else 0 * p, params)
             updates, state = tx.update(grads, state, params)
             params = optax.apply_updates(params, updates)
         return params, state
 
-    return run(params)
+    return run(SHORT if short else PARAMS)
 
 
 def same(found: Any, expected: Any) -> None:
@@ -49,7 +52,7 @@ def same(found: Any, expected: Any) -> None:
 def test_a_change_of_storage_equals_the_way_through_optax(storage: str) -> None:
     coded = NARROW[storage]
     for old, new in ((PLAIN, coded), (coded, PLAIN), (coded, adam_fn.adamw(1e-3, mu_dtype="bfloat16"))):
-        params, state = after(old, PARAMS)
+        params, state = after(old)
         blank: Any = optax.adamw(1e-3).init(params)
         found: Any = change_storage(old, new, params, state)
         expected: Any = from_optax(new, params, to_optax(old, params, state, blank))
@@ -63,13 +66,13 @@ def test_a_change_of_storage_equals_the_way_through_optax(storage: str) -> None:
 def test_a_change_of_storage_there_and_back_keeps_the_codes(storage: str) -> None:
     """What is decoded is encoded as it was; of what was float32, one of the two codes around each number is left."""
     coded = NARROW[storage]
-    params, state = after(coded, PARAMS)
+    params, state = after(coded)
     wide: Any = change_storage(coded, PLAIN, params, state)
     same(coded.update.decoded(state, params), slots_of(wide))
     for again in (change_storage(PLAIN, coded, params, wide), change_storage(coded, coded, params, state)):
         for x, y in zip(*map(jax.tree.leaves, (again, state)), strict=True):
             assert np.mean(np.asarray(x != y)) < 1e-3
-    _, exact = after(PLAIN, PARAMS)
+    _, exact = after(PLAIN)
     same(change_storage(PLAIN, PLAIN, params, exact), exact)
     found: Any = change_storage(coded, PLAIN, params, change_storage(PLAIN, coded, params, exact))
     # A code's width, and of m half that of v, in whose root it is measured.
@@ -89,7 +92,7 @@ def test_what_has_no_counterpart_elsewhere(storage: Any) -> None:
     """A rule that only this package has, and weights of a scheduled β that the new schedule would not have come to."""
     kinds: Any = ((falling, None), (jnp.float32(0.9), storage))
     old, new = (adam_fn.laprop(1e-3, b1=b1, storage=kind) for b1, kind in kinds)
-    params, state = after(old, PARAMS)
+    params, state = after(old)
     found: Any = change_storage(old, new, params, state)
     same(found[-1], state[-1])
     np.testing.assert_allclose(kept_weights(found)[0].sum(), 1 - np.prod([float(falling(i)) for i in range(3)]), 1e-6)
@@ -101,7 +104,7 @@ def test_what_has_no_counterpart_elsewhere(storage: Any) -> None:
 
 def test_masters_keep_their_remainders() -> None:
     old, new = adam_fn.master_weights(PLAIN), adam_fn.master_weights(CODED)
-    params, state = after(old, SHORT)
+    params, state = after(old, short=True)
     found: Any = change_storage(old, new, params, state)
     same(found.remainder, state.remainder)
     assert np.any(np.asarray(found.remainder["w"]) != 0)
@@ -109,7 +112,7 @@ def test_masters_keep_their_remainders() -> None:
     same(found.inner, change_storage(PLAIN, CODED, masters, state.inner))
 
     # Where there were none they begin at the parameters.
-    params, state = after(PLAIN, SHORT)
+    params, state = after(PLAIN, short=True)
     found = change_storage(PLAIN, new, params, state)
     blank: Any = new.init(params)
     plain: Any = change_storage(PLAIN, CODED, params, state)
@@ -118,7 +121,7 @@ def test_masters_keep_their_remainders() -> None:
 
 
 def test_errors_of_change_storage_name_what_is_wrong() -> None:
-    params, state = after(PLAIN, PARAMS)
+    params, state = after(PLAIN)
     wrong: Any = optax.EmptyState()
     with pytest.raises(TypeError, match="expected the same optimizer with two storages, got Adam, AMSGrad"):
         change_storage(PLAIN, adam_fn.amsgrad(1e-3), params, state)
