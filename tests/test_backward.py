@@ -1,8 +1,9 @@
 """The step inside the backward pass is `value_and_grad` and then `make_step`, bit for bit, whatever the optimizer."""
 
+import functools
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import flax.linen as nn
@@ -22,16 +23,14 @@ LAYERS, WIDTH, HIDDEN, BATCH, WORDS = 4, 8, 16, 8, 11
 
 
 def init(dtype: Any = jnp.float32, *, index: bool = True) -> Any:
-    keys = jax.random.split(jax.random.key(0), 4)
-    shapes = {
-        "embed": (WORDS, WIDTH),
-        "w1": (LAYERS, WIDTH, HIDDEN),
-        "b": (LAYERS, HIDDEN),
-        "w2": (LAYERS, HIDDEN, WIDTH),
-    }
-    found = {k: (0.3 * jax.random.normal(key, shapes[k])).astype(dtype) for k, key in zip(shapes, keys, strict=True)}
-    layers = {k: found[k] for k in ("w1", "b", "w2")} | ({"index": jnp.arange(LAYERS)} if index else {})
-    return {"embed": found["embed"], "layers": layers, "norm": jnp.ones(WIDTH, dtype)}
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(0.3 * rng.standard_normal(shape), dtype)
+
+    layers = {"w1": normal(LAYERS, WIDTH, HIDDEN), "b": normal(LAYERS, HIDDEN), "w2": normal(LAYERS, HIDDEN, WIDTH)}
+    layers |= {"index": jnp.arange(LAYERS)} if index else {}
+    return {"embed": normal(WORDS, WIDTH), "layers": layers, "norm": jnp.ones(WIDTH, dtype)}
 
 
 def embed(params: Any, batch: Any) -> Any:
@@ -49,65 +48,31 @@ def head(params: Any, h: Any, batch: Any) -> Any:
     return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch[1]).mean()
 
 
-def loss(params: Any, batch: Any) -> Any:
+def loss(params: Any, batch: Any, layer: Callable[..., Any] = layer) -> Any:
     h, _ = jax.lax.scan(lambda h, p: (layer(p, h, batch), None), embed(params, batch), params["layers"])
     return head(params, h, batch)
 
 
-BATCHES = [tuple(jax.random.randint(jax.random.key(2 * i + j), (BATCH,), 0, WORDS) for j in range(2)) for i in range(3)]
+BATCHES = [tuple(map(jnp.asarray, x)) for x in np.random.default_rng(1).integers(WORDS, size=(3, 2, BATCH))]
 
 
-def train(step: Callable[..., Any], tx: Any, params: Any, batches: Any = BATCHES) -> Any:
-    """Losses, parameters and state after some steps."""
-    state, losses = tx.init(params), []
-    for batch in batches:
-        value, params, state = step(params, state, batch)
+def train(
+    step: Callable[..., Any], tx: Any, params: Any, batches: Any = BATCHES, other: Callable[..., Any] | None = None
+) -> Any:
+    """Losses, parameters and state after some steps, every second of which is by `other`."""
+    state, losses = jax.jit(tx.init)(params), []
+    for i, batch in enumerate(batches):
+        value, params, state = (step, other or step)[i % 2](params, state, batch)
         losses.append(value)
     return losses, params, state
 
 
-def ordinary(tx: Any, change: Callable[[Any], Any] = lambda grads: grads) -> Callable[..., Any]:
+def ordinary(tx: Any, change: Callable[[Any], Any] = lambda grads: grads, jit: Any = jax.jit) -> Callable[..., Any]:
     def step(params: Any, state: Any, batch: Any) -> Any:
         value, grads = jax.value_and_grad(loss, allow_int=True)(params, batch)
         return value, *adam_fn.make_step(tx)(params, state, change(grads))
 
-    return full_jit(step)
-
-
-def labels(params: Any) -> Any:
-    return jax.tree.map(lambda chosen: "w1" if chosen else "rest", masks.path("layers/w1")(params))
-
-
-RATE = optax.cosine_decay_schedule(1e-2, 10)
-SAME: dict[str, tuple[Callable[[], Any], Any]] = {
-    "adam": (lambda: adam_fn.adam(RATE), jnp.float32),
-    "adamw, 16 bits, by rank": (
-        lambda: adam_fn.adamw(1e-2, storage="16bit", mask=masks.rank(3), weight_decay=0.1),
-        jnp.float32,
-    ),
-    "24 bits": (lambda: adam_fn.adam(1e-2, storage="24bit"), jnp.float32),
-    "groups": (
-        lambda: adam_fn.adamw(1e-2, groups={"layers/w1": Group(rate=0.5), "norm": Group(frozen=True)}),
-        jnp.float32,
-    ),
-    "frozen": (lambda: adam_fn.adamw(1e-2, storage="bfloat16", frozen=masks.path("layers/b")), jnp.float32),
-    "a chain": (
-        lambda: optax.chain(
-            adam_fn.scale_by_adam(), optax.add_decayed_weights(0.1), optax.scale_by_learning_rate(0.01)
-        ),
-        jnp.float32,
-    ),
-    "a partition": (
-        lambda: optax.partition({"w1": adam_fn.lion(1e-3), "rest": adam_fn.adan(1e-2)}, labels),
-        jnp.float32,
-    ),
-    "masters": (lambda: adam_fn.master_weights(adam_fn.adamw(1e-2, storage="16bit")), jnp.bfloat16),
-    "stochastic rounding": (lambda: adam_fn.stochastic_rounding(adam_fn.adamw(1e-2, storage="24bit"), 3), jnp.bfloat16),
-    "stored": (lambda: optax.chain(adam_fn.stored(adam_fn.scale_by_adam()), optax.scale(-0.01)), jnp.float32),
-    "lamb": (lambda: adam_fn.lamb(1e-2, weight_decay=0.1, layers="layers"), jnp.float32),
-    "cautious": (lambda: adam_fn.cautious(adam_fn.adamw(1e-2), layers="layers"), jnp.float32),
-    "average": (lambda: optax.chain(adam_fn.adam(1e-2), adam_fn.average_params(0.9)), jnp.float32),
-}
+    return jit(step)
 
 
 def assert_same(found: Any, expected: Any) -> None:
@@ -115,47 +80,112 @@ def assert_same(found: Any, expected: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-@pytest.mark.parametrize("name", ["adamw, 16 bits, by rank", "24 bits", "masters", "stochastic rounding"])
+def assert_near(found: Any, expected: Any, rtol: float, atol: float = 0.0) -> None:
+    def near(x: Any, y: Any) -> None:
+        np.testing.assert_allclose(np.asarray(x, complex), np.asarray(y, complex), rtol=rtol, atol=atol)
+
+    jax.tree.map(near, found, expected)
+
+
+def one_step(step: Any, tx: Any, params: Any, whole: Callable[[Any, Any], Any]) -> Any:
+    """The result of a step and that of an ordinary one, whose loss is of the whole model."""
+
+    @jax.jit
+    def both(params: Any, batch: Any) -> Any:
+        state = tx.init(params)
+        value, grads = jax.value_and_grad(whole)(params, batch)
+        return step(params, state, batch), (value, *adam_fn.make_step(tx)(params, state, grads))
+
+    return both(params, BATCHES[0])
+
+
+def labels(params: Any) -> Any:
+    return jax.tree.map(lambda chosen: "w1" if chosen else "rest", masks.path("layers/w1")(params))
+
+
+RATE = optax.cosine_decay_schedule(1e-2, 10)
+
+
+class Row(NamedTuple):
+    """An optimizer, the parameters' dtype, and how to compile: as users do, but where only the tree is special."""
+
+    make: Callable[[], Any]
+    dtype: Any = jnp.float32
+    jit: Any = full_jit
+    indexed: bool = True
+
+
+SAME: dict[str, Row] = {
+    "adam": Row(lambda: adam_fn.adam(RATE)),
+    "adamw, 16 bits, by rank": Row(
+        lambda: adam_fn.adamw(1e-2, storage="16bit", mask=masks.rank(3), weight_decay=0.1),
+    ),
+    "masters": Row(lambda: adam_fn.master_weights(adam_fn.adamw(1e-2, storage="16bit")), jnp.bfloat16),
+    "stochastic rounding": Row(
+        lambda: adam_fn.stochastic_rounding(adam_fn.adamw(1e-2, storage="24bit"), 3), jnp.bfloat16
+    ),
+    "groups and frozen": Row(
+        lambda: adam_fn.adamw(
+            1e-2,
+            storage="bfloat16",
+            groups={"layers/w1": Group(rate=0.5), "norm": Group(frozen=True)},
+            frozen=masks.path("layers/b"),
+        ),
+        jit=jax.jit,
+    ),
+    "a chain, stored and averaged": Row(
+        lambda: optax.chain(
+            adam_fn.stored(adam_fn.scale_by_adam()),
+            optax.add_decayed_weights(0.1),
+            optax.scale_by_learning_rate(0.01),
+            adam_fn.average_params(0.9),
+        )
+    ),
+    "a partition": Row(lambda: optax.partition({"w1": adam_fn.lion(1e-3), "rest": adam_fn.adan(1e-2)}, labels)),
+    "lamb, cautious": Row(
+        lambda: adam_fn.cautious(adam_fn.lamb(1e-2, weight_decay=0.1, layers="layers"), layers="layers")
+    ),
+    "optax": Row(lambda: optax.adamw(1e-2), jit=jax.jit, indexed=False),
+}
+
+
+@functools.cache
+def expected_of(name: str) -> tuple[Any, Any, Callable[..., Any], Any]:
+    """An optimizer of `SAME`, the parameters, its ordinary step and the result of some of them."""
+    row = SAME[name]
+    tx, params = row.make(), init(row.dtype, index=row.indexed)
+    step = ordinary(tx, jit=row.jit)
+    return tx, params, step, train(step, tx, params)
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_the_same_steps_bit_for_bit(name: str) -> None:
+    """Also of a run that alternates between these and ordinary steps."""
+    tx, params, theirs, expected = expected_of(name)
+    ours = SAME[name].jit(backward.value_and_step(tx, embed, layer, head))
+    assert_same(train(ours, tx, params), expected)
+    assert_same(train(ours, tx, params, other=theirs), expected)
+    assert np.abs(np.asarray(expected[1]["layers"]["w2"] - params["layers"]["w2"], np.float32)).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["adamw, 16 bits, by rank", "masters", "stochastic rounding"])
 def test_the_path_of_gpus_and_tpus_takes_the_same_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One array after the other, each computed anew, to the rounding of the arithmetic."""
 
     def default(*arguments: Any, default: Any, **_: Any) -> Any:
         return default(*arguments)
 
-    make, dtype = SAME[name]
-    tx, params = make(), init(dtype)
-    expected = train(ordinary(tx), tx, params)
+    tx, params, _, expected = expected_of(name)
     monkeypatch.setattr(jax.lax, "platform_dependent", default)
     found = train(jax.jit(backward.value_and_step(tx, embed, layer, head)), tx, params)
-    rtol, atol = (1e-5, 1e-6) if dtype == jnp.float32 else (2**-7, 1e-6)
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(np.asarray(x, float), np.asarray(y, float), rtol=rtol, atol=atol),
-        found[:2],
-        expected[:2],
-    )
+    assert_near(found[:2], expected[:2], 1e-5 if SAME[name].dtype == jnp.float32 else 2**-7, 1e-6)
 
 
-@pytest.mark.parametrize("name", SAME)
-def test_the_same_steps_bit_for_bit(name: str) -> None:
-    make, dtype = SAME[name]
-    tx, params = make(), init(dtype)
-    expected = train(ordinary(tx), tx, params)
-    assert_same(train(full_jit(backward.value_and_step(tx, embed, layer, head)), tx, params), expected)
-    assert np.abs(np.asarray(expected[1]["layers"]["w2"] - params["layers"]["w2"], np.float32)).max() > 1e-3
-
-
-def test_a_run_may_alternate_between_these_and_ordinary_steps() -> None:
-    params = init(index=False)
-    tx = optax.adamw(1e-2)
-    ours, theirs = full_jit(backward.value_and_step(tx, embed, layer, head)), ordinary(tx)
-    expected = train(theirs, tx, params)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-8), train(ours, tx, params), expected)
-    tx = adam_fn.adamw(1e-2)
-    ours, theirs = full_jit(backward.value_and_step(tx, embed, layer, head)), ordinary(tx)
-    expected, state = train(theirs, tx, params), tx.init(params)
-    for i, batch in enumerate(BATCHES):
-        _, params, state = (ours, theirs)[i % 2](params, state, batch)
-    assert_same((params, state), expected[1:])
+@pytest.mark.parametrize("keep_every", [2, 4])
+def test_fewer_kept_inputs(keep_every: int) -> None:
+    tx, params, _, expected = expected_of("adamw, 16 bits, by rank")
+    step = full_jit(backward.value_and_step(tx, embed, layer, head, keep_every=keep_every))
+    assert_same(train(step, tx, params), expected)
 
 
 def test_complex_parameters() -> None:
@@ -174,19 +204,10 @@ def test_complex_parameters() -> None:
     def whole(params: Any) -> Any:
         return ends(params, jax.lax.scan(lambda h, p: (turn(p, h, None), None), h, params["layers"])[0], None)
 
-    step = full_jit(backward.value_and_step(tx, lambda p, batch: h, turn, ends))
-    _, found, state = step(params, tx.init(params), None)
-    grads = jax.grad(whole)(params)
-    expected, after = adam_fn.make_step(tx)(jax.tree.map(jnp.copy, params), tx.init(params), grads)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), found, expected)
-    jax.tree.map(np.testing.assert_array_equal, state[0].mu, after[0].mu)
-
-
-@pytest.mark.parametrize("keep_every", [2, 4])
-def test_fewer_kept_inputs(keep_every: int) -> None:
-    tx, params = adam_fn.adamw(1e-2, storage="24bit"), init()
-    step = full_jit(backward.value_and_step(tx, embed, layer, head, keep_every=keep_every))
-    assert_same(train(step, tx, params), train(ordinary(tx), tx, params))
+    step = backward.value_and_step(tx, lambda p, batch: h, turn, ends)
+    (_, found, state), (_, expected, after) = one_step(step, tx, params, lambda p, batch: whole(p))
+    assert_near(found, expected, 1e-5)
+    assert_same(state[0].mu, after[0].mu)
 
 
 def test_microbatches_and_aux() -> None:
@@ -196,12 +217,10 @@ def test_microbatches_and_aux() -> None:
         return head(params, h, batch), h.mean()
 
     make: Any = backward.value_and_step
-    step = full_jit(make(tx, embed, layer, more, microbatches=4, has_aux=True))
+    step = jax.jit(make(tx, embed, layer, more, microbatches=4, has_aux=True))
     losses, found, state = train(step, tx, params)
-    expected = train(ordinary(tx), tx, params)
     assert losses[0][1].shape == (4,)
-    for a, b in ((([x for x, _ in losses], found, state), expected),):
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-6), a, b)
+    assert_near(([x for x, _ in losses], found, state), train(ordinary(tx), tx, params), 2e-4, 2e-6)
     with pytest.raises(ValueError, match="3 microbatches do not divide a batch of shape"):
         make(tx, embed, layer, head, microbatches=3)(params, state, BATCHES[0])
 
@@ -210,9 +229,8 @@ def test_microbatches_and_aux() -> None:
 def test_clipping_by_the_global_norm(max_norm: float) -> None:
     tx, params = adam_fn.adam(1e-2, eps=1e-2), init(index=False)
     clipped = optax.chain(optax.clip_by_global_norm(max_norm), tx)
-    losses, expected, _ = train(ordinary(clipped), clipped, params)
-    found = train(full_jit(backward.value_and_step(tx, embed, layer, head, max_norm=max_norm)), tx, params)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), found[:2], (losses, expected))
+    found = train(jax.jit(backward.value_and_step(tx, embed, layer, head, max_norm=max_norm)), tx, params)
+    assert_near(found[:2], train(ordinary(clipped), clipped, params)[:2], 1e-4, 1e-6)
 
 
 def test_clipping_by_layer() -> None:
@@ -227,17 +245,15 @@ def test_clipping_by_layer() -> None:
             parts.append(jax.tree.map(lambda g, total=total: g * jnp.minimum(1, max_norm / total), part))
         return {**parts[-1], "layers": jax.tree.map(lambda *g: jnp.stack(g), *parts[:-1])}
 
-    losses, expected, _ = train(ordinary(tx, clipped), tx, params)
-    run = backward.value_and_step(tx, embed, layer, head, max_norm=max_norm, clip="layer")
-    found = train(full_jit(run), tx, params)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), found[:2], (losses, expected))
+    step = jax.jit(backward.value_and_step(tx, embed, layer, head, max_norm=max_norm, clip="layer"))
+    assert_near(train(step, tx, params)[:2], train(ordinary(tx, clipped), tx, params)[:2], 1e-4, 1e-6)
     with pytest.raises(ValueError, match='clip must be "model" or "layer"'):
         backward.value_and_step(tx, embed, layer, head, clip="leaf")  # pyright: ignore[reportArgumentType]
 
 
 def test_a_guard_skips_the_whole_step() -> None:
     tx, params = adam_fn.skip_nonfinite(adam_fn.adamw(1e-2, storage="16bit")), init()
-    step = full_jit(backward.value_and_step(tx, embed, layer, head))
+    step = jax.jit(backward.value_and_step(tx, embed, layer, head))
     assert_same(train(step, tx, params), train(ordinary(tx), tx, params))
     broken = jax.tree.map(jnp.copy, params)
     broken["layers"]["w1"] = broken["layers"]["w1"].at[1, 0, 0].set(jnp.nan)
@@ -251,17 +267,20 @@ def test_a_guard_skips_the_whole_step() -> None:
 def test_norms_are_those_of_layers() -> None:
     """`lamb` takes a norm of each layer, as of layers apart, also where it does not know of the stack."""
     tx, params = adam_fn.lamb(1e-2), init(index=False)
-    _, found, _ = backward.value_and_step(tx, embed, layer, head)(params, tx.init(params), BATCHES[0])
     with pytest.raises(ValueError, match="layers='blocks' names no parameters; there are embed"):
         adam_fn.lamb(1e-2, layers="blocks").update(params, tx.init(params), params)
-    apart = {f"{i}": jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(LAYERS)}
-    grads = jax.grad(loss)(params, BATCHES[0])["layers"]
-    grads = {i: jax.tree.map(lambda x, i=i: x[int(i)], grads) for i in apart}
-    expected, _ = adam_fn.make_step(tx)(jax.tree.map(jnp.copy, apart), tx.init(apart), grads)
-    for i in apart:
-        jax.tree.map(
-            lambda x, y, i=i: np.testing.assert_allclose(x[int(i)], y, rtol=1e-5), found["layers"], expected[i]
-        )
+
+    def apart(layers: Any) -> Any:
+        return {f"{i}": jax.tree.map(lambda x, i=i: x[i], layers) for i in range(LAYERS)}
+
+    @jax.jit
+    def both(params: Any) -> Any:
+        _, found, _ = backward.value_and_step(tx, embed, layer, head)(params, tx.init(params), BATCHES[0])
+        layers, grads = apart(params["layers"]), apart(jax.grad(loss)(params, BATCHES[0])["layers"])
+        expected, _ = adam_fn.make_step(tx)(layers, tx.init(layers), grads)
+        return apart(found["layers"]), expected
+
+    assert_near(*both(params), rtol=1e-5)
 
 
 def test_what_needs_all_gradients_is_an_error() -> None:
@@ -276,7 +295,8 @@ def test_what_needs_all_gradients_is_an_error() -> None:
     ]
     for tx in wrong:
         with pytest.raises(ValueError, match=r"depends on the gradients of .*max_norm"):
-            backward.value_and_step(tx, embed, layer, head)(params, tx.init(params), BATCHES[0])
+            step = backward.value_and_step(tx, embed, layer, head)
+            jax.eval_shape(step, params, jax.eval_shape(tx.init, params), BATCHES[0])
     # Of a single leaf only the state tells.
     alone = {"layers": {"w": jnp.ones((LAYERS, WIDTH))}}
     with pytest.raises(ValueError, match="the state's notfinite_count depends on the gradients of layers/w"):
@@ -291,43 +311,45 @@ def test_factored_moments_keep_the_layers_first() -> None:
     tx: Any = optax.adafactor(
         1e-2, min_dim_size_to_factor=8, multiply_by_parameter_scale=False, clipping_threshold=None
     )
-    _, found, state = train(full_jit(backward.value_and_step(tx, embed, layer, head)), tx, params)
-    _, expected, after = train(ordinary(tx), tx, params)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), (found, state), (expected, after))
+    found = train(jax.jit(backward.value_and_step(tx, embed, layer, head)), tx, params)
+    assert_near(found, train(ordinary(tx), tx, params), 1e-3, 1e-4)
     tx = optax.chain(optax.zero_nans(), adam_fn.adam(1e-2))
     with pytest.raises(ValueError, match=r"the state's 0/found_nan/.* depends on"):
         backward.value_and_step(tx, embed, layer, head)(params, tx.init(params), BATCHES[0])
 
 
-@pytest.mark.parametrize("options", [{"max_norm": 0.1}, {"keep_every": 2}, {"microbatches": 2}])
+@pytest.mark.parametrize("options", [{"max_norm": 0.1}, {"keep_every": 2, "microbatches": 2}])
 def test_a_guard_with_other_options(options: dict[str, Any]) -> None:
     params, plain = init(), adam_fn.adamw(1e-2)
     guarded = adam_fn.skip_nonfinite(plain)
     _, expected, state = train(jax.jit(backward.value_and_step(plain, embed, layer, head, **options)), plain, params)
     found = train(jax.jit(backward.value_and_step(guarded, embed, layer, head, **options)), guarded, params)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7), found[1], expected)
+    assert_near(found[1], expected, 1e-5, 1e-7)
     assert int(found[2].inner[0].count) == int(state[0].count) == 3 and int(found[2].skipped) == 0
+
+
+class Root(eqx.Module):
+    decoder: Any
+    rest: Any
 
 
 def test_injected_hyperparameters_groups_and_nested_paths() -> None:
     groups = adam_fn.Groups({"*": Group(rate=0.5)}, complete=True)
     tx = optax.inject_hyperparams(lambda learning_rate: adam_fn.adam(learning_rate, groups=groups))(learning_rate=1e-2)
-    params = {
-        "decoder": {"blocks": init(index=False)["layers"]},
-        "rest": {"embed": init()["embed"], "norm": init()["norm"]},
-    }
+    rest = init(index=False)
+    params = Root({"blocks": rest.pop("layers")}, rest)
     step = backward.value_and_step(
         tx,
-        lambda p, batch: embed(p["rest"], batch),
+        lambda p, batch: embed(p.rest, batch),
         layer,
-        lambda p, h, batch: head(p["rest"], h, batch),
+        lambda p, h, batch: head(p.rest, h, batch),
         layers="decoder/blocks",
     )
 
     def whole(p: Any, batch: Any) -> Any:
-        return loss({**p["rest"], "layers": p["decoder"]["blocks"]}, batch)
+        return loss({**p.rest, "layers": p.decoder["blocks"]}, batch)
 
-    _compare(step, tx, params, whole)
+    assert_near(*one_step(step, tx, params, whole), rtol=1e-4, atol=2e-6)
 
 
 def test_errors_name_what_is_wrong() -> None:
@@ -351,25 +373,24 @@ def test_errors_name_what_is_wrong() -> None:
         run(state=adam_fn.lion(1e-2).init(params))
 
 
-@pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit])
-def test_fully_sharded(axes: AxisType) -> None:
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_fully_sharded(kind: AxisType) -> None:
     """Parameters and state are divided over the mesh and stay so; the numbers are those of one device."""
     tx, params = adam_fn.adamw(1e-2, storage="16bit"), init(index=False)
     expected = train(ordinary(tx), tx, params)
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(axes,))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
     last: dict[str, Any] = {"embed": PartitionSpec(None, "data"), "norm": PartitionSpec("data")}
     last["layers"] = {"w1": PartitionSpec(None, "data"), "b": PartitionSpec(), "w2": PartitionSpec(None, "data")}
     places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), last, is_leaf=lambda x: isinstance(x, PartitionSpec))
     params = jax.tree.map(jax.device_put, params, places)
 
-    def whole(p: Any, *axes: Any) -> Any:
+    def whole(p: Any) -> Any:
         """Gathers a parameter where it is used."""
         everywhere = jax.tree.map(lambda _: PartitionSpec(), p)
-        if axis_type == AxisType.Explicit:
+        if kind == AxisType.Explicit:
             return jax.tree.map(jax.sharding.reshard, p, everywhere)
         return jax.lax.with_sharding_constraint(p, everywhere)
 
-    axis_type = axes
     with jax.set_mesh(mesh):
         batches = [jax.device_put(batch, NamedSharding(mesh, PartitionSpec())) for batch in BATCHES]
         step = jax.jit(
@@ -381,46 +402,22 @@ def test_fully_sharded(axes: AxisType) -> None:
             )
         )
         losses, found, state = train(step, tx, params, batches)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), (losses, found), expected[:2])
+    assert_near((losses, found), expected[:2], 1e-5, 1e-6)
     for x in (found["layers"]["w1"], state[0].mu_nu["layers"]["w1"]):
         assert x.sharding.is_equivalent_to(places["layers"]["w1"], x.ndim)
 
 
-def test_a_batch_divided_inside_shard_map_gives_the_ordinary_steps() -> None:
-    """Each device has a part of the batch; gradients are summed where `jax.grad` sums them."""
-    tx, params = adam_fn.adamw(1e-2, storage="24bit"), init()
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-
-    def mean(params: Any, h: Any, batch: Any) -> Any:
-        return jax.lax.pmean(head(params, h, batch), "data")
-
-    run = jax.shard_map(
-        backward.value_and_step(tx, embed, layer, mean),
-        mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec("data")),
-        out_specs=PartitionSpec(),
-    )
-    losses, found, _ = train(jax.jit(run), tx, params)
-    expected = train(ordinary(tx), tx, params)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5), (losses, found), expected[:2])
-
-
-def _divided(tx: Any, params: Any, mesh: Any) -> Any:
-    return adam_fn.zero1(tx, params, mesh, layers="layers")
-
-
-@pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_zero1(dtype: Any, axes: AxisType) -> None:
+@pytest.mark.parametrize(("dtype", "kind"), [(jnp.float32, AxisType.Explicit), (jnp.bfloat16, AxisType.Auto)])
+def test_zero1(dtype: Any, kind: AxisType) -> None:
     """The state stays divided, also inside the loop; parameters stay whole, and the numbers are those without it."""
     tx, params = adam_fn.adamw(1e-2, eps=1e-2, storage="16bit"), init(dtype)
     tx = adam_fn.master_weights(tx) if dtype == jnp.bfloat16 else tx
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(axes,))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
     params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     with jax.set_mesh(mesh):
-        spread = _divided(tx, params, mesh)
+        spread = adam_fn.zero1(tx, params, mesh, layers="layers")
         batches = [jax.device_put(batch, NamedSharding(mesh, PartitionSpec())) for batch in BATCHES]
-        ways = [full_jit(backward.value_and_step(x, embed, layer, head)) for x in (tx, spread)]
+        ways = [jax.jit(backward.value_and_step(x, embed, layer, head)) for x in (tx, spread)]
         expected, found = (train(step, x, params, batches) for step, x in zip(ways, (tx, spread), strict=True))
 
     def near(x: Any, y: Any) -> None:
@@ -439,37 +436,27 @@ def test_zero1(dtype: Any, axes: AxisType) -> None:
     assert all(jax.tree.leaves(jax.tree.map(lambda x: x.sharding.is_fully_replicated, found))), found
 
 
-def test_zero1_inside_shard_map() -> None:
-    """The gradients of a layer, of each device's part of the batch, are summed where they are divided."""
-    tx, params = adam_fn.adamw(1e-2), init(index=False)
-    expected = train(ordinary(tx), tx, params)
+@pytest.mark.parametrize(("divide", "max_norm"), [(False, None), (True, None), (True, 0.1)])
+def test_a_batch_divided_inside_shard_map_gives_the_ordinary_steps(divide: bool, max_norm: float | None) -> None:
+    """Each device has a part of the batch; gradients are summed where `jax.grad` does, or where zero1 divides them."""
+    tx, params = adam_fn.adam(1e-2, eps=1e-2, storage=None if divide else "24bit"), init(index=not divide)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    spread = _divided(tx, params, mesh)
-    places = jax.tree.map(lambda x: x.spec, adam_fn.state_shardings(spread, params))
+    spread = adam_fn.zero1(tx, params, mesh, layers="layers") if divide else tx
+    places = jax.tree.map(lambda x: x.spec, adam_fn.state_shardings(spread, params)) if divide else PartitionSpec()
 
     def mean(params: Any, h: Any, batch: Any) -> Any:
         return jax.lax.pmean(head(params, h, batch), "data")
 
-    def run(**options: Any) -> Any:
-        step = jax.shard_map(
-            backward.value_and_step(spread, embed, layer, mean, **options),
-            mesh=mesh,
-            in_specs=(PartitionSpec(), places, PartitionSpec("data")),
-            out_specs=(PartitionSpec(), PartitionSpec(), places),
-        )
-        return train(jax.jit(step), spread, params), step
-
-    (losses, found, state), step = run()
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5), (losses, found), expected[:2])
-    text = str(jax.make_jaxpr(step)(params, state, BATCHES[0]))
-    assert "reduce_scatter" in text
-    clipped = optax.chain(optax.clip_by_global_norm(0.1), adam_fn.adam(1e-2, eps=1e-2))
-    tx = adam_fn.adam(1e-2, eps=1e-2)
-    expected = train(ordinary(clipped), clipped, params)
-    spread = _divided(tx, params, mesh)
-    places = jax.tree.map(lambda x: x.spec, adam_fn.state_shardings(spread, params))
-    (losses, found, _), _ = run(max_norm=0.1)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=2e-5), (losses, found), expected[:2])
+    step = jax.shard_map(
+        backward.value_and_step(spread, embed, layer, mean, max_norm=max_norm),
+        mesh=mesh,
+        in_specs=(PartitionSpec(), places, PartitionSpec("data")),
+        out_specs=(PartitionSpec(), PartitionSpec(), places),
+    )
+    peer = optax.chain(optax.clip_by_global_norm(max_norm), tx) if max_norm else tx
+    losses, found, state = train(jax.jit(step), spread, params)
+    assert_near((losses, found), train(ordinary(peer), peer, params)[:2], 1e-4, 2e-5)
+    assert ("reduce_scatter" in str(jax.make_jaxpr(step)(params, state, BATCHES[0]))) == divide
 
 
 def test_zero1_must_know_the_layers() -> None:
@@ -480,7 +467,7 @@ def test_zero1_must_know_the_layers() -> None:
         backward.value_and_step(tx, embed, layer, head)(params, tx.init(params), BATCHES[0])
 
 
-# In the frameworks' own idioms.
+# In the frameworks' own idioms: stacked layers, and how to apply one.
 
 
 class Block(nn.Module):
@@ -489,29 +476,10 @@ class Block(nn.Module):
         return h + nn.Dense(WIDTH)(nn.gelu(nn.Dense(HIDDEN)(h))), None
 
 
-class Stacked(nn.Module):
-    @nn.compact
-    def __call__(self, tokens: Any) -> Any:
-        h = nn.Embed(WORDS, WIDTH)(tokens)
-        scan = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)
-        h, _ = scan(name="layers")(h, None)
-        return nn.Dense(WORDS)(h)
-
-
-def cross_entropy(logits: Any, batch: Any) -> Any:
-    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
-
-
-def test_linen_scan() -> None:
-    model, tx = Stacked(), adam_fn.adamw(1e-2)
-    params = model.init(jax.random.key(0), BATCHES[0][0])["params"]
-    step = backward.value_and_step(
-        tx,
-        lambda p, batch: nn.Embed(WORDS, WIDTH).apply({"params": p["Embed_0"]}, batch[0]),
-        lambda p, h, batch: Block().apply({"params": p}, h, None)[0],  # pyright: ignore[reportIndexIssue]
-        lambda p, h, batch: cross_entropy(nn.Dense(WORDS).apply({"params": p["Dense_0"]}, h), batch),
-    )
-    _compare(step, tx, params, lambda p, batch: cross_entropy(model.apply({"params": p}, batch[0]), batch))
+def linen_scan() -> tuple[Any, Callable[..., Any]]:
+    scan = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)
+    params = jax.jit(scan().init)(jax.random.key(0), jnp.ones((BATCH, WIDTH)), None)["params"]
+    return params, lambda p, h, batch: Block().apply({"params": p}, h, None)[0]  # pyright: ignore[reportIndexIssue]
 
 
 class NNXBlock(nnx.Module):
@@ -522,73 +490,25 @@ class NNXBlock(nnx.Module):
         return h + self.two(nnx.gelu(self.one(h)))
 
 
-class NNXModel(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs) -> None:
-        self.embed, self.head = nnx.Embed(WORDS, WIDTH, rngs=rngs), nnx.Linear(WIDTH, WORDS, rngs=rngs)
-        self.layers = nnx.vmap(NNXBlock, in_axes=0)(rngs.split(LAYERS))
+def nnx_vmap() -> tuple[Any, Callable[..., Any]]:
+    layers = nnx.jit(lambda: nnx.vmap(NNXBlock, in_axes=0)(nnx.Rngs(0).split(LAYERS)))()
+    graphdef, params = nnx.split(layers, nnx.Param)
+    return nnx.to_pure_dict(params), lambda p, h, batch: nnx.merge(graphdef, p)(h)
 
 
-def test_nnx_scan() -> None:
-    model, tx = NNXModel(nnx.Rngs(0)), adam_fn.adamw(1e-2)
-    block = nnx.graphdef(NNXBlock(nnx.Rngs(0)))
-    embedding, final = nnx.graphdef(model.embed), nnx.graphdef(model.head)
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-
-    def merged(graphdef: Any, p: Any) -> Any:
-        return nnx.merge(graphdef, p)
-
-    def whole(p: Any, batch: Any) -> Any:
-        h = merged(embedding, p["embed"])(batch[0])
-        h, _ = jax.lax.scan(lambda h, q: (merged(block, q)(h), None), h, p["layers"])
-        return cross_entropy(merged(final, p["head"])(h), batch)
-
-    step = backward.value_and_step(
-        tx,
-        lambda p, batch: merged(embedding, p["embed"])(batch[0]),
-        lambda p, h, batch: merged(block, p)(h),
-        lambda p, h, batch: cross_entropy(merged(final, p["head"])(h), batch),
-    )
-    _compare(step, tx, params, whole)
+def equinox_filtered() -> tuple[Any, Callable[..., Any]]:
+    keys = jax.random.split(jax.random.key(0), LAYERS)
+    layers = eqx.filter_jit(eqx.filter_vmap(lambda key: eqx.nn.MLP(WIDTH, WIDTH, HIDDEN, 1, key=key)))(keys)
+    params, static = eqx.partition(layers, eqx.is_inexact_array)
+    return params, lambda p, h, batch: h + jax.vmap(eqx.combine(p, static))(h)
 
 
-class EquinoxModel(eqx.Module):
-    embed: eqx.nn.Embedding
-    layers: eqx.nn.MLP
-    head: eqx.nn.Linear
-
-    def __init__(self, key: Any) -> None:
-        first, second, third = jax.random.split(key, 3)
-        self.embed = eqx.nn.Embedding(WORDS, WIDTH, key=first)
-        keys = jax.random.split(second, LAYERS)
-        self.layers = eqx.filter_vmap(lambda key: eqx.nn.MLP(WIDTH, WIDTH, HIDDEN, 1, key=key))(keys)
-        self.head = eqx.nn.Linear(WIDTH, WORDS, key=third)
-
-
-def test_equinox_filtered_layers() -> None:
-    tx = adam_fn.adamw(1e-2)
-    params, static = eqx.partition(EquinoxModel(jax.random.key(0)), eqx.is_inexact_array)
-
-    def layer(p: Any, h: Any, batch: Any) -> Any:
-        return h + jax.vmap(eqx.combine(p, static.layers))(h)
-
-    def ends(p: Any, h: Any, batch: Any) -> Any:
-        return cross_entropy(jax.vmap(p.head)(h), batch)
-
-    def whole(p: Any, batch: Any) -> Any:
-        h, _ = jax.lax.scan(lambda h, q: (layer(q, h, batch), None), jax.vmap(p.embed)(batch[0]), p.layers)
-        return ends(p, h, batch)
-
-    step = backward.value_and_step(tx, lambda p, batch: jax.vmap(p.embed)(batch[0]), layer, ends)
-    _compare(step, tx, params, whole)
-
-
-def _compare(step: Any, tx: Any, params: Any, whole: Any) -> None:
-    """A step beside that of a whole model."""
-    value, found, state = jax.jit(step)(params, tx.init(params), BATCHES[0])
-    expected, grads = jax.value_and_grad(whole)(params, BATCHES[0])
-    np.testing.assert_allclose(value, expected, rtol=1e-5)
-    new, after = adam_fn.make_step(tx)(jax.tree.map(jnp.copy, params), tx.init(params), grads)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-6), (found, state), (new, after))
+@pytest.mark.parametrize("framework", [linen_scan, nnx_vmap, equinox_filtered])
+def test_layers_of_frameworks(framework: Callable[[], Any]) -> None:
+    tx, (layers, apply) = adam_fn.adamw(1e-2), framework()
+    step = backward.value_and_step(tx, embed, apply, head)
+    params = {**init(), "layers": layers}
+    assert_near(*one_step(step, tx, params, functools.partial(loss, layer=apply)), rtol=1e-4, atol=2e-6)
 
 
 def test_no_gradient_of_all_layers_is_stored() -> None:

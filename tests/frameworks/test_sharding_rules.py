@@ -1,6 +1,6 @@
 """The rules by which frameworks divide a state over a mesh: with each, moments live where their parameters do.
 
-Every storage is checked where the state is made; one after the other is trained. Frozen leaves have no moments, and
+Every form of a state is checked where it is made; one after the other is trained. Frozen leaves have no moments, and
 `optax.MaskedNode` in their place: two of the rules cannot take it, from `optax.masked` neither (`MASKED_FAILS`). With
 a rate of 0 the leaves stay as they are too, and every rule finds arrays.
 """
@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import nnx
@@ -25,11 +26,8 @@ P = PartitionSpec
 AXES = ("fsdp", "tp")
 TXS: dict[str, Callable[[], Any]] = {
     "float32": lambda: adam_fn.adamw(1e-2),
-    "bfloat16": lambda: adam_fn.adamw(1e-2, storage="bfloat16"),
-    "24bit": lambda: adam_fn.adamw(1e-2, storage="24bit"),
     "16bit": lambda: adam_fn.adamw(1e-2, storage="16bit"),
-    "masters": lambda: adam_fn.master_weights(adam_fn.adamw(1e-2)),
-    "masters of 24 bits, 16bit": lambda: adam_fn.master_weights(adam_fn.adamw(1e-2, storage="16bit"), bits=8),
+    "masters": lambda: adam_fn.master_weights(adam_fn.adamw(1e-2, storage="16bit"), bits=8),
     "frozen": lambda: adam_fn.adamw(1e-2, storage="24bit", frozen=adam_fn.masks.path("*norm*")),
     "rate 0": lambda: adam_fn.adamw(1e-2, storage="24bit", groups={"*norm*": adam_fn.Group(rate=0.0)}),
 }
@@ -58,13 +56,13 @@ def mesh_of() -> jax.sharding.Mesh:
 
 
 def dtype_of(name: str) -> Any:
-    return jnp.bfloat16 if name.startswith("masters") else jnp.float32
+    return jnp.bfloat16 if name == "masters" else jnp.float32
 
 
 def parameters(name: str) -> Any:
     def leaf(shape: tuple[int, ...]) -> jax.Array:
-        values = 0.1 * jax.random.normal(jax.random.key(len(shape)), shape)
-        return jnp.ones(shape) if shape == (16,) else values.astype(dtype_of(name))
+        values = 0.1 * np.random.default_rng(len(shape)).standard_normal(shape)
+        return jnp.ones(shape) if shape == (16,) else jnp.asarray(values, dtype_of(name))
 
     return jax.tree.map(leaf, SHAPES, is_leaf=lambda x: isinstance(x, tuple))
 
@@ -158,11 +156,10 @@ def by_function(tx: Any, mesh: Any, like: Any) -> Any:
 def test_a_rate_of_0_leaves_parameters_as_they_are() -> None:
     tx: Any = TXS["rate 0"]()
     params: Any = parameters("rate 0")
-    grads, state = jax.tree.map(jnp.ones_like, params), tx.init(params)
+    before, state = params, tx.init(params)
     for _ in range(2):
-        updates, state = tx.update(grads, state, params)
+        updates, state = tx.update(before, state, params)
         params = optax.apply_updates(params, updates)
-    before: Any = parameters("rate 0")
     assert (params["norm"]["scale"] == before["norm"]["scale"]).all()
     assert (params["embed"] != before["embed"]).all()
     assert jax.tree.map(jnp.shape, state[0].nu) == SHAPES
@@ -309,7 +306,7 @@ MASKED_FAILS = (by_optax, by_shardings)
 @pytest.mark.parametrize("way", WAYS)
 def test_nnx_optimizers_place_their_state_like_the_model(way: Callable[..., Any]) -> None:
     mesh = mesh_of()
-    turn = ("24bit", "masters of 24 bits, 16bit", "bfloat16", "frozen")[WAYS.index(way)]
+    turn = ("rate 0", "masters", "16bit", "frozen")[WAYS.index(way)]
     for name in TXS:
         with jax.set_mesh(mesh):
             if name == "frozen" and way in MASKED_FAILS:

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from helpers.runs import full_jit
 
 import adam_fn
 from adam_fn.wrappers import masters as write
@@ -26,10 +25,12 @@ def bits_of(x: Any) -> np.ndarray:
     return x.view(np.uint32 if x.dtype == np.float32 else np.uint16)
 
 
-def run(tx: Any, start: Any, grad: Callable[[Any, Any], Any], steps: int) -> tuple[Any, Any]:
+def run(
+    tx: Any, start: Any, grad: Callable[[Any, Any], Any], steps: int, jit: Callable[..., Any] = jax.jit
+) -> tuple[Any, Any]:
     """The parameters after every step, and the last state, of one jitted scan; `grad` is of the parameters and step."""
 
-    @full_jit
+    @jit
     def scanned(start: Any) -> Any:
         def step(carry: Any, t: jax.Array) -> Any:
             p, state = carry

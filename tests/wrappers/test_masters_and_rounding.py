@@ -1,5 +1,6 @@
 """What is written to bfloat16 parameters: exact masters, unbiased rounding, and updates that land where they should."""
 
+import functools
 from typing import Any
 
 import jax
@@ -43,17 +44,17 @@ def _patterns() -> np.ndarray:
 # The masters.
 
 
+@functools.partial(full_jit, static_argnums=1)
+def there_and_back(x: jax.Array, bits: int) -> Any:
+    q = parameter_bits.visible(x, bits)
+    return q, parameter_bits.join(q.astype(BF16), parameter_bits.remainder_of(x, q, bits), bits)
+
+
 @pytest.mark.quick
 def test_split_and_join_are_lossless() -> None:
     patterns = _patterns()
     x = _floats(patterns)
-
-    @full_jit
-    def there_and_back(x: jax.Array) -> Any:
-        q = parameter_bits.visible(x, 16)
-        return q, parameter_bits.join(q.astype(BF16), parameter_bits.remainder_of(x, q, 16), 16)
-
-    q, back = there_and_back(x)
+    q, back = there_and_back(x, 16)
     finite = (patterns & 0x7FFFFFFF) < 0x7F800000
     inside = (patterns & 0x7FFFFFFF) <= LARGEST
     np.testing.assert_array_equal(bits_of(back)[inside], patterns[inside])
@@ -66,13 +67,7 @@ def test_split_and_join_are_lossless() -> None:
 def test_masters_of_24_bits_are_the_nearest() -> None:
     patterns = _patterns()
     patterns = patterns[(patterns & 0x7FFFFFFF) <= 0x7F7F7F7F]
-
-    @full_jit
-    def there_and_back(x: jax.Array) -> Any:
-        q = parameter_bits.visible(x, 8)
-        return q, parameter_bits.join(q.astype(BF16), parameter_bits.remainder_of(x, q, 8), 8)
-
-    q, back = there_and_back(_floats(patterns))
+    q, back = there_and_back(_floats(patterns), 8)
     expected = (patterns + 0x80) >> 8 << 8
     np.testing.assert_array_equal(bits_of(back), expected)
     np.testing.assert_array_equal(_upper(q), (expected + 0x8000) >> 16)
@@ -99,17 +94,17 @@ PULL = jnp.asarray(RNG.standard_normal(64) * np.exp(RNG.uniform(-6, 3, 64)), jnp
 @pytest.mark.quick("8")
 @pytest.mark.parametrize("bits", [16, 8])
 def test_training_is_that_of_float32(bits: int) -> None:
-    """10,000 steps with decay and with noise in bfloat16: the masters are the float32 parameters, bit for bit."""
-    steps = 10_000 if bits == 16 else 2000
+    """4,000 steps with decay and with noise in bfloat16: the masters are the float32 parameters, bit for bit."""
+    steps = 4000 if bits == 16 else 2000
     start = jnp.asarray(RNG.standard_normal(64), BF16)
     plain = adam_fn.adamw(3e-3, weight_decay=0.01)
+    noise = jnp.asarray(RNG.uniform(-0.5, 0.5, (500, 64)), BF16)
 
     def grad(p: Any, t: jax.Array) -> jax.Array:
-        random = jax.random.uniform(jax.random.key(t), p.shape, minval=-0.5, maxval=0.5)
-        return random.astype(BF16).astype(jnp.float32) - PULL
+        return noise[t % 500].astype(jnp.float32) - PULL
 
-    exact, _ = run(plain, start.astype(jnp.float32), grad, steps)
-    short, states = run(adam_fn.master_weights(plain, bits), start, grad, steps)
+    exact, _ = run(plain, start.astype(jnp.float32), grad, steps, full_jit)
+    short, states = run(adam_fn.master_weights(plain, bits), start, grad, steps, full_jit)
     masters = np.asarray(full_jit(lambda p, r: parameter_bits.join(p, r, bits))(short, states.remainder))
     expected = np.asarray(exact)
     np.testing.assert_array_equal(bits_of(short), (bits_of(masters).astype(np.uint64) + 0x8000) >> 16)
@@ -139,18 +134,17 @@ def test_the_inner_transformation_sees_float32() -> None:
     assert state.remainder.dtype == jnp.int16 and eight.init(p).remainder.dtype == jnp.int8
 
 
-@pytest.mark.parametrize("storage", ["24bit", "16bit"])
-@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize(("storage", "alone"), [("24bit", True), ("16bit", False)])
 def test_any_transformation_trains_as_in_float32(storage: Any, alone: bool) -> None:
     """A norm over all leaves, a comparison of signs, narrow moments, frozen leaves see the masters, bit for bit."""
     start = {"w": jnp.asarray(RNG.standard_normal((64, 64)), BF16), "f": jnp.ones(3, BF16)}
-    gradients = jax.tree.map(lambda p: jnp.asarray(RNG.standard_normal((20, *p.shape)), jnp.float32), start)
+    gradients = jax.tree.map(lambda p: np.float32(RNG.standard_normal((20, *p.shape))), start)
     plain: Any = adam_fn.adamw(0.01, storage=storage, frozen={"w": False, "f": True})
     if not alone:
         plain = optax.chain(optax.clip_by_global_norm(1.0), adam_fn.cautious(plain))
-    grad = lambda p, t: jax.tree.map(lambda g: g[t], gradients)  # noqa: E731
-    exact, _ = run(plain, jax.tree.map(lambda p: p.astype(jnp.float32), start), grad, 20)
-    short, states = run(adam_fn.master_weights(plain), start, grad, 20)
+    grad = lambda p, t: jax.tree.map(lambda g: jnp.asarray(g)[t], gradients)  # noqa: E731
+    exact, _ = run(plain, jax.tree.map(lambda p: p.astype(jnp.float32), start), grad, 20, full_jit)
+    short, states = run(adam_fn.master_weights(plain), start, grad, 20, full_jit)
     for key, p in short.items():
         masters = np.asarray(parameter_bits.join(p, states.remainder[key], 16))
         np.testing.assert_array_equal(bits_of(masters), bits_of(exact[key]))
@@ -289,17 +283,13 @@ def test_rounding_keeps_what_is_exact_and_finite() -> None:
     assert np.isnan(np.asarray(round_stochastically(nan, ones[:1] * 0), np.float32)).all()
 
 
-def test_seeds_and_steps_round_apart_and_evenly() -> None:
+def test_seeds_and_steps_round_apart() -> None:
     p = jnp.ones(4096, BF16)
     quarter = jnp.full(p.shape, 2.0**-9)  # Of what lies between 1 and the next bfloat16.
-    tx, reseeded = (adam_fn.stochastic_rounding(optax.identity(), seed) for seed in (1, 2))
-
-    def ups(tx: Any, count: int) -> np.ndarray:
-        updates, _ = full_jit(tx.update)(quarter, tx.init(p)._replace(count=jnp.int32(count)), p)
-        return np.asarray(updates) > 0
-
-    rows = np.stack([ups(tx, count) for count in range(16)])
-    assert len({row.tobytes() for row in (*rows, ups(reseeded, 0))}) == 17
-    assert np.abs(rows.mean(1) - 0.25).max() < 2e-3
-    assert np.abs(rows.sum(0) - 4).max() <= 1
-    np.testing.assert_array_equal(np.asarray(tx.update(quarter, tx.init(p), p)[0]) > 0, rows[0])
+    counts = jnp.arange(16)
+    rows = []
+    for seed in (1, 2):
+        tx: Any = adam_fn.stochastic_rounding(optax.identity(), seed)
+        one = tx.init(p)
+        rows += list(jax.vmap(lambda count: tx.update(quarter, one._replace(count=count), p)[0])(counts))  # noqa: B023
+    assert len({np.asarray(row).tobytes() for row in rows}) == 32

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.runs import full_jit, relative_error
+from helpers.runs import relative_error
 from helpers.states import slots_of
 from oracles import wrappers as oracles
 
@@ -39,7 +39,7 @@ def follow(tx: Any, scale: float, dtype: Any = jnp.float64) -> tuple[Any, Any]:
     """The parameters and the states after every step, with an empty leaf, None and an integer beside them."""
     odd = {"empty": jnp.zeros((0, 2), dtype), "none": None, "whole": jnp.arange(3), "bool": jnp.ones(2, bool)}
 
-    @full_jit
+    @jax.jit
     def run() -> tuple[Any, Any]:
         params = {"real": jax.tree.map(lambda x: jnp.asarray(x, dtype), START), **odd}
 
@@ -130,19 +130,6 @@ def test_lamb_follows_its_paper(options: dict[str, Any]) -> None:
     both(lambda: adam_fn.lamb(1e-2, b2=0.99, **options), expected, 0.3)
 
 
-def test_lamb_agrees_with_optax() -> None:
-    params = {name: jnp.asarray(x, jnp.float32) for name, x in START.items()}
-    updates = []
-    transformations: list[Any] = [adam_fn.lamb(WARM, weight_decay=0.1), optax.lamb(WARM, weight_decay=0.1)]
-    for tx in transformations:
-        state, u = tx.init(params), None
-        for t in range(3):
-            u, state = tx.update({name: jnp.asarray(x[t], jnp.float32) for name, x in NOISE.items()}, state, params)
-        updates.append(u)
-    for a, b in zip(*map(jax.tree.leaves, updates), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4)
-
-
 def test_lamb_masks_and_freezes() -> None:
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2), "fixed": jnp.ones(2)}
     tx: Any = adam_fn.lamb(1.0, weight_decay=0.5, mask=adam_fn.masks.rank(2), frozen=adam_fn.masks.path("fixed"))
@@ -218,6 +205,8 @@ def test_averaged_params_reads_any_state() -> None:
     for _ in range(2):
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
+    average: Any = adam_fn.average_params()
+    jax.tree.map(np.testing.assert_array_equal, average.update(grads, average.init(params), params)[0], grads)
     found = adam_fn.averaged_params({"opt": (state,)}, params)
     assert found["w"].dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(found["w"], float), [(0.5 + 2 * 0) / 3, (1.5 + 2 * 1) / 3], rtol=1e-2)
@@ -228,17 +217,6 @@ def test_averaged_params_reads_any_state() -> None:
             adam_fn.averaged_params(bad, params)
     with pytest.raises(ValueError, match="average_params needs the parameters"):
         adam_fn.average_params().update(grads, adam_fn.average_params().init(params))
-
-
-def test_averages_leave_the_updates_alone() -> None:
-    plain, _ = follow(adam_fn.adam(1e-2), 1.0, jnp.float32)
-    averaged, _ = follow(optax.chain(adam_fn.adam(1e-2), adam_fn.average_params()), 1.0, jnp.float32)
-    # Two programs: XLA may contract a product and a sum in one and not in the other.
-    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(averaged), strict=True):
-        assert relative_error(np.asarray(b), np.asarray(a)) < 1e-6
-    tx = adam_fn.average_params()
-    u = p = {"a": jax.random.normal(jax.random.key(0), (5,))}
-    assert (tx.update(u, tx.init(p), p)[0]["a"] == u["a"]).all()
 
 
 @pytest.mark.parametrize("warmup", [0, 50])
