@@ -23,12 +23,12 @@ Lattice: TypeAlias = Callable[[], jax.Array]
 
 
 class Times(NamedTuple):
-    """What dithers depend on beside the element.
+    """What the dither depends on besides the element's index.
 
     Attributes:
       slots: the `noise.time_offsets` of the slots that are rounded.
       write: the one of a `Destination` that dithers.
-      layer: the number of the layer, if the leaf is one layer's part of a stack.
+      layer: the index of the layer, if the leaf is one layer's part of a stack.
     """
 
     slots: Mapping[str, jax.Array]

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def opaque(x: T) -> T:
-    """Hides the value of `x` from XLA, which would compute with a constant before the program runs."""
+    """Hides the value of `x` from XLA, which otherwise would compute with a constant before the program runs."""
     return jax.lax.optimization_barrier(x)
 
 
@@ -53,6 +53,9 @@ def run_at_most_once(todo: jax.Array, function: Callable[[T], T], x: T) -> T:
 
 
 def fetched_after(grads: Any, state: T) -> T:  # noqa: ANN401
-    """Ties the state to the gradients: XLA would fetch it to the device while activations still fill the memory."""
+    """Makes the state depend on the gradients.
+
+    Otherwise XLA would fetch it to the device while activations still fill the memory.
+    """
     wanted = [x for x in jax.tree.leaves(grads) if isinstance(x, jax.Array)]
     return opaque((state, wanted))[0]

@@ -1,4 +1,4 @@
-"""The step of a leaf as it suits XLA on a CPU: one output a fusion, in an order that lets each be written in place."""
+"""The step of a leaf as it suits XLA on a CPU: one output a pass, in an order that lets each be written in place."""
 
 import functools
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from adam_fn.algebra.dtypes import compute_dtype
 from adam_fn.algebra.rule import Clock, Rule
 from adam_fn.execute.body import Codecs, LeafResult, Times, body
-from adam_fn.execute.compiler import one_after
+from adam_fn.execute.compiler import one_after, opaque
 from adam_fn.execute.destination import Destination, Inputs
 from adam_fn.execute.sources import sources
 from adam_fn.storage.codec import Stored
@@ -23,52 +23,55 @@ def single_device() -> bool:
     return jax.device_count() == 1
 
 
-def cpu_needs_order(inputs: Inputs, stored: Stored) -> bool:
-    """Whether a leaf is large and stored in narrow arrays; for others XLA finds the order by itself."""
+def cpu_needs_passes(inputs: Inputs, stored: Stored) -> bool:
+    """Whether a leaf is large and stored in narrow arrays; for others XLA finds the passes by itself."""
     dtype = compute_dtype((inputs.g if inputs.p is None else inputs.p).dtype)
     narrow = inputs.remainder is not None or any(x.dtype != dtype for x in stored.values())
-    return inputs.g.size >= LARGE and single_device() and narrow
+    return inputs.g.size >= LARGE and narrow
 
 
-def ordered(
+def in_passes(
     rule: Rule, codecs: Codecs, destination: Destination, inputs: Inputs, stored: Stored, clock: Clock, times: Times
 ) -> LeafResult:
-    """Computes the result, then the stored arrays one after the other, each after all that read its old value.
+    """Computes each output in a pass of its own; where possible in an order that lets each be written in place.
 
     XLA on a CPU makes one pass over the memory for each output. It stores values that several outputs need, such as the
     decoded moments, and copies the old value of an output unless it knows that the output is written after the last
-    pass that reads it. This fresh memory costs more than the arithmetic. A factor of 1 that XLA cannot foresee,
-    and that depends on the previous output, fixes the order and makes each pass compute from its own inputs.
+    pass that reads it. This fresh memory costs more than the arithmetic. A factor of 1 that XLA cannot foresee makes
+    each pass compute from its own inputs, and, where the factor depends on the previous output, fixes the order.
+    Updates have no such order: whoever adds them to the parameters reads the old moments after this function is done,
+    and XLA would store the updates for it.
     """
     step = functools.partial(body, rule, codecs, destination)
+    in_place = destination.parameters and single_device()
+
+    def later(last: jax.Array | None) -> tuple[Inputs, Stored]:
+        assert last is not None
+        one = one_after(last, jax.tree.leaves(clock.count)[0]) if in_place else opaque(jnp.ones((), jnp.float32))
+        return jax.tree.map(functools.partial(_times_one, one), (inputs, stored))
+
     result = step(inputs, stored, clock, times).result
     last, remainder = result, inputs.remainder
     if remainder is not None:
-        remainder = last = step(*_after(last, inputs, stored, clock), clock, times).remainder
+        remainder = last = step(*later(last), clock, times).remainder
     found: dict[str, jax.Array] = {}
-    for name in _order(rule, codecs, destination, inputs, stored, clock, times):
-        assert last is not None
-        found[name] = last = step(*_after(last, inputs, stored, clock), clock, times).stored[name]
+    for name in _order(rule, codecs, destination, inputs, stored, clock, times) if in_place else stored:
+        found[name] = last = step(*later(last), clock, times).stored[name]
     return LeafResult(result, remainder, {name: found[name] for name in stored})
 
 
-def _after(last: jax.Array, inputs: Inputs, stored: Stored, clock: Clock) -> tuple[Inputs, Stored]:
-    """The same numbers, but known only after `last` is; floats become float32 at least, in which times 1 is exact."""
-    one = one_after(last, jax.tree.leaves(clock.count)[0])
-
-    def later(x: jax.Array) -> jax.Array:
-        if jnp.issubdtype(x.dtype, jnp.floating):
-            x = x.astype(compute_dtype(x.dtype))
-            return x * jnp.reshape(one.astype(x.dtype), (1,) * x.ndim)
-        return x + jnp.reshape((one - 1).astype(x.dtype), (1,) * x.ndim)
-
-    return jax.tree.map(later, (inputs, stored))
+def _times_one(one: jax.Array, x: jax.Array) -> jax.Array:
+    """Multiplies floats by 1; narrow ones are widened first, so that this is exact. Adds ``one - 1`` to integers."""
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        x = x.astype(compute_dtype(x.dtype))
+        return x * jnp.reshape(one.astype(x.dtype), (1,) * x.ndim)
+    return x + jnp.reshape((one - 1).astype(x.dtype), (1,) * x.ndim)
 
 
 def _order(
     rule: Rule, codecs: Codecs, destination: Destination, inputs: Inputs, stored: Stored, clock: Clock, times: Times
 ) -> list[str]:
-    """The names of the stored arrays, each after all whose new value depends on its old one, if that is possible."""
+    """An order of the arrays in which each is written after all that read its old value, if there is one."""
 
     def step(p: jax.Array | None, stored: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
         return body(rule, codecs, destination, inputs._replace(p=p), stored, clock, times).stored

@@ -11,7 +11,7 @@ from adam_fn.algebra.dtypes import compute_dtype
 
 
 class Inputs(NamedTuple):
-    """The inputs of a leaf's step beside its state, all of one shape.
+    """The inputs of a leaf's step besides its state, all of one shape.
 
     Attributes:
       g: the gradient.

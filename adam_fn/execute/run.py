@@ -1,4 +1,8 @@
-"""Runs a leaf: by `body` alone, on a CPU with its outputs in an order, and on a TPU with remainders apart."""
+"""Steps one leaf. By default it calls `body` once.
+
+On CPUs each output of a large leaf in low precision is computed in a pass of its own. On TPUs remainders are computed
+separately.
+"""
 
 import functools
 from collections.abc import Callable
@@ -10,7 +14,7 @@ from adam_fn.algebra.dtypes import as_dtype, as_real
 from adam_fn.algebra.rule import Clock, Rule
 from adam_fn.execute.body import Codecs, LeafResult, Times, body
 from adam_fn.execute.compiler import opaque
-from adam_fn.execute.cpu import cpu_needs_order, ordered
+from adam_fn.execute.cpu import cpu_needs_passes, in_passes
 from adam_fn.execute.destination import Destination, Inputs
 from adam_fn.storage.codec import Stored
 
@@ -18,10 +22,10 @@ from adam_fn.storage.codec import Stored
 def apart(
     rule: Rule, codecs: Codecs, destination: Destination, inputs: Inputs, stored: Stored, clock: Clock, times: Times
 ) -> LeafResult:
-    """Makes a step for a TPU, in which the remainder is computed again, from the gradient times 1.
+    """Makes a step for a TPU, in which the remainder is computed by a second `body`, from the gradient times 1.
 
-    Otherwise XLA would store the new float32 master, from which both are made, and make another pass for one of them.
-    It cannot see that the factor is 1.
+    Otherwise XLA would store the new float32 master, which parameter and remainder share, and make another pass for one
+    of them. The factor, whose value XLA cannot see, keeps it from merging both computations.
     """
     done = body(rule, codecs, destination, inputs, stored, clock, times)
     one = opaque(jnp.ones((1,) * inputs.g.ndim, inputs.g.dtype))
@@ -38,16 +42,16 @@ def step_leaf(
     if not jnp.iscomplexobj(inputs.g):
         rule = rule.of_real()
     inputs = jax.tree.map(as_real, inputs)
-    ways: dict[str, Callable[..., LeafResult]] = {"default": body}
-    if cpu_needs_order(inputs, stored):
-        ways["cpu"] = ordered
+    by_platform: dict[str, Callable[..., LeafResult]] = {"default": body}
+    if cpu_needs_passes(inputs, stored):
+        by_platform["cpu"] = in_passes
     if inputs.remainder is not None:
-        ways["tpu"] = apart
+        by_platform["tpu"] = apart
 
-    def step(way: str, rule: Rule, inputs: Inputs, stored: Stored, clock: Clock, times: Times) -> LeafResult:
-        return ways[way](rule, codecs, destination, inputs, stored, clock, times)
+    def step(platform: str, rule: Rule, inputs: Inputs, stored: Stored, clock: Clock, times: Times) -> LeafResult:
+        return by_platform[platform](rule, codecs, destination, inputs, stored, clock, times)
 
-    bound = {way: functools.partial(step, way) for way in ways}
+    bound = {platform: functools.partial(step, platform) for platform in by_platform}
     arrays = rule, inputs, stored, clock, times
     done = bound["default"](*arrays) if len(bound) == 1 else jax.lax.platform_dependent(*arrays, **bound)
     return done._replace(result=as_dtype(done.result, dtype)) if jnp.issubdtype(dtype, jnp.complexfloating) else done

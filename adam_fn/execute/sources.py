@@ -29,7 +29,7 @@ def sources(
 
 
 def dependencies(jaxpr: jax.extend.core.Jaxpr) -> list[set[int]]:
-    """The numbers of the inputs on which each output depends; loops depend on all that they are given."""
+    """The indices of the inputs on which each output depends; loops depend on all that they are given."""
     known: dict[object, set[int]] = {x: {i} for i, x in enumerate(jaxpr.invars)}
 
     def of(x: object) -> set[int]:
