@@ -9,8 +9,7 @@ import numpy as np
 import optax
 import pytest
 from cases import CASES, MEMBERS, Case, name
-from helpers.runs import full_jit, relative_error, trajectories, trajectory
-from helpers.states import slots_of
+from helpers.runs import relative_error, step_bound, trajectories, trajectory
 from oracles import family
 
 import adam_fn
@@ -41,7 +40,7 @@ def test_the_rules_that_square_are_known() -> None:
 
 def test_gradients_are_clipped_before_they_are_squared() -> None:
     """The float64 transcription of gradients clipped to 2⁶³ (2⁶²: of differences; 2⁶³/3: of Adan's), and no others."""
-    _, found = trajectories([case.make() for case in SQUARING], HUGE, PARAMS, jit=full_jit)
+    _, found = trajectories([case.make() for case in SQUARING], HUGE, PARAMS)
     for case, updates in zip(SQUARING, found, strict=True):
         bound = 2.0**63 / {"AdaBelief": 2, "Adan": 3}.get(type(case.member).__name__, 1)
         grads = np.clip(HUGE.astype(np.float64), -bound, bound)
@@ -53,10 +52,7 @@ def test_gradients_are_clipped_before_they_are_squared() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_step_bound_holds_at_any_magnitude(dtype: str) -> None:
-    """|Δ| ≤ α (1-β₁)/(1-β₁ᵗ) √((1-β₂ᵗ)/(1-β₂)) √((1-rᵗ)/(1-r)), r = β₁²/β₂, at any magnitude; and v is finite."""
-    b1, b2, t = 0.9, 0.999, np.arange(1, STEPS + 1)
-    r = b1**2 / b2
-    bound = (1 - b1) / (1 - b1**t) * np.sqrt((1 - b2**t) / (1 - b2)) * np.sqrt((1 - r**t) / (1 - r))
+    b1, b2 = 0.9, 0.999
     with jax.enable_x64(True):
         largest = float(np.finfo(dtype).max)
         root = largest**0.5
@@ -64,9 +60,9 @@ def test_the_step_bound_holds_at_any_magnitude(dtype: str) -> None:
         grads = np.stack([x * sign for x, sign in rows])
         grads[2] *= 10.0 ** np.linspace(-30, 0, STEPS)
         tx = adam_fn.adam(1.0, b1, b2, eps=0.0)
-        _, updates = trajectory(tx, grads.T, np.zeros(6), jnp.dtype(dtype), jit=full_jit)
+        _, updates = trajectory(tx, grads.T, np.zeros(6), jnp.dtype(dtype))
         assert updates.dtype == dtype
-    assert (np.abs(updates).max(axis=1) <= bound * (1 + 1e-5)).all()
+    assert (np.abs(updates).max(axis=1) <= step_bound(b1, b2, STEPS) * (1 + 1e-5)).all()
     assert np.abs(updates[-1, 0]) == pytest.approx(1, rel=1e-5)  # Of a constant gradient, however large.
 
 
@@ -77,20 +73,9 @@ def test_huge_float32_gradients_are_not_clipped_in_float64() -> None:
     np.testing.assert_allclose(found, family.adam(grads, params, 1e-3).updates, rtol=1e-9, atol=1e-15)
 
 
-@pytest.mark.parametrize("case", MEMBERS, ids=name)
-def test_nothing_overflows(case: Case) -> None:
-    tx = case.make()
-    grads = jnp.asarray([LARGEST, -LARGEST, 1e30, LARGEST / 2, 1e-30, 1.0])
-    params, state = jnp.asarray(PARAMS), tx.init(jnp.asarray(PARAMS))
-    for sign in (1, -1, -1, 1):
-        updates, state = full_jit(tx.update)(sign * grads, state, params)
-        assert jnp.isfinite(jnp.asarray(updates)).all(), updates
-        assert all(jnp.isfinite(slot).all() for slot in slots_of(state).values())
-
-
 def test_what_is_linear_is_exact() -> None:
     grads = _gradients([8e37, 1e30, 1e20, 3.0])
-    _, found = trajectories([case.make() for case in LINEAR], grads, PARAMS, jit=full_jit)
+    _, found = trajectories([case.make() for case in LINEAR], grads, PARAMS)
     for case, updates in zip(LINEAR, found, strict=True):
         expected = case.oracle(grads.astype(np.float64), PARAMS.astype(np.float64), 1e-3, **case.options).updates
         assert relative_error(updates, expected) < case.tolerance, case.name

@@ -1,5 +1,6 @@
 """After the switch SWATS is SGD: nothing of Adam is computed or changed, and nothing is copied for the choice."""
 
+import itertools
 from typing import Any
 
 import jax
@@ -40,8 +41,13 @@ def _switched(tx: Any, params: Any) -> Any:
     return state
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64", "complex64"])
-@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize(
+    ("stored", "dtype"),
+    [
+        *((stored, "float32") for stored in STORED),
+        *itertools.product(("float32", "16bit"), ("bfloat16", "float64", "complex64")),
+    ],
+)
 def test_after_the_switch_all_of_adam_but_the_momentum_stays(stored: str, dtype: str) -> None:
     """Bit for bit, v and the bias weights that are kept; m goes on, of everything that is trained."""
     with jax.enable_x64(dtype == "float64"):

@@ -9,15 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from helpers.runs import full_jit
 from jax.typing import DTypeLike
-from recorded.record_trajectories import (
-    FOLDER,
-    PULL,
-    RECORDED,
-    Array,
-    Problem,
-)
+from recorded.record_trajectories import FOLDER, PULL, RECORDED, Array, Problem
 
 
 class Record(NamedTuple):
@@ -56,7 +49,7 @@ def follow(tx: optax.GradientTransformation, this: Problem, dtype: DTypeLike, *,
     def as_params(p: jax.Array) -> jax.Array:
         return jax.lax.complex(p[..., ::2], p[..., 1::2]) if is_complex else p
 
-    @full_jit
+    @jax.jit
     def run(start: jax.Array, target: jax.Array, scale: jax.Array, noise: jax.Array, active: jax.Array) -> jax.Array:
         def step(carry: tuple[Any, Any], now: tuple[jax.Array, jax.Array]) -> tuple[tuple[Any, Any], jax.Array]:
             p, state = carry

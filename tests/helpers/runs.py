@@ -24,6 +24,12 @@ def random_gradients(steps: int, size: int, spread: float = 3.0, seed: int = 0) 
     return (rng.standard_normal((steps, size)) * scales).astype(np.float32)
 
 
+def step_bound(b1: float, b2: float, steps: int) -> Array:
+    """Adam's largest updates: α (1-β₁)/(1-β₁ᵗ) √((1-β₂ᵗ)/(1-β₂)) √((1-rᵗ)/(1-r)), r = β₁²/β₂, with α = 1."""
+    r, t = b1**2 / b2, np.arange(1, steps + 1)
+    return (1 - b1) / (1 - b1**t) * np.sqrt((1 - b2**t) / (1 - b2)) * np.sqrt((1 - r**t) / (1 - r))
+
+
 def trajectory(
     tx: optax.GradientTransformation, grads: Array, params: Array, dtype: Any = jnp.float32, jit: Any = jax.jit
 ) -> tuple[Array, Array]:

@@ -6,8 +6,10 @@ Steps are counted from t = 1 as in the papers; a schedule is an array with one v
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple, Protocol, TypeAlias
+import functools
+from collections.abc import Callable, Generator
+from itertools import count
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +20,8 @@ Hyper: TypeAlias = float | Array
 Gradients: TypeAlias = Array | Callable[[int, Array], Array]
 """One row of gradients for each step, or the gradient at (t, parameters)."""
 Decay: TypeAlias = Literal["scaled", "independent", "l2", "proximal"]
+Directions: TypeAlias = Generator[Array, Array, None]
+"""`send(gradients)` gives the direction of a step; `next`, before the first step, gives nothing that counts."""
 
 
 class Trajectory(NamedTuple):
@@ -27,10 +31,6 @@ class Trajectory(NamedTuple):
     """[T, n], the parameters after the step."""
     updates: Array
     """[T, n], what the step added to them."""
-
-
-class _Direction(Protocol):
-    def __call__(self, t: int, g: Array) -> Array: ...
 
 
 def at(x: Hyper, t: int) -> float:
@@ -43,76 +43,71 @@ def power(beta: Hyper, t: int) -> float:
     return float(beta) ** t if np.ndim(beta) == 0 else float(np.prod(np.asarray(beta, np.float64)[:t]))
 
 
-def descend(
-    direction: _Direction,
-    grads: Gradients,
-    params0: Array,
-    learning_rate: Hyper,
-    steps: int | None,
-    weight_decay: Hyper,
-    decay: Decay,
-) -> Trajectory:
-    """theta_t = theta_{t-1} - alpha_t * direction(t, g_t), with one of four kinds of weight decay (1711.05101).
+def optimizer(directions: Callable[..., Directions]) -> Callable[..., Trajectory]:
+    """Makes the optimizer theta_t = theta_{t-1} - alpha_t * direction_t of a generator of directions.
 
-    "l2": lambda theta joins the gradient. "independent": the paper's decoupled decay, lambda theta is subtracted
-    as it is. "scaled": the frameworks' decoupled decay, lambda theta is multiplied by the rate. "proximal": Adan's,
-    what the step without decay arrives at is divided by 1 + alpha lambda (2208.06677).
+    The generator is given zeros of the parameters' shape, and the options. `decay` is one of four kinds of weight decay
+    (1711.05101). "l2": lambda theta joins the gradient. "independent": the paper's decoupled decay, lambda theta is
+    subtracted as it is. "scaled": the frameworks' decoupled decay, lambda theta is multiplied by the rate. "proximal":
+    Adan's, what the step without decay arrives at is divided by 1 + alpha lambda (2208.06677).
     """
-    if callable(grads):
-        if steps is None:
-            raise ValueError("steps is needed when the gradients are a function")
-    else:
-        steps = len(grads)
-    theta = np.array(params0, np.float64)
-    params = np.empty((steps, *theta.shape))
-    updates = np.empty_like(params)
-    for t in range(1, steps + 1):
-        alpha, wd = at(learning_rate, t), at(weight_decay, t)
-        g = np.asarray(grads(t, theta) if callable(grads) else grads[t - 1], np.float64)
-        if decay == "l2":
-            update = -alpha * direction(t, g + wd * theta)
-        elif decay == "independent":
-            update = -alpha * direction(t, g) - wd * theta
-        elif decay == "proximal":
-            update = (theta - alpha * direction(t, g)) / (1 + alpha * wd) - theta
-        else:
-            update = -alpha * (direction(t, g) + wd * theta)
-        theta = theta + update
-        params[t - 1], updates[t - 1] = theta, update
-    return Trajectory(params, updates)
+
+    @functools.wraps(directions)
+    def descend(
+        grads: Gradients,
+        params0: Array,
+        learning_rate: Hyper,
+        *,
+        weight_decay: Hyper = 0.0,
+        decay: Decay = "scaled",
+        steps: int = 0,
+        **options: Any,
+    ) -> Trajectory:
+        theta = np.array(params0, np.float64)
+        found = directions(np.zeros_like(theta), **options)
+        next(found)
+        params, updates = [], []
+        for t in range(1, (steps if callable(grads) else len(grads)) + 1):
+            alpha, wd = at(learning_rate, t), at(weight_decay, t)
+            g = np.asarray(grads(t, theta) if callable(grads) else grads[t - 1], np.float64)
+            step = -alpha * found.send(g + wd * theta if decay == "l2" else g)
+            if decay == "independent":
+                step = step - wd * theta
+            elif decay == "proximal":
+                step = (theta + step) / (1 + alpha * wd) - theta
+            elif decay == "scaled":
+                step = step - alpha * wd * theta
+            theta = theta + step
+            params.append(theta)
+            updates.append(step)
+        return Trajectory(np.stack(params), np.stack(updates))
+
+    return descend
 
 
 def _look_ahead(m: Array, g: Array, b1: Hyper, t: int, momentum_decay: float | None) -> Array:
     """NAdam's first moment (Dozat, ICLR 2016 workshop): what momentum will look like after the next step.
 
-    mu_{t+1} m / (1 - mu_1 ... mu_{t+1}) + (1 - mu_t) g / (1 - mu_1 ... mu_t), with mu = b1, or with the momentum
-    schedule mu_t = b1 (1 - 0.96^(t psi) / 2) if psi (`momentum_decay`) is given. Either way m decays with b1.
-    A scheduled b1 needs T + 1 values for this: step T looks at the next one.
+    mu_{t+1} m / (1 - mu_1 ... mu_{t+1}) + (1 - mu_t) g / (1 - mu_1 ... mu_t), with a constant mu = b1, or with the
+    momentum schedule mu_t = b1 (1 - 0.96^(t psi) / 2) if psi (`momentum_decay`) is given. Either way m decays with b1.
     """
-    mu = np.full(t + 1, b1) if np.ndim(b1) == 0 else np.asarray(b1, np.float64)[: t + 1]
-    if len(mu) < t + 1:
-        raise ValueError(f"step {t} of NAdam needs the b1 of step {t + 1}")
+    mu = np.full(t + 1, b1)
     if momentum_decay is not None:
         mu = mu * (1 - 0.5 * 0.96 ** (np.arange(1, t + 2) * momentum_decay))
     return mu[t] * m / (1 - np.prod(mu)) + (1 - mu[t - 1]) * g / (1 - np.prod(mu[:t]))
 
 
+@optimizer
 def adam(
-    grads: Gradients,
-    params0: Array,
-    learning_rate: Hyper = 1e-3,
+    zeros: Array,
     b1: Hyper = 0.9,
     b2: Hyper = 0.999,
     eps: Hyper = 1e-8,
     eps_root: Hyper = 0.0,
-    *,
     nesterov: bool = False,
     momentum_decay: float | None = None,
     eps_hat: bool = False,
-    weight_decay: Hyper = 0.0,
-    decay: Decay = "scaled",
-    steps: int | None = None,
-) -> Trajectory:
+) -> Directions:
     """Adam, Algorithm 1 of arXiv 1412.6980: theta -= alpha m_hat / (sqrt(v_hat) + eps).
 
     `eps_hat` is the form at the end of its section 2: alpha sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps).
@@ -121,164 +116,57 @@ def adam(
     """
     if eps_hat and np.any(eps_root):
         raise ValueError("the epsilon-hat form has no eps_root")
-    m = v = np.zeros_like(np.asarray(params0, np.float64))
-
-    def direction(t: int, g: Array) -> Array:
-        nonlocal m, v
+    m = v = u = zeros
+    for t in count(1):
+        g = yield u
         beta1, beta2 = at(b1, t), at(b2, t)
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g**2
         m_hat = _look_ahead(m, g, b1, t, momentum_decay) if nesterov else m / (1 - power(b1, t))
         if eps_hat:
-            return np.sqrt(1 - power(b2, t)) * m_hat / (np.sqrt(v) + at(eps, t))
-        v_hat = v / (1 - power(b2, t))
-        return m_hat / (np.sqrt(v_hat + at(eps_root, t)) + at(eps, t))
-
-    return descend(direction, grads, params0, learning_rate, steps, weight_decay, decay)
+            u = np.sqrt(1 - power(b2, t)) * m_hat / (np.sqrt(v) + at(eps, t))
+        else:
+            u = m_hat / (np.sqrt(v / (1 - power(b2, t)) + at(eps_root, t)) + at(eps, t))
 
 
-def adamw(
-    grads: Gradients,
-    params0: Array,
-    learning_rate: Hyper = 1e-3,
-    b1: Hyper = 0.9,
-    b2: Hyper = 0.999,
-    eps: Hyper = 1e-8,
-    eps_root: Hyper = 0.0,
-    *,
-    nesterov: bool = False,
-    momentum_decay: float | None = None,
-    eps_hat: bool = False,
-    weight_decay: Hyper = 1e-4,
-    decay: Decay = "scaled",
-    steps: int | None = None,
-) -> Trajectory:
-    """AdamW, Algorithm 2 of arXiv 1711.05101: theta -= alpha m_hat / (sqrt(v_hat) + eps) + lambda theta.
-
-    That is `decay="independent"`; the frameworks' form multiplies lambda by the rate ("scaled"), and "l2" is the
-    algorithm's other branch, where lambda theta joins the gradient.
-    """
-    return adam(
-        grads, params0, learning_rate, b1, b2, eps, eps_root, nesterov=nesterov, momentum_decay=momentum_decay,
-        eps_hat=eps_hat, weight_decay=weight_decay, decay=decay, steps=steps,
-    )  # fmt: skip
+#: Algorithm 2 of arXiv 1711.05101 with `decay="independent"`; the frameworks' form is "scaled", its other branch "l2".
+adamw = adam
+#: Dozat, "Incorporating Nesterov momentum into Adam", ICLR 2016 workshop. Constant momentum without `momentum_decay`
+#: (optax); psi = 4e-3 is torch's schedule, psi = 1 that of Keras 3.
+nadam = nadamw = functools.partial(adam, nesterov=True)
 
 
-def nadam(
-    grads: Gradients,
-    params0: Array,
-    learning_rate: Hyper = 1e-3,
-    b1: Hyper = 0.9,
-    b2: Hyper = 0.999,
-    eps: Hyper = 1e-8,
-    eps_root: Hyper = 0.0,
-    *,
-    momentum_decay: float | None = None,
-    eps_hat: bool = False,
-    weight_decay: Hyper = 0.0,
-    decay: Decay = "scaled",
-    steps: int | None = None,
-) -> Trajectory:
-    """NAdam (Dozat, "Incorporating Nesterov momentum into Adam", ICLR 2016 workshop).
-
-    Constant momentum without `momentum_decay` (optax); psi = 4e-3 is torch's schedule, psi = 1 that of Keras 3.
-    """
-    return adam(
-        grads, params0, learning_rate, b1, b2, eps, eps_root, nesterov=True, momentum_decay=momentum_decay,
-        eps_hat=eps_hat, weight_decay=weight_decay, decay=decay, steps=steps,
-    )  # fmt: skip
-
-
-def nadamw(
-    grads: Gradients,
-    params0: Array,
-    learning_rate: Hyper = 1e-3,
-    b1: Hyper = 0.9,
-    b2: Hyper = 0.999,
-    eps: Hyper = 1e-8,
-    eps_root: Hyper = 0.0,
-    *,
-    momentum_decay: float | None = None,
-    eps_hat: bool = False,
-    weight_decay: Hyper = 1e-4,
-    decay: Decay = "scaled",
-    steps: int | None = None,
-) -> Trajectory:
-    """NAdam with decoupled weight decay: `nadam` and arXiv 1711.05101."""
-    return nadam(
-        grads, params0, learning_rate, b1, b2, eps, eps_root, momentum_decay=momentum_decay,
-        eps_hat=eps_hat, weight_decay=weight_decay, decay=decay, steps=steps,
-    )  # fmt: skip
-
-
-def adamax(
-    grads: Gradients,
-    params0: Array,
-    learning_rate: Hyper = 1e-3,
-    b1: Hyper = 0.9,
-    b2: Hyper = 0.999,
-    eps: Hyper = 1e-8,
-    *,
-    eps_hat: bool = False,
-    weight_decay: Hyper = 0.0,
-    decay: Decay = "scaled",
-    steps: int | None = None,
-) -> Trajectory:
+@optimizer
+def adamax(zeros: Array, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-8, eps_hat: bool = False) -> Directions:
     """AdaMax, Algorithm 2 of arXiv 1412.6980: u = max(b2 u, |g|), theta -= alpha / (1 - b1^t) * m / u.
 
     The paper has no eps (`eps=0`): where u is still 0, m is 0 as well, and 0/0 is taken as no step. torch and optax put
     eps into the max, u = max(b2 u, |g| + eps); Keras adds it outside, m / (u + eps), here `eps_hat`: to the raw u.
     """
-    m = u = np.zeros_like(np.asarray(params0, np.float64))
-
-    def direction(t: int, g: Array) -> Array:
-        nonlocal m, u
+    m = u = direction = zeros
+    for t in count(1):
+        g = yield direction
         beta1, epsilon = at(b1, t), at(eps, t)
         m = beta1 * m + (1 - beta1) * g
         u = np.maximum(at(b2, t) * u, np.abs(g) + (0.0 if eps_hat else epsilon))
         bottom = u + epsilon if eps_hat else u
-        step = np.divide(m, bottom, out=np.zeros_like(m), where=bottom > 0)
-        return step / (1 - power(b1, t))
-
-    return descend(direction, grads, params0, learning_rate, steps, weight_decay, decay)
+        direction = np.divide(m, bottom, out=np.zeros_like(m), where=bottom > 0) / (1 - power(b1, t))
 
 
-def adamaxw(
-    grads: Gradients,
-    params0: Array,
-    learning_rate: Hyper = 1e-3,
-    b1: Hyper = 0.9,
-    b2: Hyper = 0.999,
-    eps: Hyper = 1e-8,
-    *,
-    eps_hat: bool = False,
-    weight_decay: Hyper = 1e-4,
-    decay: Decay = "scaled",
-    steps: int | None = None,
-) -> Trajectory:
-    """AdaMax with decoupled weight decay: `adamax` and arXiv 1711.05101."""
-    return adamax(
-        grads, params0, learning_rate, b1, b2, eps, eps_hat=eps_hat, weight_decay=weight_decay, decay=decay,
-        steps=steps,
-    )  # fmt: skip
+adamaxw = adamax
 
 
+@optimizer
 def amsgrad(
-    grads: Gradients,
-    params0: Array,
-    learning_rate: Hyper = 1e-3,
+    zeros: Array,
     b1: Hyper = 0.9,
     b2: Hyper = 0.999,
     eps: Hyper = 1e-8,
     eps_root: Hyper = 0.0,
-    *,
     bias_correction_mu: bool = True,
     bias_correction_nu: bool = True,
     eps_hat: bool = False,
-    weight_decay: Hyper = 0.0,
-    decay: Decay = "scaled",
-    steps: int | None = None,
-) -> Trajectory:
+) -> Directions:
     """AMSGrad, Algorithm 2 of arXiv 1904.09237: v_max = max(v_max, v), theta -= alpha m / sqrt(v_max).
 
     The paper corrects neither moment (both flags False). torch and Keras take the maximum of the raw v and then
@@ -286,40 +174,33 @@ def amsgrad(
     """
     if eps_hat and (np.any(eps_root) or not bias_correction_nu):
         raise ValueError("the epsilon-hat form has no eps_root, and without correction it is no form of its own")
-    m = v = v_max = np.zeros_like(np.asarray(params0, np.float64))
-
-    def direction(t: int, g: Array) -> Array:
-        nonlocal m, v, v_max
+    m = v = v_max = u = zeros
+    for t in count(1):
+        g = yield u
         beta1, beta2 = at(b1, t), at(b2, t)
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g**2
         v_max = np.maximum(v_max, v)
         top = m / (1 - power(b1, t)) if bias_correction_mu else m
         if eps_hat:
-            return np.sqrt(1 - power(b2, t)) * top / (np.sqrt(v_max) + at(eps, t))
-        v_hat = v_max / (1 - power(b2, t)) if bias_correction_nu else v_max
-        return top / (np.sqrt(v_hat + at(eps_root, t)) + at(eps, t))
+            u = np.sqrt(1 - power(b2, t)) * top / (np.sqrt(v_max) + at(eps, t))
+        else:
+            v_hat = v_max / (1 - power(b2, t)) if bias_correction_nu else v_max
+            u = top / (np.sqrt(v_hat + at(eps_root, t)) + at(eps, t))
 
-    return descend(direction, grads, params0, learning_rate, steps, weight_decay, decay)
 
-
+@optimizer
 def radam(
-    grads: Gradients,
-    params0: Array,
-    learning_rate: Hyper = 1e-3,
+    zeros: Array,
     b1: Hyper = 0.9,
     b2: float = 0.999,
     eps: Hyper = 1e-8,
     eps_root: Hyper = 0.0,
     threshold: float = 5.0,
-    *,
     nesterov: bool = False,
     degenerated_to_sgd: bool = True,
     eps_hat: bool = False,
-    weight_decay: Hyper = 0.0,
-    decay: Decay = "scaled",
-    steps: int | None = None,
-) -> Trajectory:
+) -> Directions:
     """RAdam, Algorithm 2 of arXiv 1908.03265, with rho_inf = 2 / (1 - b2) - 1.
 
     rho_t = rho_inf - 2 t b2^t / (1 - b2^t). If rho_t reaches the threshold (5 in the official code, 4 in the paper),
@@ -329,88 +210,60 @@ def radam(
     """
     if eps_hat and np.any(eps_root):
         raise ValueError("the epsilon-hat form has no eps_root")
-    m = v = np.zeros_like(np.asarray(params0, np.float64))
-
-    def direction(t: int, g: Array) -> Array:
-        nonlocal m, v
+    m = v = u = zeros
+    rho_inf = 2 / (1 - b2) - 1
+    for t in count(1):
+        g = yield u
         beta1, b2_t = at(b1, t), power(b2, t)
         m = beta1 * m + (1 - beta1) * g
         v = b2 * v + (1 - b2) * g**2
         m_hat = _look_ahead(m, g, b1, t, None) if nesterov else m / (1 - power(b1, t))
-        rho_inf = 2 / (1 - b2) - 1
         rho = rho_inf - 2 * t * b2_t / (1 - b2_t)
         if rho < threshold:
-            return m_hat if degenerated_to_sgd else np.zeros_like(m_hat)
+            u = m_hat if degenerated_to_sgd else zeros
+            continue
         r = np.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
         if eps_hat:
-            return r * np.sqrt(1 - b2_t) * m_hat / (np.sqrt(v) + at(eps, t))
-        return r * m_hat / (np.sqrt(v / (1 - b2_t) + at(eps_root, t)) + at(eps, t))
+            u = r * np.sqrt(1 - b2_t) * m_hat / (np.sqrt(v) + at(eps, t))
+        else:
+            u = r * m_hat / (np.sqrt(v / (1 - b2_t) + at(eps_root, t)) + at(eps, t))
 
-    return descend(direction, grads, params0, learning_rate, steps, weight_decay, decay)
 
-
+@optimizer
 def adabelief(
-    grads: Gradients,
-    params0: Array,
-    learning_rate: Hyper = 1e-3,
+    zeros: Array,
     b1: Hyper = 0.9,
     b2: Hyper = 0.999,
     eps: Hyper = 1e-16,
     eps_root: Hyper = 1e-16,
-    *,
     nesterov: bool = False,
-    weight_decay: Hyper = 0.0,
-    decay: Decay = "scaled",
-    steps: int | None = None,
-) -> Trajectory:
+) -> Directions:
     """AdaBelief, Algorithm 2 of arXiv 2010.07468: s = b2 s + (1 - b2)(g - m)^2 + eps with the m of this step.
 
     theta -= alpha m_hat / (sqrt(s / (1 - b2^t)) + eps). The paper's one eps stands in both places and what it adds to s
     stays in s (the official code adds it in place). optax 0.2.8 does the same with two numbers: `eps_root` is added
     into the stored s at each step, `eps` to the root; so the official form is optax's with eps = eps_root = eps.
     """
-    m = s = np.zeros_like(np.asarray(params0, np.float64))
-
-    def direction(t: int, g: Array) -> Array:
-        nonlocal m, s
+    m = s = u = zeros
+    for t in count(1):
+        g = yield u
         beta1, beta2 = at(b1, t), at(b2, t)
         m = beta1 * m + (1 - beta1) * g
         s = beta2 * s + (1 - beta2) * (g - m) ** 2 + at(eps_root, t)
         m_hat = _look_ahead(m, g, b1, t, None) if nesterov else m / (1 - power(b1, t))
-        s_hat = s / (1 - power(b2, t))
-        return m_hat / (np.sqrt(s_hat) + at(eps, t))
-
-    return descend(direction, grads, params0, learning_rate, steps, weight_decay, decay)
+        u = m_hat / (np.sqrt(s / (1 - power(b2, t))) + at(eps, t))
 
 
-def yogi(
-    grads: Gradients,
-    params0: Array,
-    learning_rate: Hyper = 1e-3,
-    b1: Hyper = 0.9,
-    b2: Hyper = 0.999,
-    eps: Hyper = 1e-3,
-    *,
-    initial: float = 1e-6,
-    bias_correction: bool = True,
-    weight_decay: Hyper = 0.0,
-    decay: Decay = "scaled",
-    steps: int | None = None,
-) -> Trajectory:
+@optimizer
+def yogi(zeros: Array, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-3) -> Directions:
     """Yogi (Zaheer et al., NeurIPS 2018): v = v - (1 - b2) sign(v - g^2) g^2, otherwise Adam.
 
-    m_0 = v_0 = 1e-6 and the bias correction are what optax does; the paper's listing does not correct
-    (`bias_correction=False`).
+    m_0 = v_0 = 1e-6 and the bias correction are what optax does; the paper's listing does not correct.
     """
-    m = v = np.full_like(np.asarray(params0, np.float64), initial)
-
-    def direction(t: int, g: Array) -> Array:
-        nonlocal m, v
+    m = v = u = np.full_like(zeros, 1e-6)
+    for t in count(1):
+        g = yield u
         beta1, beta2 = at(b1, t), at(b2, t)
         m = beta1 * m + (1 - beta1) * g
         v = v - (1 - beta2) * np.sign(v - g**2) * g**2
-        m_hat = m / (1 - power(b1, t)) if bias_correction else m
-        v_hat = v / (1 - power(b2, t)) if bias_correction else v
-        return m_hat / (np.sqrt(v_hat) + at(eps, t))
-
-    return descend(direction, grads, params0, learning_rate, steps, weight_decay, decay)
+        u = m / (1 - power(b1, t)) / (np.sqrt(v / (1 - power(b2, t))) + at(eps, t))

@@ -1,5 +1,6 @@
 """Narrow moments in use: their bytes, options, masks and errors, and in other people's transformations and loops."""
 
+import itertools
 import pickle
 from typing import Any
 
@@ -8,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import MEMBERS, Case, name
+from cases import MEMBERS
 from flax import nnx
 from flax.training.train_state import TrainState
-from helpers.runs import compilations, full_jit
+from helpers.runs import compilations
 from helpers.states import slots_of
 
 import adam_fn
@@ -89,11 +90,10 @@ def test_state_bytes(storage: Any, least: int) -> None:
     assert adam_fn.state_bytes(adam_fn.adam(1e-3, storage=storage), params) == least * params.size + 4
 
 
-@pytest.mark.parametrize("case", MEMBERS, ids=name)
-def test_every_array_of_every_state_has_its_parameters_shape(case: Case) -> None:
+def test_every_array_of_every_state_has_its_parameters_shape() -> None:
     params = {"w": jnp.ones((5, 3)), "scalar": jnp.ones(()), "empty": jnp.ones((0, 2)), "n": jnp.arange(2)}
-    for storage in NAMES:
-        state = case.make(storage=storage).init(params)
+    for case, storage in itertools.product(MEMBERS, NAMES):
+        state = jax.eval_shape(case.make(storage=storage).init, params)
         wanted = {key: p.shape for key, p in params.items() if key != "n"}
         for slot in slots_of(state).values():
             assert {key: x.shape for key, x in slot.items() if key != "n"} == wanted
@@ -109,7 +109,7 @@ def test_complex_and_wide_parameters(storage: Any) -> None:
     with jax.enable_x64(True):
         found = []
         for x in (jnp.asarray(g, jnp.float32), jnp.asarray(g[0] + 1j * g[1], jnp.complex64), jnp.asarray(g)):
-            state, updates = tx.init(x), x
+            state, updates = jax.jit(tx.init)(x), x
             for _ in range(3):
                 updates, state = tx.update(x, state, x)
             assert jnp.asarray(updates).dtype == x.dtype
@@ -126,14 +126,16 @@ def test_every_storage_works_inside_flax_and_optax(storage: Any) -> None:
     grads = jax.tree.map(jnp.sin, params)
     injected = optax.inject_hyperparams(lambda learning_rate: adam_fn.adamw(learning_rate, storage=storage))(1e-2)
     plain = adam_fn.adamw(1e-2, storage=storage)
-    found = []
-    for tx, repeats in ((plain, 1), (injected, 1), (optax.MultiSteps(plain, 2).gradient_transformation(), 2)):
-        state = TrainState.create(apply_fn=lambda: None, params=params, tx=tx)
-        for _ in range(2 * repeats):
+    doubled = optax.MultiSteps(plain, 2).gradient_transformation()
+
+    def trained(tx: Any, steps: int) -> jax.Array:
+        state: Any = TrainState.create(apply_fn=lambda: None, params=params, tx=tx)
+        for _ in range(steps):
             state = state.apply_gradients(grads=grads)
-        found.append(state.params["w"])
-    np.testing.assert_allclose(found[1], found[0], rtol=1e-6)
-    np.testing.assert_allclose(found[2], found[0], rtol=1e-6)
+        return state.params["w"]
+
+    expected, *found = jax.jit(lambda: [trained(plain, 2), trained(injected, 2), trained(doubled, 4)])()
+    np.testing.assert_allclose(found, [expected] * 2, rtol=1e-6)
     model = nnx.Linear(64, 64, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, plain, wrt=nnx.Param)
     optimizer.update(model, nnx.grad(lambda m: jnp.sum(m(jnp.ones((1, 64))) ** 2))(model))
@@ -144,13 +146,14 @@ def test_every_storage_works_inside_flax_and_optax(storage: Any) -> None:
     for _ in range(3):
         p, state = step(p, state, grads)
     assert compilations(step) == 1
-    updates, after = full_jit(plain.update)(grads, pickle.loads(pickle.dumps(state)), p)
-    again, _ = full_jit(plain.update)(grads, state, p)
+    update = jax.jit(plain.update)
+    updates, after = update(grads, pickle.loads(pickle.dumps(state)), p)
+    again, _ = update(grads, state, p)
     np.testing.assert_array_equal(updates["w"], again["w"])
     both = jax.tree.map(lambda *x: jnp.stack(x), (grads, state, p), (updates, after, params))
-    members, _ = jax.vmap(plain.update)(*both)
+    members, _ = jax.jit(jax.vmap(plain.update))(*both)
     np.testing.assert_allclose(members["w"][0], again["w"], rtol=1e-6)
-    np.testing.assert_allclose(members["w"][1], plain.update(updates, after, params)[0]["w"], rtol=1e-6)
+    np.testing.assert_allclose(members["w"][1], update(updates, after, params)[0]["w"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn", "float8_e5m2", "bfloat16"])

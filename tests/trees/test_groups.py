@@ -1,6 +1,7 @@
 """Multipliers and frozen leaves by path: as `optax.partition` of the parts, within one state, for every member."""
 
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -20,17 +21,16 @@ from adam_fn import Group, Groups
 
 PARAMS = {
     "embed": {"table": jnp.ones((2, 3))},
-    "layers": [{"kernel": jnp.full((2, 3), 0.5 + i), "bias": jnp.full(3, 2.0 + i)} for i in range(3)],
+    "layers": [{"kernel": jnp.full((2, 3), 0.5 + i), "bias": jnp.full(3, 2.0 + i)} for i in range(2)],
 }
 GROUPS = {
     "embed/*": Group(frozen=True),
     "layers/0/*": Group(rate=0.25),
-    "layers/1/*": Group(rate=0.5),
     "*/bias": Group(decay=0.0),
-    "layers/2/kernel": Group(decay=3.0),
+    "layers/1/kernel": Group(decay=3.0),
 }
 # Of (rate, decay), None where frozen; in the order of the leaves.
-EXPECTED = [None, (0.25, 0.0), (0.25, 1.0), (0.5, 0.0), (0.5, 1.0), (1.0, 0.0), (1.0, 3.0)]
+EXPECTED = [None, (0.25, 0.0), (0.25, 1.0), (1.0, 0.0), (1.0, 3.0)]
 GRADS = [
     jax.tree.map(lambda p, i=i: jnp.asarray(random_gradients(1, p.size, seed=i)[0].reshape(p.shape)), PARAMS)
     for i in range(4)
@@ -71,7 +71,7 @@ def test_every_member_follows_its_groups(case: Case) -> None:
     chex.assert_trees_all_close(found, expected, rtol=2e-5, atol=1e-7)
     for slot in slots_of(state).values():
         assert slot["embed"]["table"] == optax.MaskedNode()
-        assert len(jax.tree.leaves(slot)) == 6
+        assert len(jax.tree.leaves(slot)) == 4
 
 
 @pytest.mark.parametrize("decay", ["independent", "l2", "proximal"])
@@ -94,7 +94,7 @@ def test_the_rate_of_one_step_is_multiplied_too() -> None:
 
 
 def test_mask_frozen_and_groups_together() -> None:
-    mask, frozen = adam_fn.masks.path("*/kernel"), adam_fn.masks.path("layers/2/*")
+    mask, frozen = adam_fn.masks.path("*/kernel"), adam_fn.masks.path("layers/1/*")
     found, _ = _run(adam_fn.adamw(0.1, weight_decay=0.2, mask=mask, frozen=frozen, groups={"*": Group(rate=0.5)}))
     expected, _ = _run(adam_fn.adamw(0.05, weight_decay=0.2, mask=mask, frozen=frozen))
     chex.assert_trees_all_close(found, expected, rtol=1e-6)
@@ -104,7 +104,7 @@ def test_groups_in_lamb_step_as_separate_optimizers() -> None:
     found, state = _run(adam_fn.lamb(0.1, weight_decay=0.2, groups=GROUPS))
     expected, _ = _run(_parts(lambda rate, decay: adam_fn.lamb(0.1 * rate, weight_decay=0.2 * decay)))
     chex.assert_trees_all_close(found, expected, rtol=2e-5, atol=1e-7)
-    assert len(jax.tree.leaves(slots_of(state[0]))) == 2 * 6
+    assert len(jax.tree.leaves(slots_of(state[0]))) == 2 * 4
 
 
 def test_swats_finds_one_rate_for_all_groups() -> None:
@@ -229,25 +229,27 @@ class _Equinox(eqx.Module):
     norm: eqx.nn.LayerNorm
     head: eqx.nn.Linear
 
-
-def _frameworks() -> dict[str, Any]:
-    key = jax.random.key(0)
-    module = _Equinox(eqx.nn.Linear(4, 3, key=key), eqx.nn.LayerNorm(3), eqx.nn.Linear(3, 2, key=key))
-    return {
-        "linen": _Linen().init(key, jnp.ones((1, 4)))["params"],
-        "nnx": nnx.state(_Nnx(), nnx.Param),
-        "equinox": eqx.filter(module, eqx.is_array),
-    }
+    def __init__(self) -> None:
+        key = jax.random.key(0)
+        self.body, self.norm = eqx.nn.Linear(4, 3, key=key), eqx.nn.LayerNorm(3)
+        self.head = eqx.nn.Linear(3, 2, key=key)
 
 
-@pytest.mark.parametrize("framework", ["linen", "nnx", "equinox"])
+FRAMEWORKS: dict[str, Callable[[], Any]] = {
+    "linen": lambda: _Linen().init(jax.random.key(0), jnp.ones((1, 4)))["params"],
+    "nnx": lambda: nnx.state(_Nnx(), nnx.Param),
+    "equinox": lambda: eqx.filter(_Equinox(), eqx.is_array),
+}
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_paths_of_frameworks(framework: str) -> None:
-    params = _frameworks()[framework]
+    params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), jax.eval_shape(FRAMEWORKS[framework]))
     groups = {"body/*": Group(frozen=True), "norm/*": Group(rate=0.5), "*/bias": Group(decay=0.0)}
     tx = adam_fn.adamw(0.1, weight_decay=0.5, groups=groups)
     state = tx.init(params)
     assert len(jax.tree.leaves(slots_of(state)["mu"])) == 4
-    updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+    updates, _ = tx.update(jax.tree.map(np.ones_like, params), state, params)
     scales: dict[str, set[float]] = {}
     for (keys, u), p in zip(jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(params), strict=True):
         part = jax.tree_util.keystr(keys[:1], simple=True)
@@ -264,8 +266,7 @@ def test_nnx_optimizer_keeps_one_state() -> None:
     model: Any = _Nnx()
     groups = {"body/*": Group(frozen=True), "*/bias": Group(decay=0.0)}
     optimizer = nnx.Optimizer(model, adam_fn.adamw(0.1, groups=groups), wrt=nnx.Param)
-    before = jnp.array(model.body.kernel[...])
-    grads = nnx.grad(lambda model: (model.head(model.norm(model.body(jnp.ones((1, 4))))) ** 2).sum())(model)
-    optimizer.update(model, grads)
+    before = np.array(model.body.kernel[...])
+    optimizer.update(model, jax.tree.map(np.ones_like, nnx.state(model, nnx.Param)))
     np.testing.assert_array_equal(model.body.kernel[...], before)
     assert (model.head.bias[...] != 0).all()
