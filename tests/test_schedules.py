@@ -142,7 +142,7 @@ def test_bad_arguments(make: Callable[[], Any], message: str) -> None:
 
 
 def test_paper_beta1_decay_in_adam() -> None:
-    """β₁,t = β₁λ^(t-1) goes through the bias correction exactly: see `tests/family/test_oracles.py` for schedules at large."""
+    """β₁,t = β₁λ^(t-1) goes through the bias correction exactly; for other schedules see `family/test_oracles.py`."""
     tx = adam_fn.adam(schedules.inverse_sqrt(0.1), b1=schedules.beta1_decay(0.9, 0.5))
     state = tx.init(jnp.zeros(()))
     for t in range(1, 5):
