@@ -21,14 +21,13 @@ the error in units of the rate; of falling gradients that and the mean error of 
 --check the exit status is 1 when a storage of ours misses a bar.
 """
 
-import argparse
 import dataclasses
 import functools
-import json
+import itertools
 import pathlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
+from typing import Literal, NamedTuple, TypeAlias, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +35,9 @@ import numpy as np
 import numpy.typing as npt
 import optax
 from emulation import peers
-from measure import machine
+from exactness import updates
+from measure import scripts
+from measure.scripts import Row
 from training import char_model
 
 import adam_fn
@@ -55,9 +56,6 @@ OURS: tuple[Name, ...] = get_args(Name)
 Random: TypeAlias = np.random.Generator
 Float32: TypeAlias = npt.NDArray[np.float32]
 Updates: TypeAlias = npt.NDArray[np.floating]
-Row: TypeAlias = dict[str, Any]  # Of the results: ABOUT, and what was measured.
-
-ABOUT = ("storage", "bytes", "ours", "scenario", "case")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,8 +97,7 @@ class Scenario:
 def library(name: Name) -> Storage:
     """A storage of this package."""
 
-    def optimizer(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-        del eps
+    def optimizer(b1: float, b2: float, _: float) -> optax.GradientTransformation:
         return adam_fn.adam(1.0, b1, b2, eps=0.0, storage=name)
 
     params = jnp.zeros(2**20)
@@ -109,12 +106,8 @@ def library(name: Name) -> Storage:
 
 def emulated(peer: peers.Peer) -> Storage:
     """Another library's."""
-    return Storage(
-        peer.name,
-        peer.mu.bytes + peer.nu.bytes,
-        False,
-        lambda b1, b2, eps: peers.adam(peer.mu, peer.nu, b1, b2, eps),
-    )
+    size = peer.mu.bytes + peer.nu.bytes
+    return Storage(peer.name, size, False, functools.partial(peers.adam, peer.mu, peer.nu))
 
 
 EXACT = Storage("exact", 16, False, lambda b1, b2, _: peers.adam(peers.EXACT, peers.EXACT, b1, b2, 0.0))
@@ -177,35 +170,32 @@ def recorded(folder: pathlib.Path, steps: int, elements: int) -> Float32:
     return gradients.reshape(steps, elements)
 
 
-def errors(updates: Updates, exact: Updates) -> dict[str, float]:
+def errors(found: Updates, exact: Updates) -> dict[str, float]:
     """Of the last updates."""
-    updates, exact = updates[-LAST:], exact[-LAST:]
-    error = updates - exact
+    found, exact = found[-LAST:], exact[-LAST:]
     return {
-        "error": rms(error) / rms(exact),
-        "rms": rms(updates) / rms(exact),
-        "largest": float(np.abs(updates).max() / np.abs(exact).max()),
-        "absolute": rms(error),
+        "error": rms(found - exact) / rms(exact),
+        "rms": rms(found) / rms(exact),
+        "largest": float(np.abs(found).max() / np.abs(exact).max()),
+        "absolute": rms(found - exact),
     }
 
 
-def late_errors(updates: Updates, exact: Updates) -> dict[str, float]:
+def late_errors(found: Updates, exact: Updates) -> dict[str, float]:
     """Of the second half of the updates, in units of the rate."""
-    error = (updates - exact)[len(exact) // 2 :]
+    error = (found - exact)[len(exact) // 2 :]
     return {"absolute": rms(error), "mean": float(error.mean())}
 
 
-def mean_step(updates: Updates, exact: Updates) -> dict[str, float]:
+def mean_step(found: Updates, exact: Updates) -> dict[str, float]:
     """Of all updates, in units of the right one."""
-    return {"step": float(updates.mean() / exact.mean())}
+    return {"step": float(found.mean() / exact.mean())}
 
 
-def quiet_rows(updates: Updates, exact: Updates) -> dict[str, float]:
+def quiet_rows(found: Updates, exact: Updates) -> dict[str, float]:
     """Of the elements without gradients: how far they went, in units of how far they should, and their last update."""
-    return {
-        "moved": rms(updates[:, ::4].sum(0)) / rms(exact[:, ::4].sum(0)),
-        "last": rms(updates[-1, ::4]),
-    }
+    found, exact = found[:, ::4], exact[:, ::4]
+    return {"moved": rms(found.sum(0)) / rms(exact.sum(0)), "last": rms(found[-1])}
 
 
 def rms(x: Updates) -> float:
@@ -223,12 +213,9 @@ def scenarios(sizes: Sizes, folder: pathlib.Path | None = None) -> Iterator[Scen
     if folder is not None:
         gradients = recorded(folder, sizes.steps, 4 * sizes.elements)
         yield Scenario("recorded", "", lambda *_: gradients, errors)
-    for noise in (0, 1 / 3, 1, 3):
-        for b1 in BETAS:
-            made = functools.partial(steady, noise=noise)
-            yield Scenario(
-                "noisy" if noise else "steady", f"β₁ = {b1}, noise {noise:.2g}", made, mean_step, b1=b1, steady=True
-            )
+    for noise, b1 in itertools.product((0, 1 / 3, 1, 3), BETAS):
+        name, made = "noisy" if noise else "steady", functools.partial(steady, noise=noise)
+        yield Scenario(name, f"β₁ = {b1}, noise {noise:.2g}", made, mean_step, b1=b1, steady=True)
     yield Scenario("quiet", "", quiet, quiet_rows)
     yield Scenario("falling", "", falling, late_errors)
     for period in PERIODS:
@@ -239,13 +226,7 @@ def scenarios(sizes: Sizes, folder: pathlib.Path | None = None) -> Iterator[Scen
 @functools.partial(jax.jit, static_argnames=("storage", "b1", "b2"))
 def trajectory(storage: Storage, b1: float, b2: float, eps: float, gradients: jax.Array) -> jax.Array:
     """The updates, [steps, elements], with the sign of the gradients."""
-    tx, params = storage.optimizer(b1, b2, eps), jnp.zeros_like(gradients[0])
-
-    def step(state: optax.OptState, g: jax.Array) -> tuple[optax.OptState, jax.Array]:
-        updates, state = tx.update(g, state, params)
-        return state, -jnp.asarray(updates)
-
-    return jax.lax.scan(step, tx.init(params), gradients)[1]
+    return -updates(storage.optimizer(b1, b2, eps), gradients)
 
 
 def made_by(storage: Storage, scenario: Scenario, gradients: Float32) -> Updates:
@@ -341,31 +322,22 @@ def misses(rows: Iterable[Row]) -> list[str]:
     return found
 
 
-def shown(row: Row) -> str:
-    """A row on one line."""
-    numbers = (f"{key} {value:.4g}" for key, value in row.items() if key not in ABOUT)
-    return f"{row['storage']:<26}{row['scenario']:<16}{row['case']:<22}" + ", ".join(numbers)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few steps and elements, to try the script")
-    parser.add_argument("--only", nargs="+", default=[""], help="storages whose name contains one of these texts")
+    parser = scripts.parser(
+        __doc__,
+        quick="few steps and elements, to try the script",
+        only="part of a storage's name",
+        check="exit 1 when a storage of ours misses a bar",
+    )
     parser.add_argument("--gradients", type=pathlib.Path, help="folder that keeps recorded gradients")
-    parser.add_argument("--check", action="store_true", help="exit 1 when a storage of ours misses a bar")
-    parser.add_argument("--out", type=pathlib.Path, help="folder for codes.json")
     options = parser.parse_args()
 
-    sizes, rows = QUICK if options.quick else Sizes(), []
-    chosen = [storage for storage in storages() if any(text in storage.name for text in options.only)]
-    for row in measured(chosen, sizes, options.gradients):
-        print(shown(row), flush=True)
-        rows.append(row)
+    sizes, every = QUICK if options.quick else Sizes(), {storage.name: storage for storage in storages()}
+    chosen = [every[name] for name in scripts.selected(every, options.only)]
+    rows = scripts.collected(measured(chosen, sizes, options.gradients))
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        made = {"device": machine.device(), "versions": machine.versions(), "date": machine.now()}
-        found = {**made, **sizes._asdict(), "last": LAST, "b1": B1, "b2": B2, "rows": rows}
-        (options.out / "codes.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        about = {**scripts.about(), **sizes._asdict(), "last": LAST, "b1": B1, "b2": B2}
+        scripts.write(options.out / "codes.json", {**about, "rows": rows})
     if options.check and (missed := misses(rows)):
         sys.exit("\n".join(["bars missed:", *missed]))
 

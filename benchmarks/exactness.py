@@ -6,19 +6,17 @@ Random gradients, coordinates whose scales span e^-9 to e^9; the relative L2 err
 a float64 transcription that reads the very same float32 gradients and the very same hyperparameters.
 """
 
-import argparse
 import dataclasses
-import json
-import pathlib
+import itertools
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 import optax
-from measure import machine
+from measure import scripts
 
 import adam_fn
 
@@ -71,21 +69,6 @@ def updates(tx: optax.GradientTransformation, grads: jax.Array) -> jax.Array:
     return typing.cast(jax.Array, found)
 
 
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """The updates found, [steps, coordinates], and the exact ones by step."""
-
-    found: npt.NDArray[np.float32]
-    exact: dict[int, npt.NDArray[np.float64]]
-
-    def errors(self, order: float = 2) -> Errors:
-        """Relative error over the coordinates, by step: the L2 norm, or with `order=np.inf` the largest coordinate."""
-        return {
-            step: float(np.linalg.norm(self.found[step - 1] - update, order) / np.linalg.norm(update, order))
-            for step, update in self.exact.items()
-        }
-
-
 def compare(
     make_tx: Callable[[dict[str, typing.Any]], optax.GradientTransformation],
     hyperparameters: dict[str, Hyperparameter],
@@ -93,15 +76,20 @@ def compare(
     *,
     steps: int,
     coordinates: int,
-    seed: int,
-) -> Comparison:
-    """Run `make_tx(hyperparameters)` beside the transcription; those that are arrays reach it as tracers of one jit."""
+    seed: int = 0,
+) -> Errors:
+    """Runs `make_tx(hyperparameters)` beside the transcription; those that are arrays reach it as tracers of one jit.
+
+    The relative L2 error over the coordinates by step.
+    """
     grads = gradients(steps, coordinates, seed)
     arrays = {name: value for name, value in hyperparameters.items() if isinstance(value, jax.Array)}
-    others = {name: value for name, value in hyperparameters.items() if name not in arrays}
-    program = jax.jit(lambda arrays, grads: updates(make_tx({**others, **arrays}), grads))
+    program = jax.jit(lambda arrays, grads: updates(make_tx({**hyperparameters, **arrays}), grads))
     found = np.asarray(program(arrays, grads))
-    return Comparison(found, oracle(grads, exact, tuple(time for time in TIMES if time <= steps)))
+    right = oracle(grads, exact, tuple(time for time in TIMES if time <= steps))
+
+    norm = np.linalg.norm
+    return {step: float(norm(found[step - 1] - update) / norm(update)) for step, update in right.items()}
 
 
 def measure(
@@ -110,16 +98,14 @@ def measure(
     oracle_b2: float,
     steps: int = 10000,
     coordinates: int = 1000,
-    *,
-    seed: int = 0,
 ) -> Errors:
     """Relative L2 error of the update of `make_tx(b2)` by step.
 
     `b2` is a number or a schedule, or an array, which `make_tx` then gets as a tracer; `oracle_b2` is its value. The
     other hyperparameters of the transcription are Adam's defaults as Python numbers, and a rate of 1e-3.
     """
-    sizes = {"steps": steps, "coordinates": coordinates, "seed": seed}
-    return compare(lambda given: make_tx(given["b2"]), {"b2": b2}, Exact(b2=oracle_b2), **sizes).errors()
+    sizes = {"steps": steps, "coordinates": coordinates}
+    return compare(lambda given: make_tx(given["b2"]), {"b2": b2}, Exact(b2=oracle_b2), **sizes)
 
 
 def constant(value: jax.typing.ArrayLike) -> Callable[[jax.Array], jax.typing.ArrayLike]:
@@ -132,19 +118,12 @@ def float32(exact: Exact) -> Exact:
     return Exact(**{name: float(np.float32(value)) for name, value in dataclasses.asdict(exact).items()})
 
 
-@dataclasses.dataclass(frozen=True)
-class Form:
-    """A way of giving hyperparameters: what the transformation gets, and the values that this stands for."""
-
-    give: Callable[[float], Hyperparameter]
-    exact: Callable[[Exact], Exact]
-
-
-FORMS = {
-    "numbers": Form(lambda value: value, lambda exact: exact),
-    "schedules of numbers": Form(constant, lambda exact: exact),
-    "schedules of float32 arrays": Form(lambda value: constant(np.float32(value)), float32),
-    "traced arrays": Form(jnp.float32, float32),
+#: The ways of giving hyperparameters: what the transformation gets, and the values that this stands for.
+FORMS: dict[str, tuple[Callable[[float], Hyperparameter], Callable[[Exact], Exact]]] = {
+    "numbers": (lambda value: value, lambda exact: exact),
+    "schedules of numbers": (constant, lambda exact: exact),
+    "schedules of float32 arrays": (lambda value: constant(np.float32(value)), float32),
+    "traced arrays": (jnp.float32, float32),
 }
 PEERS: dict[str, tuple[Callable[..., optax.GradientTransformation], tuple[str, ...]]] = {
     "adam_fn": (adam_fn.adam, tuple(FORMS)),
@@ -153,36 +132,27 @@ PEERS: dict[str, tuple[Callable[..., optax.GradientTransformation], tuple[str, .
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=10000)
-    parser.add_argument("--coordinates", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=pathlib.Path, help="folder for exactness.json")
-    options = parser.parse_args()
+def measured(sizes: dict[str, int]) -> Iterator[scripts.Row]:
+    """A row for every β₂, peer and form."""
+    for b2, (peer, (make_tx, forms)) in itertools.product(B2, PEERS.items()):
+        for name in forms:
+            give, values = FORMS[name]
+            exact = Exact(b2=b2)
+            given = {key: give(value) for key, value in dataclasses.asdict(exact).items()}
+            found = compare(lambda given, make_tx=make_tx: make_tx(**given), given, values(exact), **sizes)
+            yield {"b2": b2, "peer": peer, "form": name, "errors": found}
 
-    times = [time for time in TIMES if time <= options.steps]
-    print(f"relative L2 error of the update, {options.coordinates:,} coordinates; {machine.device()}")
-    print(f"{'b2':<9}{'':<9}{'hyperparameters':<29}" + "".join(f"{f't={time:,}':>10}" for time in times))
-    sizes = {"steps": options.steps, "coordinates": options.coordinates, "seed": options.seed}
-    rows = []
-    for b2 in B2:
-        exact = Exact(b2=b2)
-        for peer, (make_tx, forms) in PEERS.items():
-            for name in forms:
-                form = FORMS[name]
-                given = {key: form.give(value) for key, value in dataclasses.asdict(exact).items()}
-                found = compare(lambda given, make_tx=make_tx: make_tx(**given), given, form.exact(exact), **sizes)
-                kinds = {"errors": found.errors(), "largest": found.errors(np.inf)}
-                print(
-                    f"{b2:<9}{peer:<9}{name:<29}" + "".join(f"{kinds['errors'][time]:>10.1e}" for time in times),
-                    flush=True,
-                )
-                rows.append({"b2": b2, "peer": peer, "form": name, **kinds})
+
+def main() -> None:
+    parser = scripts.parser(__doc__)
+    sizes = {"steps": 10000, "coordinates": 1000, "seed": 0}
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    options = parser.parse_args()
+    sizes = {name: getattr(options, name) for name in sizes}
+    rows = scripts.collected(measured(sizes))
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        about = {"device": machine.device(), "versions": machine.versions(), "date": machine.now()}
-        (options.out / "exactness.json").write_text(json.dumps({**about, **sizes, "rows": rows}, indent=1) + "\n")
+        scripts.write(options.out / "exactness.json", {**scripts.about(), **sizes, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -10,12 +10,9 @@ precision-<device>.json after every run, so that it can be interrupted (runs tha
 settings are the same), and a plot of the same name.
 """
 
-import argparse
 import dataclasses
 import functools
-import json
 import pathlib
-import statistics
 import time
 import typing
 from collections.abc import Callable
@@ -24,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tqdm
-from measure import machine
+from measure import scripts
+from measure.scripts import Row
 from training import char_model
 from training.tasks import POINTS, Data, Params, Workload, characters, images
 
@@ -35,36 +32,27 @@ from adam_fn import StorageLike
 Carry: typing.TypeAlias = tuple[Params, optax.OptState]
 
 
-class Adam(typing.Protocol):
-    """``adam_fn.adamw`` with a workload's hyperparameters, open to `storage`."""
-
-    def __call__(self, *, storage: StorageLike | None = None) -> optax.GradientTransformation: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Configuration:
-    """The dtype of the parameters, and of the gradients that come from the network, and what is made of Adam."""
+class Configuration(typing.NamedTuple):
+    """The dtype of the parameters and of the gradients that come from the network; Adam's storage; what wraps it."""
 
     dtype: str
-    make: Callable[[Adam], optax.GradientTransformation]
+    storage: StorageLike | None = None
+    wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda tx: tx
 
 
 BASE = "float32"
+BITS8 = functools.partial(adam_fn.master_weights, bits=8)
 CONFIGURATIONS = {
-    BASE: Configuration("float32", lambda adam: adam()),
-    "bfloat16": Configuration("bfloat16", lambda adam: adam()),
-    "bfloat16, stochastic rounding": Configuration("bfloat16", lambda adam: adam_fn.stochastic_rounding(adam())),
-    "bfloat16, stochastic rounding, 16-bit state": Configuration(
-        "bfloat16", lambda adam: adam_fn.stochastic_rounding(adam(storage="16bit"))
-    ),
-    "bfloat16, 32-bit masters": Configuration("bfloat16", lambda adam: adam_fn.master_weights(adam(), bits=16)),
-    "bfloat16, 24-bit masters": Configuration("bfloat16", lambda adam: adam_fn.master_weights(adam(), bits=8)),
-    "bfloat16, 24-bit masters, 16-bit state": Configuration(
-        "bfloat16", lambda adam: adam_fn.master_weights(adam(storage="16bit"), bits=8)
-    ),
-    "bfloat16 moments": Configuration("float32", lambda adam: adam(storage="bfloat16")),
-    "24-bit state": Configuration("float32", lambda adam: adam(storage="24bit")),
-    "16-bit state": Configuration("float32", lambda adam: adam(storage="16bit")),
+    BASE: Configuration("float32"),
+    "bfloat16": Configuration("bfloat16"),
+    "bfloat16, stochastic rounding": Configuration("bfloat16", None, adam_fn.stochastic_rounding),
+    "bfloat16, stochastic rounding, 16-bit state": Configuration("bfloat16", "16bit", adam_fn.stochastic_rounding),
+    "bfloat16, 32-bit masters": Configuration("bfloat16", None, adam_fn.master_weights),
+    "bfloat16, 24-bit masters": Configuration("bfloat16", None, BITS8),
+    "bfloat16, 24-bit masters, 16-bit state": Configuration("bfloat16", "16bit", BITS8),
+    "bfloat16 moments": Configuration("float32", "bfloat16"),
+    "24-bit state": Configuration("float32", "24bit"),
+    "16-bit state": Configuration("float32", "16bit"),
 }
 
 
@@ -78,7 +66,7 @@ def tuned(quick: bool = False, text: char_model.Text | None = None) -> Workload:
 
     @functools.cache
     def trained(seed: int) -> Params:
-        return jax.device_get(Program(base, CONFIGURATIONS[BASE]).run(seed, lambda _: None).params)
+        return jax.device_get(Program(base, CONFIGURATIONS[BASE]).run(seed)[0])
 
     return dataclasses.replace(
         base,
@@ -92,39 +80,12 @@ def tuned(quick: bool = False, text: char_model.Text | None = None) -> Workload:
 WORKLOADS = {"char": characters, "tuned": tuned, "mnist": images}
 
 
-class Run(typing.TypedDict):
-    """One training. `loss` and `accuracy` are of the validation part at the end, `train` the mean of the last twelfth's
-    training losses, `curve` the validation loss by step; `bytes` are a parameter's, `seconds` those of the steps.
-    """
-
-    workload: str
-    label: str
-    seed: int
-    loss: float
-    accuracy: float | None
-    train: float
-    curve: list[tuple[int, float]]
-    bytes: dict[str, float]
-    seconds: float
-    date: str
-
-
-class Training(typing.NamedTuple):
-    """What a run gives: the final parameters, the curve, the accuracy, the last training loss, seconds of the steps."""
-
-    params: Params
-    curve: list[tuple[int, float]]
-    accuracy: float
-    train: float
-    seconds: float
-
-
 class Program:
     """The compiled training and evaluation of one configuration, for any seed."""
 
     def __init__(self, workload: Workload, configuration: Configuration) -> None:
         self.workload, self.dtype = workload, configuration.dtype
-        self.tx = configuration.make(workload.settings.adam)
+        self.tx = configuration.wrap(workload.settings.adam(storage=configuration.storage))
         self.length = workload.settings.steps // POINTS
 
         def step(data: Data, seed: jax.Array, carry: Carry, number: jax.Array) -> tuple[Carry, jax.Array]:
@@ -154,8 +115,12 @@ class Program:
         state = adam_fn.state_bytes(self.tx, params) / self.workload.settings.parameters
         return {"parameter": size, "gradient": size, "state": state}
 
-    def run(self, seed: int, advance: Callable[[int], object]) -> Training:
-        """Trains; `advance` is told of the steps that are done."""
+    def run(self, seed: int) -> tuple[Params, Row]:
+        """Trains: the parameters, and what is kept of it.
+
+        `loss` and `accuracy` are of the validation part at the end, `train` the mean of the last twelfth's training
+        losses, `curve` the validation loss by step; `bytes` are a parameter's, `seconds` those of the steps.
+        """
         data = self.workload.data
         params = self.start(self.workload.init(seed))
         carry = (params, self.tx.init(params))
@@ -167,82 +132,35 @@ class Program:
             seconds += time.perf_counter() - begin
             loss, accuracy = self.evaluate(carry[0], data)
             curve.append((first + self.length, float(loss)))
-            advance(self.length)
-        return Training(carry[0], curve, float(accuracy), float(np.mean(losses)), seconds)
+        found: Row = {"loss": curve[-1][1], "accuracy": None if np.isnan(accuracy) else float(accuracy)}
+        found |= {"train": float(np.mean(losses)), "curve": curve, "bytes": self.bytes, "seconds": seconds}
+        return carry[0], found | {"date": scripts.now()}
 
 
-class Results:
-    """The runs of one file, written after each."""
+def measure(workload: Workload, labels: list[str], seeds: int, path: pathlib.Path, again: bool = False) -> None:
+    """Every configuration of the seed 0, then of the next; those that the file has are left out, unless `again`.
 
-    def __init__(self, path: pathlib.Path) -> None:
-        self.path = path
-        found = json.loads(path.read_text()) if path.exists() else {}
-        self.runs: list[Run] = found.get("runs", [])
-        self.settings: dict[str, dict[str, float]] = found.get("settings", {})
-
-    def begin(self, workload: Workload) -> None:
-        """Forget the workload's runs that were made with other settings, and those of no configuration."""
-        settings = dataclasses.asdict(workload.settings)
-        self.runs = [run for run in self.runs if run["label"] in CONFIGURATIONS]
-        if self.settings.get(workload.name) != settings:
-            self.runs = [run for run in self.runs if run["workload"] != workload.name]
-        self.settings[workload.name] = settings
-
-    def find(self, workload: str, label: str) -> list[Run]:
-        return [run for run in self.runs if (run["workload"], run["label"]) == (workload, label)]
-
-    def add(self, run: Run) -> None:
-        """Replaces the run of the same workload, label and seed."""
-        keys = ("workload", "label", "seed")
-        self.runs = [old for old in self.runs if any(old[key] != run[key] for key in keys)] + [run]
-        about = {"device": machine.device(), "versions": machine.versions(), "date": machine.now()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps({**about, "settings": self.settings, "runs": self.runs}, indent=1) + "\n")
-        part.replace(self.path)
-
-
-def measure(workload: Workload, labels: list[str], seeds: int, results: Results, again: bool = False) -> None:
-    """Every configuration of the seed 0, then of the next; those that `results` has are left out, unless `again`."""
-    results.begin(workload)
+    The file is written after every run. Runs that were made with other settings, or of no configuration, are forgotten.
+    """
+    old = scripts.read(path)
+    settings = old.get("settings", {})
+    kept = [run for run in old.get("runs", []) if run["label"] in CONFIGURATIONS]
+    if settings.get(workload.name) != dataclasses.asdict(workload.settings):
+        kept = [run for run in kept if run["workload"] != workload.name]
+    settings |= {workload.name: dataclasses.asdict(workload.settings)}
     program = functools.cache(lambda label: Program(workload, CONFIGURATIONS[label]))
-    done = {(label, run["seed"]) for label in labels for run in results.find(workload.name, label) if not again}
-    missing = [(label, seed) for seed in range(seeds) for label in labels if (label, seed) not in done]
-    with tqdm.tqdm(total=len(missing) * workload.settings.steps, unit="step", disable=None) as bar:
-        for label, seed in missing:
-            bar.set_description(f"{workload.name}: {label}, seed {seed}")
-            _, curve, accuracy, train, seconds = program(label).run(seed, bar.update)
-            results.add({
-                "workload": workload.name, "label": label, "seed": seed, "loss": curve[-1][1],
-                "accuracy": None if np.isnan(accuracy) else accuracy, "train": train, "curve": curve,
-                "bytes": program(label).bytes, "seconds": seconds, "date": machine.now(),
-            })  # fmt: skip
-    show(workload, results)
-
-
-def spread(values: list[float]) -> str:
-    """Mean ± standard deviation, if there is anything to spread."""
-    if not values:
-        return ""
-    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values) if len(values) > 1 else 0:.4f}"
-
-
-def show(workload: Workload, results: Results) -> None:
-    """A line a configuration."""
-    print(f"{workload.name}: loss in nats, mean ± standard deviation over the seeds; bytes per parameter")
-    print(f"{'':<43}{'validation':>18}{'train':>18}{'accuracy':>18}{'bytes':>8}{'ms/step':>9}")
-    for label in CONFIGURATIONS:
-        if found := results.find(workload.name, label):
-            columns = ([run[column] for run in found] for column in ("loss", "train", "accuracy"))
-            spreads = "".join(f"{spread([value for value in column if value is not None]):>18}" for column in columns)
-            milliseconds = statistics.median(run["seconds"] for run in found) / workload.settings.steps * 1e3
-            print(f"{label:<43}{spreads}{sum(found[0]['bytes'].values()):>8.3f}{milliseconds:>9.1f}")
+    done = {(run["label"], run["seed"]) for run in kept if run["workload"] == workload.name and not again}
+    for seed in range(seeds):
+        for label in (label for label in labels if (label, seed) not in done):
+            run = {"workload": workload.name, "label": label, "seed": seed, **program(label).run(seed)[1]}
+            kept = scripts.merged(kept, scripts.collected([run]), "workload", "label", "seed")
+            scripts.write(path, {**scripts.about(), "settings": settings, "runs": kept})
 
 
 COLOURS = ("#000000", "#d55e00", "#e69f00", "#f0c808", "#0072b2", "#56b4e9", "#11a579", "#009e73", "#cc79a7", "#7f3c8d")
 
 
-def plot(results: Results, path: pathlib.Path) -> None:
+def plot(path: pathlib.Path) -> None:
     """A column a workload: the means of the curves, and below them what is above float32's, each seed beside its own.
 
     The grey band is float32's standard deviation over the seeds, around its mean.
@@ -252,60 +170,50 @@ def plot(results: Results, path: pathlib.Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot  # noqa: PLC0415
 
-    names = [name for name in results.settings if results.find(name, BASE)]
+    found = scripts.read(path)
+    curves: dict[tuple[str, str], dict[int, list[tuple[int, float]]]] = {}
+    for run in found["runs"]:
+        curves.setdefault((run["workload"], run["label"]), {})[run["seed"]] = run["curve"]
+    names = [name for name in found["settings"] if (name, BASE) in curves]
     figure, axes = pyplot.subplots(
         2, len(names), figsize=(7 * len(names), 9), squeeze=False, sharex="col", layout="constrained"
     )
     for (top, bottom), name in zip(axes.T, names, strict=True):
-        base = {run["seed"]: np.array(run["curve"]) for run in results.find(name, BASE)}
+        base = {seed: np.array(curve) for seed, curve in curves[name, BASE].items()}
         steps = next(iter(base.values()))[:, 0]
         band = np.std([curve[:, 1] for curve in base.values()], axis=0, ddof=min(1, len(base) - 1))
         bottom.fill_between(steps, -band, band, color="0.85", label="± standard deviation of float32's seeds")
         for (label, configuration), colour in zip(CONFIGURATIONS.items(), COLOURS, strict=True):
-            runs = [run for run in results.find(name, label) if run["seed"] in base]
-            if not runs:
-                continue
-            losses = np.array([run["curve"] for run in runs])[..., 1]
-            above = losses - np.array([base[run["seed"]][:, 1] for run in runs])
-            style = {"color": colour, "linestyle": "-" if configuration.dtype == "float32" else "--", "label": label}
-            top.plot(steps, losses.mean(0), **style)
-            bottom.plot(steps, above.mean(0), marker=".", **style)
-        top.set_title(f"{name}, {results.settings[name]['parameters']:,} parameters")
-        top.set_ylabel("validation loss, nats")
-        bottom.set_ylabel("above float32's")
-        bottom.set_xlabel("step")
+            own = {seed: np.array(curve) for seed, curve in curves.get((name, label), {}).items() if seed in base}
+            if own:
+                style = {"color": colour, "linestyle": "-" if configuration.dtype == "float32" else "--"}
+                mean = np.mean([curve[:, 1] for curve in own.values()], axis=0)
+                above = np.mean([(curve - base[seed])[:, 1] for seed, curve in own.items()], axis=0)
+                top.plot(steps, mean, label=label, **style)
+                bottom.plot(steps, above, marker=".", label=label, **style)
+        top.set(title=f"{name}, {found['settings'][name]['parameters']:,} parameters", ylabel="validation loss, nats")
+        bottom.set(ylabel="above float32's", xlabel="step")
     figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
-    figure.suptitle(machine.device(), fontsize=9)
-    figure.savefig(path, dpi=130)
+    figure.suptitle(found["device"], fontsize=9)
+    figure.savefig(path.with_suffix(".png"), dpi=130)
     pyplot.close(figure)
 
 
-def selected(parts: list[str]) -> list[str]:
-    """The labels that are one of `parts`; a part that is no label stands for all that have it in them."""
-    meant = {name for part in parts for name in ([part] if part in CONFIGURATIONS else CONFIGURATIONS) if part in name}
-    return [label for label in CONFIGURATIONS if not parts or label in meant]
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small networks and few steps, about a minute")
-    parser.add_argument("--only", action="append", default=[], metavar="LABEL", help="a label or a part; repeatable")
+    parser = scripts.parser(
+        __doc__, quick="small networks and few steps, about a minute", only="a label or a part of one", out="out"
+    )
     parser.add_argument("--workload", choices=list(WORKLOADS), help="one of them alone")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--again", action="store_true", help="repeat the runs that the file has")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder for JSON and plot")
     options = parser.parse_args()
 
-    labels = selected(options.only)
-    if not labels:
-        parser.error(f"no label has {' or '.join(options.only)} in it; there are: {'; '.join(CONFIGURATIONS)}")
-    path = options.out / f"precision-{'quick-' if options.quick else ''}{machine.slug()}.json"
-    results = Results(path)
+    labels = scripts.selected(CONFIGURATIONS, options.only)
+    path = options.out / f"precision-{'quick-' if options.quick else ''}{scripts.slug()}.json"
     for name in [options.workload] if options.workload else WORKLOADS:
-        measure(WORKLOADS[name](options.quick), labels, options.seeds, results, options.again)
-    if any(run["label"] == BASE for run in results.runs):
-        plot(results, path.with_suffix(".png"))
-    print(path)
+        measure(WORKLOADS[name](options.quick), labels, options.seeds, path, options.again)
+    if any(run["label"] == BASE for run in scripts.read(path)["runs"]):
+        plot(path)
 
 
 if __name__ == "__main__":

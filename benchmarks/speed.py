@@ -2,17 +2,14 @@
 
     python benchmarks/speed.py [--quick] [--only CASE]... [--out DIR]
 
-Prints tables; writes speed-<device>.json (a list of records: case, peer, metric, value, ratio to optax, device,
-versions) and a plot of the same name. A step is what a user runs: a jitted function that donates parameters and state,
+Prints the tables of the documentation; writes speed-<device>.json (a list of records: case, peer, metric, value, ratio
+to optax, device, versions). A step is what a user runs: a jitted function that donates parameters and state,
 updates, and applies the updates. Nothing here is specific to a device. On a GPU, the storages beside optax, torch's
 fused Adam and the speed of a copy take a few minutes: ``--only leaf-2^28-float32 --only gpt2``.
 """
 
-import argparse
 import functools
-import json
 import os
-import pathlib
 import typing
 from collections.abc import Callable
 
@@ -21,54 +18,46 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-import rich.console
-from measure import machine, peers, report, timing, workloads
+from measure import peers, report, scripts, timing, workloads
 
 import adam_fn
 
 
 def programs(case: workloads.Case) -> dict[str, Callable[[], tuple[peers.JittedStep, tuple[object, ...]]]]:
     """Every JAX peer's step of a case, with the shapes it is compiled for."""
-    training = case.kind == "training"
 
     def build(peer: peers.JaxPeer) -> tuple[peers.JittedStep, tuple[object, ...]]:
-        tx = peer.build()
-        step = peers.training_step(tx) if training else peer.step(tx)
         params = {name: jax.ShapeDtypeStruct(shape, case.dtype) for name, shape in case.shapes.items()}
-        inputs: object = params
-        if training:
-            inputs = jax.eval_shape(lambda: workloads.images(case, 1))
-        return step, (params, jax.eval_shape(tx.init, params), inputs)
+        inputs = jax.eval_shape(lambda: workloads.images(case, 1)) if case.kind == "training" else params
+        return peer.step_of(case), (params, jax.eval_shape(peer.tx.init, params), inputs)
 
     return {peer.name: functools.partial(build, peer) for peer in peers.jax_peers(case)}
 
 
 def measure_steps(case: workloads.Case, effort: timing.Effort, records: report.Records) -> None:
     """A jitted step: compilation, temporaries, time, traffic, state."""
-    compiled = timing.compilations(programs(case), effort.compilations)
-    for metric in ("trace", "lower", "compile", "total"):
-        records.samples(case, metric, "s", {name: getattr(found, metric) for name, found in compiled.items()})
-    temporaries = {name: found.temporaries for name, found in compiled.items() if found.temporaries is not None}
-    records.values(case, "temporaries", "bytes", temporaries)
+    stages, temporaries = timing.compilations(programs(case), effort.compilations)
+    for stage, seconds in stages.items():
+        records.add(case, stage, "s", seconds)
+    records.add(case, "temporaries", "bytes", temporaries)
 
     runners = peers.runners(case)
-    samples = timing.alternate(runners, effort)
-    records.samples(case, "step", "s", samples)
+    seconds = timing.alternate(runners, effort)
+    records.add(case, "step", "s", seconds)
     if case.kind == "tree":
-        rates = {runner.name: runner.traffic / samples[runner.name].median / 1e9 for runner in runners}
-        records.values(case, "bandwidth", "GB/s", rates)
-        records.values(case, "share of copy", "", {name: rate / rates["copy"] for name, rate in rates.items()})
-        records.values(case, "least traffic", "bytes", {runner.name: runner.traffic for runner in runners})
+        rates = {runner.name: runner.traffic / np.median(seconds[runner.name]) / 1e9 for runner in runners}
+        records.add(case, "bandwidth", "GB/s", rates)
     state = {runner.name: runner.state_bytes / case.parameters for runner in runners if runner.state_bytes}
-    records.values(case, "state", "bytes/parameter", state)
+    records.add(case, "state", "bytes/parameter", state)
 
 
 def measure_eager(case: workloads.Case, effort: timing.Effort, records: report.Records) -> None:
     """Outside jit: the update alone, and the update with its application."""
     updates, steps = peers.eager_runners(case)
-    records.samples(case, "eager update", "s", timing.alternate(updates, effort))
-    records.samples(case, "eager step", "s", timing.alternate(steps, effort))
+    records.add(case, "eager update", "s", timing.alternate(updates, effort))
+    records.add(case, "eager step", "s", timing.alternate(steps, effort))
 
 
 def count_compilations(case: workloads.Case, records: report.Records) -> None:
@@ -76,21 +65,10 @@ def count_compilations(case: workloads.Case, records: report.Records) -> None:
     params, grads = case.tree(0, 0.02), case.tree(1, 0.01)
     rates = (1e-3, 2e-3, 3e-3, 4e-3, 5e-3)
 
-    def argument() -> Callable[[float], object]:
+    def argument(wrap: Callable[[Callable[[float], object]], Callable[[float], object]]) -> Callable[[float], object]:
         tx = adam_fn.adam(1e-3)
         state = tx.init(params)
-
-        @jax.jit
-        def step(params: optax.Params, rate: jax.typing.ArrayLike) -> object:
-            updates, after = tx.update(grads, state, params, learning_rate=rate)
-            return optax.apply_updates(params, updates), after
-
-        return lambda rate: step(params, rate)
-
-    def eager() -> Callable[[float], object]:
-        tx = adam_fn.adam(1e-3)
-        state = tx.init(params)
-        return lambda rate: tx.update(grads, state, params, learning_rate=rate)
+        return wrap(lambda rate: tx.update(grads, state, params, learning_rate=rate))
 
     def injected(build: Callable[..., optax.GradientTransformation]) -> Callable[[float], object]:
         tx = optax.inject_hyperparams(build)(learning_rate=1e-3)
@@ -113,8 +91,8 @@ def count_compilations(case: workloads.Case, records: report.Records) -> None:
         return call
 
     ways: dict[str, Callable[[], Callable[[float], object]]] = {
-        "adam_fn, update(learning_rate=) in a jitted step": argument,
-        "adam_fn, update(learning_rate=) eager": eager,
+        "adam_fn, update(learning_rate=) in a jitted step": lambda: argument(jax.jit),
+        "adam_fn, update(learning_rate=) eager": lambda: argument(lambda update: update),
         "adam_fn, inject_hyperparams": lambda: injected(adam_fn.adam),
         "adam_fn, a new transformation": lambda: rebuilt(adam_fn.adam),
         "optax, inject_hyperparams": lambda: injected(optax.adam),
@@ -124,60 +102,37 @@ def count_compilations(case: workloads.Case, records: report.Records) -> None:
     for name, make in ways.items():
         call = make()
         jax.block_until_ready(call(rates[0]))
-        with timing.CompilationCounter() as counter:
+        with timing.compiled() as events:
             for rate in rates[1:]:
                 jax.block_until_ready(call(rate))
-        counts[name] = counter.count / len(rates[1:])
-    records.values(case, "compilations per new rate", "", counts)
-
-
-def selected(names: list[str], quick: bool) -> list[workloads.Case]:
-    """The cases whose name contains one of `names`, all of them when there is none."""
-    every = workloads.cases(quick)
-    found = [case for case in every if not names or any(name in case.name for name in names)]
-    if not found:
-        raise SystemExit(f"no case is named {', '.join(names)}; there are {', '.join(case.name for case in every)}")
-    return found
+        counts[name] = len(events) / len(rates[1:])
+    records.add(case, "compilations per new rate", "", counts)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds, under a minute on two cores")
-    parser.add_argument("--only", action="append", default=[], metavar="CASE", help="part of a case's name; repeatable")
-    parser.add_argument(
-        "--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder for the JSON and the plot"
-    )
-    options = parser.parse_args()
-
+    quick = "small sizes and few rounds, under a minute on two cores"
+    options = scripts.parser(__doc__, quick=quick, only="part of a case's name", out="out").parse_args()
     jax.config.update("jax_enable_compilation_cache", False)
-    console = rich.console.Console()
-    if not console.is_terminal:
-        console = rich.console.Console(width=140)
     effort = timing.QUICK if options.quick else timing.FULL
-    records = report.Records(machine.device(), machine.versions(), machine.now(), options.quick)
-    console.print(f"{records.device}; " + ", ".join(f"{name} {version}" for name, version in records.versions.items()))
+    records = report.Records(options.quick)
     if peers.torch_device() is None:
-        console.print("torch is not installed, or not for this device: its rows are left out")
+        print("torch is not installed, or not for this device: its rows are left out")
 
     # The first compilation of a process also starts the compiler; it belongs to nobody.
     timing.compilations(programs(workloads.Case("start", "", "tree", {"leaf": (8,)})), 1)
-    for case in selected(options.only, options.quick):
-        with console.status(case.title):
-            if case.kind == "eager":
-                measure_eager(case, effort, records)
-            elif case.kind == "rates":
-                count_compilations(case, records)
-            else:
-                measure_steps(case, effort, records)
-        report.show(console, case, records)
-
-    options.out.mkdir(parents=True, exist_ok=True)
+    cases = {case.name: case for case in workloads.cases(options.quick)}
+    for case in (cases[name] for name in scripts.selected(cases, options.only)):
+        print(f"{case.name}: {case.title}, {case.parameters:,} parameters", flush=True)
+        if case.kind == "eager":
+            measure_eager(case, effort, records)
+        elif case.kind == "rates":
+            count_compilations(case, records)
+        else:
+            measure_steps(case, effort, records)
+    print(report.Device(records.rows).text())
     only = (name.replace("^", "") for name in options.only)
-    name = "-".join(["quick" if options.quick else "speed", machine.slug(), *only])
-    path = options.out / f"{name}.json"
-    path.write_text(json.dumps(records.rows, indent=1) + "\n")
-    console.print(f"{path}: {len(records.rows)} records")
-    console.print(report.plot(records.rows, path.with_suffix(".png")))
+    name = "-".join(["quick" if options.quick else "speed", scripts.slug(), *only])
+    scripts.write(options.out / f"{name}.json", records.rows)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import pathlib
 import re
 import statistics
@@ -18,9 +17,11 @@ import sys
 import typing
 from collections.abc import Callable, Sequence
 
-from compiled import COMPILERS, family, summary
-from compilers.limits import BACKWARD, BASE, LEAF, ORDINARY
-from measure.devices import NONE, Device, latest, named, table
+from compilers import figures
+from compilers.limits import BACKWARD, BASE, LEAF, ORDINARY, TARGETS
+from measure import scripts
+from measure.report import Device, latest
+from measure.scripts import NONE, named, span, table
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
@@ -33,26 +34,32 @@ class MissingError(Exception):
     """There is nothing to make a table of; the message says what makes it."""
 
 
-def read(path: pathlib.Path, command: str) -> typing.Any:  # noqa: ANN401 (JSON)
-    if not path.exists():
-        raise MissingError(f"no {path.relative_to(ROOT)}: {command}")
-    return json.loads(path.read_text())
+def read(script: str, options: str = "--out benchmarks/results", folder: pathlib.Path | None = None) -> typing.Any:  # noqa: ANN401 (JSON)
+    """The first file of the results of a script."""
+    folder = folder or RESULTS
+    path = next(iter(sorted(folder.glob(f"{pathlib.Path(script).stem}*.json"))), None)
+    if path is None:
+        raise MissingError(f"nothing in {folder.relative_to(ROOT)}: python {script} {options}")
+    return scripts.read(path)
+
+
+def largest_errors(rows: Sequence[dict[str, typing.Any]]) -> dict[tuple[float, str], dict[str, float]]:
+    """Per b2 and peer, the largest error by step of adam_fn over the ways of giving hyperparameters, and optax's."""
+    found: dict[tuple[float, str], dict[str, float]] = {}
+    for row in rows:
+        if row["peer"] == "adam_fn" or row["form"] == "numbers":
+            old = found.setdefault((row["b2"], row["peer"]), row["errors"])
+            found[row["b2"], row["peer"]] = {time: max(error, old[time]) for time, error in row["errors"].items()}
+    return found
 
 
 def exactness() -> str:
-    """Per b2 and step, the largest error of adam_fn over the ways of giving hyperparameters, and optax's."""
-    found = read(RESULTS / "exactness.json", "python benchmarks/exactness.py --out benchmarks/results")
-    errors: dict[tuple[float, str], list[dict[str, float]]] = {}
-    for row in found["rows"]:
-        if row["peer"] == "adam_fn" or row["form"] == "numbers":
-            errors.setdefault((row["b2"], row["peer"]), []).append(row["errors"])
-    forms = list(dict.fromkeys(row["form"] for row in found["rows"]))
-    times = list(found["rows"][0]["errors"])
+    found = read("benchmarks/exactness.py")
+    errors = largest_errors(found["rows"])
+    forms = dict.fromkeys(row["form"] for row in found["rows"])
     head = ["step", *(f"{peer}, b2 = {b2}" for b2, peer in errors)]
-    body = [
-        [f"{int(time):,}", *(f"{max(error[time] for error in kinds):.1e}" for kinds in errors.values())]
-        for time in times
-    ]
+    times = found["rows"][0]["errors"]
+    body = [[f"{int(time):,}", *(f"{error[time]:.1e}" for error in errors.values())] for time in times]
     return (
         f"{table(head, body)}\n\n"
         f"Relative L2 error of the update against float64: random gradients, {found['coordinates']:,} coordinates "
@@ -62,15 +69,17 @@ def exactness() -> str:
     )
 
 
+def records(pattern: str = "speed-*.json") -> list[dict[str, typing.Any]]:
+    """What `speed.py` measured last, of every device."""
+    read("benchmarks/speed.py")
+    return latest(record for path in sorted(RESULTS.glob(pattern)) for record in scripts.read(path))
+
+
 def speed() -> str:
     """Every device's tables."""
-    paths = sorted(RESULTS.glob("speed-*.json"))
-    command = "python benchmarks/speed.py --out benchmarks/results"
-    if not paths:
-        raise MissingError(f"no {RESULTS.relative_to(ROOT)}/speed-*.json: {command}")
-    records = latest(record for path in paths for record in read(path, command))
-    devices = dict.fromkeys(record["device"] for record in records)
-    texts = [Device([record for record in records if record["device"] == device]).text() for device in devices]
+    every = records()
+    devices = dict.fromkeys(record["device"] for record in every)
+    texts = [Device([record for record in every if record["device"] == device]).text() for device in devices]
     note = (
         "Medians of steps timed in turn within one run. GB/s counts the least possible traffic: gradients, parameters "
         "and moments read once, parameters and moments written once, each in its dtype. `copy` moves as many bytes "
@@ -82,45 +91,32 @@ def speed() -> str:
 
 def comparison() -> str:
     """The README's table: what matters to somebody who uses optax.adam, each figure from the results of a script."""
-    errors: dict[tuple[str, float], list[float]] = {}
-    for row in read(RESULTS / "exactness.json", "python benchmarks/exactness.py --out benchmarks/results")["rows"]:
-        if row["peer"] == "adam_fn" or row["form"] == "numbers":
-            errors.setdefault((row["peer"], row["b2"]), []).append(row["errors"]["1000"])
-    command = "python benchmarks/speed.py --out benchmarks/results"
-    records = latest(record for path in sorted(RESULTS.glob("speed-cpu*.json")) for record in read(path, command))
-    device = Device([record for record in records if record["device"] == records[0]["device"]])
-    trained = read(RESULTS / "precision-cpu.json", "python benchmarks/precision.py --out benchmarks/results")
-    runs = trained["runs"]
+    errors = largest_errors(read("benchmarks/exactness.py")["rows"])
+    device = Device(records("speed-cpu*.json"))
+    trained = read("benchmarks/precision.py")
     machines = {x["device"].replace(", 1 cores", ", 1 core") for x in (trained, device.records[0])}
     loss: dict[str, dict[int, float]] = {}
-    for run in runs:
+    for run in trained["runs"]:
         if run["workload"] == "tuned":
             loss.setdefault(run["label"], {})[run["seed"]] = run["loss"]
+    programs = {(x["part"], x["step"]): x for x in read("benchmarks/compiled.py")["rows"][::-1] if x["target"] == "v5e"}
+    signals = read("benchmarks/codes.py")["rows"]
 
     def above(label: str) -> str:
         return f"{statistics.mean(loss[label][seed] - loss['float32'][seed] for seed in loss[label]):+.5f}"
 
     def error(b2: float) -> list[str]:
-        return [f"{max(errors[peer, b2]):.0e}" for peer in ("optax", "adam_fn")]
+        return [f"{errors[b2, peer]['1000']:.0e}" for peer in ("optax", "adam_fn")]
 
     def state(peer: str) -> str:
         case = next(case for case, peer_, metric in device.found if (peer_, metric) == (peer, "state"))
         return device.value(case, peer, "state")
 
-    programs = read(RESULTS / "compiled.json", "python benchmarks/compiled.py --out benchmarks/results")["rows"]
-
-    def compiled_row(part: str, step: str) -> dict[str, typing.Any]:
-        return next(x for x in programs if (x["target"], x["part"], x["step"]) == ("v5e", part, step))
-
-    def cycles(step: str) -> float:
-        return compiled_row(LEAF, step)["cycles"] / compiled_row(LEAF, BASE)["cycles"]
+    def cycles(step: str) -> str:
+        return f"{programs[LEAF, step]['cycles'] / programs[LEAF, BASE]['cycles']:.2f}"
 
     def beside(step: str) -> str:
-        return f"{compiled_row(BACKWARD, step)['temporaries']:.2f}"
-
-    signals = read(RESULTS / "codes.json", "python benchmarks/codes.py --gradients DIR --out benchmarks/results")[
-        "rows"
-    ]
+        return f"{programs[BACKWARD, step]['temporaries']:.2f}"
 
     def steady(storage: str) -> str:
         found = (row for row in signals if (row["storage"], row["scenario"]) == (storage, "steady"))
@@ -146,7 +142,7 @@ def comparison() -> str:
         [
             "cycles of a step on a TPU v5e with 8, 3 and 2 bytes of state (compiled, not run)",
             "1",
-            ", ".join(f"{cycles(step):.2f}" for step in ("float32", "24bit", "16bit")),
+            ", ".join(map(cycles, ("float32", "24bit", "16bit"))),
         ],
         [
             "bytes per parameter beside parameters and state in a step of a stacked GPT (compiled, not run)",
@@ -166,23 +162,16 @@ def comparison() -> str:
     )
 
 
-def span(values: Sequence[float], digits: str) -> str:
-    """The least and the largest, or the one."""
-    ends = [f"{end:{digits}}" for end in (min(values), max(values))]
-    return " to ".join(dict.fromkeys(ends))
-
-
 def codes() -> str:
     """Of every storage, the errors of random updates, then what signals become."""
-    found = read(RESULTS / "codes.json", "python benchmarks/codes.py --gradients DIR --out benchmarks/results")
+    found = read("benchmarks/codes.py", "--gradients DIR --out benchmarks/results")
     rows: dict[str, list[dict[str, typing.Any]]] = {}
     for row in found["rows"]:
         rows.setdefault(row["storage"], []).append(row)
 
     def cell(storage: str, scenario: str, metric: str, case: str | None = None) -> str:
         own = (row for row in rows[storage] if row["scenario"] == scenario and case in (None, row["case"]))
-        values = [row[metric] for row in own]
-        return span(values, ".3f" if metric in ("rms", "step", "moved") else ".3g") if values else NONE
+        return span((row[metric] for row in own), ".3f" if metric in ("rms", "step", "moved") else ".3g") or NONE
 
     def made(columns: dict[str, tuple[str, ...]]) -> str:
         body = []
@@ -233,8 +222,7 @@ def codes() -> str:
 
 def precision() -> str:
     """Per configuration: bytes per parameter, and of each workload the loss and how far it is from float32's."""
-    path = next(iter(sorted(RESULTS.glob("precision-*.json"))), RESULTS / "precision-cpu.json")
-    found = read(path, "python benchmarks/precision.py --out benchmarks/results")
+    found = read("benchmarks/precision.py")
     runs: dict[str, dict[str, dict[int, dict[str, typing.Any]]]] = {}
     for run in found["runs"]:
         runs.setdefault(run["label"], {}).setdefault(run["workload"], {})[run["seed"]] = run
@@ -263,8 +251,7 @@ def precision() -> str:
 
 def temporaries() -> str:
     """Of every leaf and storage."""
-    path = next(iter(sorted(RESULTS.glob("temporaries-*.json"))), RESULTS / "temporaries-cpu.json")
-    found = read(path, "python benchmarks/temporaries.py --out benchmarks/results")
+    found = read("benchmarks/temporaries.py")
     columns = ("make_step", "update")
     body = [
         [" x ".join(f"{axis:,}" for axis in row["shape"]), row["storage"], *(f"{row[name]:.3f}" for name in columns)]
@@ -279,13 +266,13 @@ def temporaries() -> str:
 
 def compiled() -> str:
     """What the compilers for TPU and GPU make of steps: of each a table for every part."""
-    found = read(RESULTS / "compiled.json", "python benchmarks/compiled.py --out benchmarks/results")
+    found = read("benchmarks/compiled.py")
     texts = []
     for name, versions in found["versions"].items():
-        rows = [row for row in found["rows"] if row["target"] in COMPILERS[name].targets]
+        rows = [row for row in found["rows"] if row["target"] in TARGETS[name]]
         about = f"Compiled for {', '.join(dict.fromkeys(row['target'] for row in rows))}, but **not run**, with "
-        about += f"{named(versions)} ({found['date'][:10]}), by `benchmarks/compiled.py`. {family(rows)}"
-        texts += [about.strip(), *(f"{title}:\n\n{table(head, body)}" for title, head, body in summary(rows))]
+        about += f"{named(versions)} ({found['date'][:10]}), by `benchmarks/compiled.py`. {figures.family(rows)}"
+        texts += [about.strip(), *figures.summary(rows)]
     return "\n\n".join(texts)
 
 
@@ -297,33 +284,21 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 def mnist() -> str:
     """The last epoch of every run of examples/mnist_mlp.py."""
-    command = "python examples/mnist_mlp.py --out benchmarks/results, with --compare or without"
-    paths = [path for name in ("mnist_mlp", "mnist_compare") if (path := RESULTS / f"{name}.json").exists()]
-    if not paths:
-        raise MissingError(f"no {RESULTS.relative_to(ROOT)}/mnist_mlp.json: {command}")
+    read("examples/mnist_mlp.py", "--out benchmarks/results, with --compare or without")
     head = ["optimizer", "rate", "decay", "schedule", "epochs", "training cost", "test accuracy", "best", "images/s"]
     texts = []
-    for path in paths:
-        found = read(path, command)
+    for path in sorted(RESULTS.glob("mnist_*.json"), reverse=True):
+        found = scripts.read(path)
         body = []
         for run in found["runs"]:
-            epochs = run["epochs"]
-            cost = epochs[-1]["train_cost"]
+            epochs, last = run["epochs"], run["epochs"][-1]
             seconds = sum(epoch["seconds"] for epoch in epochs)
             images = sum(epoch["seconds"] * epoch["images_per_second"] for epoch in epochs)
-            body.append(
-                [
-                    run["label"],
-                    f"{run['learning_rate']:g}",
-                    f"{run['weight_decay']:g}",
-                    run["schedule"],
-                    str(len(epochs)),
-                    NONE if cost is None else f"{cost:.4f}",
-                    f"{epochs[-1]['test_accuracy']:.2%}",
-                    f"{max(epoch['test_accuracy'] for epoch in epochs):.2%}",
-                    f"{images / seconds:,.0f}",
-                ]
-            )
+            numbers = (f"{run[name]:g}" for name in ("learning_rate", "weight_decay"))
+            cost = NONE if last["train_cost"] is None else f"{last['train_cost']:.4f}"
+            best = max(epoch["test_accuracy"] for epoch in epochs)
+            row = [run["label"], *numbers, run["schedule"], str(len(epochs)), cost]
+            body.append([*row, f"{last['test_accuracy']:.2%}", f"{best:.2%}", f"{images / seconds:,.0f}"])
         layers = "-".join(str(width) for width in found["layers"])
         about = (
             f"{found['dataset']}, {found['train_images']:,} training and {found['test_images']:,} test images, "
@@ -337,7 +312,7 @@ def mnist() -> str:
 def claims(name: str) -> str:
     """The claims of one figure of the paper, each with what its script in examples/paper measured."""
     words = {True: "Yes", False: "No", None: "Not decided"}
-    found = read(EXAMPLES / f"{name}.json", f"python examples/paper/{name}.py --out examples/results")
+    found = read(f"examples/paper/{name}.py", "--out examples/results", EXAMPLES)
     lines = []
     for claim in found["claims"]:
         said = f"**{words[claim['holds']]}.** {claim['text']} ({claim['section']})."
@@ -348,21 +323,9 @@ def claims(name: str) -> str:
 
 def backward() -> str:
     """The memory of a training step of a stacked GPT, both ways."""
-    found = read(RESULTS / "compiled.json", "python benchmarks/compiled.py --out benchmarks/results")["rows"]
-    rows = [row for row in found if row["part"] == BACKWARD]
-    known = {(row["target"], row["way"], row["step"]): row for row in rows}
-    body = []
-    for (target, way, step), row in known.items():
-        if (first := known.get((target, way, f"{step}{ORDINARY}"))) is not None:
-            cycles = f"{row['cycles'] / first['cycles']:.2f}" if "cycles" in row else NONE
-            sizes = (f"{x['temporaries']:.2f}" for x in (first, row))
-            body.append(
-                [f"{target}, {way}", step, *sizes, f"{row['activations']:.2f}", f"{row['gradient']:.2f}", cycles]
-            )
-    head = ["device", "state", "gradients first", "step in the backward pass", "activations alone"]
-    head += ["one layer's gradient", "cycles, relative to gradients first"]
     return (
-        f"{table(head, body)}\n\nBytes per parameter (of a device) beside parameters and state, of a training step of "
+        f"{figures.backward(read('benchmarks/compiled.py')['rows'])}\n\n"
+        "Bytes per parameter (of a device) beside parameters and state, of a training step of "
         "a GPT with 12 stacked layers in bfloat16. Compiled, but **not run**, by `benchmarks/compiled.py`; cycles are "
         "the TPU compiler's estimate, every loop counted in full."
     )

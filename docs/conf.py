@@ -36,7 +36,7 @@ autodoc_use_type_comments = False
 maximum_signature_line_length = 80
 napoleon_numpy_docstring = False
 napoleon_attr_annotations = False
-napoleon_use_ivar = True
+napoleon_custom_sections = [("Attributes", "params_style")]
 napoleon_use_rtype = False
 python_use_unqualified_type_names = True
 

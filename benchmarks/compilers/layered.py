@@ -14,9 +14,10 @@ import optax
 from compilers.hlo import Program
 from compilers.limits import BACKWARD, ORDINARY, Row
 from compilers.meshes import several
-from compilers.steps import Tree, held, placed
+from compilers.steps import Tree, placed
 from compilers.targets import devices, first
 from jax.sharding import AxisType, Mesh
+from measure.workloads import held
 
 import adam_fn
 from adam_fn import backward
@@ -59,15 +60,17 @@ def head(p: Tree, h: jax.Array, batch: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits.astype("float32"), batch).mean()
 
 
-def ordinary(tx: optax.GradientTransformation) -> Callable[..., Tree]:
-    """Keeps the layers' inputs, computes all gradients, then steps."""
+def loss(p: Tree, h: jax.Array, batch: jax.Array) -> jax.Array:
+    """Of what `embed` returned; only the layers' inputs are kept for the backward pass."""
+    again = jax.checkpoint(functools.partial(layer, batch=batch), policy=None)
+    return head(p, jax.lax.scan(lambda h, q: (again(q, h), None), h, p["layers"])[0], batch)
 
-    def loss(p: Tree, batch: jax.Array) -> jax.Array:
-        again = jax.checkpoint(functools.partial(layer, batch=batch), policy=None)
-        return head(p, jax.lax.scan(lambda h, q: (again(q, h), None), embed(p, batch), p["layers"])[0], batch)
+
+def ordinary(tx: optax.GradientTransformation) -> Callable[..., Tree]:
+    """Computes all gradients, then steps."""
 
     def step(p: Tree, state: Tree, batch: jax.Array) -> Tree:
-        value, grads = jax.value_and_grad(loss)(p, batch)
+        value, grads = jax.value_and_grad(lambda p: loss(p, embed(p, batch), batch))(p)
         return value, *adam_fn.make_step(tx)(p, state, grads)
 
     return step
@@ -82,12 +85,7 @@ def shardings(mesh: Mesh) -> Tree:
 
 def inputs_only(p: Tree, batch: jax.Array) -> Tree:
     """The loss and its gradient for what `embed` returned: the activations of a step, and no gradient of parameters."""
-
-    def loss(h: jax.Array) -> jax.Array:
-        again = jax.checkpoint(functools.partial(layer, batch=batch), policy=None)
-        return head(p, jax.lax.scan(lambda h, q: (again(q, h), None), h, p["layers"])[0], batch)
-
-    return jax.value_and_grad(loss)(embed(p, batch))
+    return jax.value_and_grad(lambda h: loss(p, h, batch))(embed(p, batch))
 
 
 def compiled(name: str, way: str, target: str) -> Row:

@@ -9,6 +9,8 @@ Row = dict[str, typing.Any]
 
 TPU, GPU = ("v5e", "v6e"), ("h200", "a100")
 BOTH = (*TPU, *GPU)
+#: Of each compiler.
+TARGETS = {"tpu": TPU, "gpu": GPU}
 LEAF, TREE, LLAMA, ZERO1, OFFLOAD, FAMILY = "leaf", "GPT-2 small", "Llama-7B", "zero1", "offload", "family"
 BACKWARD, ORDINARY = "backward", ", gradients first"
 BASE = "optax float32"

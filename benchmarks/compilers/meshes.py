@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from compilers.hlo import Program
 from compilers.limits import LLAMA, ZERO1, Row
-from compilers.steps import STEPS, Shapes, Step, Tree, held, llama, placed, size, spent
+from compilers.steps import STEPS, Shapes, Step, Tree, llama, placed, spent
 from compilers.targets import devices
 from jax.sharding import AxisType, Mesh
+from measure.workloads import held, size
 
 import adam_fn
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 from compilers.hlo import Program
 from compilers.limits import OFFLOAD, Row
-from compilers.steps import GPT2, ONE, STEPS, Shapes, Step, held, placed, size
+from compilers.steps import GPT2, ONE, STEPS, Shapes, Step, placed
 from compilers.targets import first
+from measure.workloads import held, size
 
 import adam_fn
 

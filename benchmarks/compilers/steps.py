@@ -8,10 +8,10 @@ import typing
 from collections.abc import Callable, Mapping
 
 import jax
-import numpy as np
 import optax
 from compilers.limits import BASE
 from measure import workloads
+from measure.peers import plain_step
 
 import adam_fn
 
@@ -39,20 +39,11 @@ def llama(layers: int) -> Shapes:
     return found
 
 
-def size(tree: Shapes) -> int:
-    return sum(int(np.prod(shape)) for shape in tree.values())
-
-
 def placed(tree: Tree, place: Tree) -> Tree:
     """Shapes with a sharding, the same for all or a tree of them."""
     if isinstance(place, jax.sharding.Sharding):
         place = jax.tree.map(lambda _: place, tree)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, place)
-
-
-def held(tree: Tree) -> int:
-    """The bytes of all arrays of a tree."""
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def spent() -> float:
@@ -63,18 +54,8 @@ def spent() -> float:
 # --- steps ---
 
 
-def applied(tx: Tx) -> typing.Any:  # noqa: ANN401 (what `jax.jit` makes of a function)
-    """What most people write around a transformation."""
-
-    def step(params: optax.Params, state: optax.OptState, grads: optax.Updates) -> tuple[optax.Params, optax.OptState]:
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return jax.jit(step, donate_argnums=(0, 1))
-
-
 #: (params, state, grads) -> (params, state), in place.
-WAYS: dict[str, Callable[[Tx], typing.Any]] = {"make_step": adam_fn.make_step, "update, apply": applied}
+WAYS: dict[str, Callable[[Tx], typing.Any]] = {"make_step": adam_fn.make_step, "update, apply": plain_step}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import math
 import typing
 from collections.abc import Callable
 
@@ -12,13 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from measure import machine, workloads
+from measure import scripts, workloads
 
 import adam_fn
+from adam_fn import StorageName
 
 RATE = 1e-3
-REFERENCE = "optax"
-LIMITS = ("copy", "in place")
 Tree = optax.Params
 Leaves = dict[str, jax.Array]
 Batch = tuple[jax.Array, jax.Array]  # pixels, labels
@@ -33,10 +33,9 @@ class JittedStep(typing.Protocol):
     def trace(self, *arguments: object) -> jax.stages.Traced: ...
 
 
-def plain_step(tx: optax.GradientTransformation) -> JittedStep:
+def plain(tx: optax.GradientTransformation) -> Step:
     """What a user writes around any optax transformation."""
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Tree, state: optax.OptState, grads: Tree) -> tuple[Tree, optax.OptState]:
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
@@ -44,16 +43,17 @@ def plain_step(tx: optax.GradientTransformation) -> JittedStep:
     return step
 
 
+def plain_step(tx: optax.GradientTransformation) -> JittedStep:
+    return typing.cast(JittedStep, jax.jit(plain(tx), donate_argnums=(0, 1)))
+
+
 def training_step(tx: optax.GradientTransformation) -> JittedStep:
     """Loss, gradients, update: the same program for every optimizer."""
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Tree, state: optax.OptState, batch: Tree) -> tuple[Tree, optax.OptState]:
-        grads = jax.grad(workloads.loss)(params, batch)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
+        return plain(tx)(params, state, jax.grad(workloads.loss)(params, batch))
 
-    return step
+    return typing.cast(JittedStep, jax.jit(step, donate_argnums=(0, 1)))
 
 
 def made_step(tx: optax.GradientTransformation) -> JittedStep:
@@ -66,101 +66,67 @@ class JaxPeer:
     """An optax transformation and the step around it; `leaves`: the most in a case, where it takes long to compile."""
 
     name: str
-    build: Callable[[], optax.GradientTransformation]
+    tx: optax.GradientTransformation
     step: Callable[[optax.GradientTransformation], JittedStep] = plain_step
     kinds: tuple[workloads.Kind, ...] = ("tree",)
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    leaves: int | None = None
+    leaves: float = math.inf
+
+    def step_of(self, case: workloads.Case) -> JittedStep:
+        return training_step(self.tx) if case.kind == "training" else self.step(self.tx)
 
 
-@dataclasses.dataclass(frozen=True)
-class TorchPeer:
-    """torch.optim.Adam with one of its implementations."""
-
-    name: str
-    options: dict[str, bool]
-    kinds: tuple[workloads.Kind, ...] = ("tree", "eager", "training")
-
-
+STORAGES: dict[str, StorageName] = {"bfloat16 moments": "bfloat16", "24-bit state": "24bit", "16-bit state": "16bit"}
 JAX_PEERS = (
-    JaxPeer("optax", lambda: optax.adam(RATE), kinds=("tree", "eager", "training")),
-    JaxPeer("adam_fn", lambda: adam_fn.adam(RATE), kinds=("tree", "eager", "training")),
-    JaxPeer("adam_fn make_step", lambda: adam_fn.adam(RATE), made_step, kinds=("tree", "eager")),
-    JaxPeer(
-        "adam_fn bfloat16 moments",
-        lambda: adam_fn.adam(RATE, storage="bfloat16"),
-        made_step,
-        leaves=200,
+    JaxPeer("optax", optax.adam(RATE), kinds=("tree", "eager", "training")),
+    JaxPeer("adam_fn", adam_fn.adam(RATE), kinds=("tree", "eager", "training")),
+    JaxPeer("adam_fn make_step", adam_fn.adam(RATE), made_step, ("tree", "eager")),
+    *(
+        JaxPeer(f"adam_fn {name}", adam_fn.adam(RATE, storage=storage), made_step, leaves=200)
+        for name, storage in STORAGES.items()
     ),
-    JaxPeer("adam_fn 24-bit state", lambda: adam_fn.adam(RATE, storage="24bit"), made_step, leaves=200),
-    JaxPeer("adam_fn 16-bit state", lambda: adam_fn.adam(RATE, storage="16bit"), made_step, leaves=200),
 )
-TORCH_PEERS = (TorchPeer("torch fused", {"fused": True}), TorchPeer("torch foreach", {"foreach": True}))
+#: The implementations of torch.optim.Adam.
+TORCH_PEERS = {"torch fused": {"fused": True}, "torch foreach": {"foreach": True}}
 
 
 @dataclasses.dataclass
 class Runner:
-    """One peer at work. `advance` does one step and returns what `wait` must wait for.
+    """One peer at work. `step` takes what it returned the last time; `wait` waits for that.
 
-    `traffic` is the least a step can move: gradients, parameters and state read once, parameters and state written
-    once, each in its own dtype.
+    `given` are the bytes of gradients and, twice, of parameters: a step reads and writes at least them and the state.
     """
 
     name: str
-    advance: Callable[[], object]
-    wait: Callable[[object], object]
+    step: Callable[[typing.Any], object]
+    carry: object = None
+    wait: Callable[[object], object] = jax.block_until_ready
     state_bytes: int = 0
-    traffic: int = 0
+    given: int = 0
+
+    @property
+    def traffic(self) -> int:
+        """The least a step can move: all read once, parameters and state written once, each in its own dtype."""
+        return self.given + 2 * self.state_bytes
 
     def run(self, steps: int) -> None:
-        done = None
         for _ in range(steps):
-            done = self.advance()
-        self.wait(done)
+            self.carry = self.step(self.carry)
+        self.wait(self.carry)
 
 
-def size(tree: object) -> int:
-    """Bytes of a tree's arrays."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if hasattr(leaf, "nbytes"))
+def given(inputs: Tree, params: Tree) -> int:
+    return workloads.held(inputs) + 2 * workloads.held(params)
 
 
-def _traffic(inputs: int, params: int, state: int) -> int:
-    return inputs + 2 * params + 2 * state
-
-
-def jax_runner(name: str, step: Step, params: Tree, state: optax.OptState, inputs: Tree) -> Runner:
+def jax_runner(peer: JaxPeer, step: Step, params: Tree, inputs: Tree) -> Runner:
     """A runner that carries its own parameters and state through `step`."""
-    carry = (params, state)
+    own = jax.tree.map(jnp.copy, params)
+    carry = (own, state := peer.tx.init(own))
 
-    def advance() -> object:
-        nonlocal carry
-        carry = step(*carry, inputs)
-        return carry
+    def advance(carry: tuple[Tree, optax.OptState]) -> object:
+        return step(*carry, inputs)
 
-    return Runner(name, advance, jax.block_until_ready, size(state), _traffic(size(inputs), size(params), size(state)))
-
-
-def update_runner(name: str, tx: optax.GradientTransformation, params: Tree, grads: Tree) -> Runner:
-    """A runner of `tx.update` alone, outside jit."""
-    state = tx.init(params)
-    nbytes = size(state)
-
-    def advance() -> object:
-        nonlocal state
-        updates, state = tx.update(grads, state, params)
-        return updates, state
-
-    return Runner(name, advance, jax.block_until_ready, nbytes)
-
-
-def eager_step(tx: optax.GradientTransformation) -> Step:
-    """Update and apply, outside jit."""
-
-    def step(params: Tree, state: optax.OptState, grads: Tree) -> tuple[Tree, optax.OptState]:
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return step
+    return Runner(peer.name, advance, carry, state_bytes=workloads.held(state), given=given(inputs, params))
 
 
 def torch_device() -> str | None:
@@ -169,25 +135,28 @@ def torch_device() -> str | None:
         return None
     torch = importlib.import_module("torch")
     if jax.devices()[0].platform == "cpu":
-        torch.set_num_threads(machine.cores())
+        torch.set_num_threads(scripts.cores())
         return "cpu"
     return "cuda" if torch.cuda.is_available() else None
 
 
-def torch_runner(peer: TorchPeer, case: workloads.Case, params: Leaves, inputs: Leaves | Batch) -> Runner:
+def torch_runner(name: str, case: workloads.Case, params: Leaves, inputs: Leaves | Batch) -> Runner:
     """torch.optim.Adam over the same leaves; the gradients share JAX's memory."""
     torch = importlib.import_module("torch")
     device = typing.cast(str, torch_device())
-    leaves = {name: torch.from_dlpack(leaf).to(device).clone().requires_grad_() for name, leaf in params.items()}
-    optimizer = torch.optim.Adam(list(leaves.values()), lr=RATE, **peer.options)
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    leaves = {key: torch.from_dlpack(leaf).to(device).clone().requires_grad_() for key, leaf in params.items()}
+    optimizer = torch.optim.Adam(list(leaves.values()), lr=RATE, **TORCH_PEERS[name])
+
+    def wait(_: object) -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
 
     if case.kind == "training":
         functional = importlib.import_module("torch.nn.functional")
         pixels, labels = (torch.from_dlpack(array).to(device) for array in typing.cast(Batch, inputs))
         labels = labels.long()
 
-        def advance() -> object:
+        def step(_: object) -> object:
             optimizer.zero_grad(set_to_none=True)
             hidden = functional.relu(torch.addmm(leaves["b1"], pixels, leaves["w1"]))
             hidden = functional.relu(torch.addmm(leaves["b2"], hidden, leaves["w2"]))
@@ -195,17 +164,16 @@ def torch_runner(peer: TorchPeer, case: workloads.Case, params: Leaves, inputs: 
             functional.cross_entropy(logits, labels).backward()
             return optimizer.step()
     else:
-        for name, leaf in leaves.items():
-            leaf.grad = torch.from_dlpack(typing.cast(Leaves, inputs)[name]).to(device)
+        for key, leaf in leaves.items():
+            leaf.grad = torch.from_dlpack(typing.cast(Leaves, inputs)[key]).to(device)
 
-        def advance() -> object:
+        def step(_: object) -> object:
             return optimizer.step()
 
-    advance()  # the state exists after the first step
-    state = sum(
-        value.nbytes for slots in optimizer.state.values() for value in slots.values() if torch.is_tensor(value)
-    )
-    return Runner(peer.name, advance, lambda _: wait(), state, _traffic(size(inputs), size(params), state))
+    step(None)  # the state exists after the first step
+    slots = [value for own in optimizer.state.values() for value in own.values() if torch.is_tensor(value)]
+    state = sum(value.nbytes for value in slots)
+    return Runner(name, step, wait=wait, state_bytes=state, given=given(inputs, params))
 
 
 def limits(traffic: int) -> list[Runner]:
@@ -213,43 +181,24 @@ def limits(traffic: int) -> list[Runner]:
     and a change of one array in place, by all cores or by the accelerator.
     """
     count = max(traffic // 8, 1)
-    nbytes = 8 * count
     if jax.devices()[0].platform != "cpu":
         array = jnp.ones(count, jnp.float32)
         duplicate, negate = jax.jit(jnp.copy), jax.jit(jnp.negative, donate_argnums=0)
-        carry = jnp.ones(count, jnp.float32)
-
-        def in_place() -> object:
-            nonlocal carry
-            carry = negate(carry)
-            return carry
-
-        return [
-            Runner("copy", lambda: duplicate(array), jax.block_until_ready, 0, nbytes),
-            Runner("in place", in_place, jax.block_until_ready, 0, nbytes),
+        found = [Runner("copy", lambda _: duplicate(array)), Runner("in place", negate, jnp.copy(array))]
+    else:
+        # Ones, not zeros: pages of zeros that were never written are all the same page of memory.
+        threads = scripts.cores()
+        source, target = (np.array_split(np.ones(count, np.float32), threads) for _ in range(2))
+        pool = concurrent.futures.ThreadPoolExecutor(threads)
+        found = [
+            Runner("copy", lambda _: [*pool.map(np.copyto, target, source)], wait=bool),
+            Runner("in place", lambda _: [*pool.map(np.negative, source, source)], wait=bool),
         ]
-    # Ones, not zeros: pages of zeros that were never written are all the same page of memory.
-    threads = machine.cores()
-    source, target = (np.array_split(np.ones(count, np.float32), threads) for _ in range(2))
-    pool = concurrent.futures.ThreadPoolExecutor(threads)
-    return [
-        Runner("copy", lambda: list(pool.map(np.copyto, target, source)), lambda _: None, 0, nbytes),
-        Runner("in place", lambda: list(pool.map(np.negative, source, source)), lambda _: None, 0, nbytes),
-    ]
+    return [dataclasses.replace(runner, given=8 * count) for runner in found]
 
 
 def jax_peers(case: workloads.Case) -> list[JaxPeer]:
-    return [
-        peer
-        for peer in JAX_PEERS
-        if case.kind in peer.kinds
-        and case.dtype in peer.dtypes
-        and (peer.leaves is None or len(case.shapes) <= peer.leaves)
-    ]
-
-
-def torch_peers(case: workloads.Case) -> list[TorchPeer]:
-    return [peer for peer in TORCH_PEERS if case.kind in peer.kinds] if torch_device() else []
+    return [peer for peer in JAX_PEERS if case.kind in peer.kinds and len(case.shapes) <= peer.leaves]
 
 
 def runners(case: workloads.Case) -> list[Runner]:
@@ -257,16 +206,9 @@ def runners(case: workloads.Case) -> list[Runner]:
     training = case.kind == "training"
     params = workloads.weights(case, 0) if training else case.tree(0, 0.02)
     inputs = workloads.images(case, 1) if training else case.tree(1, 0.01)
-    found = []
-    for peer in jax_peers(case):
-        tx = peer.build()
-        step = training_step(tx) if training else peer.step(tx)
-        own = jax.tree.map(jnp.copy, params)
-        found.append(jax_runner(peer.name, step, own, tx.init(own), inputs))
-    found += [torch_runner(peer, case, params, inputs) for peer in torch_peers(case)]
-    if not training:
-        found += limits(next(runner.traffic for runner in found if runner.name == REFERENCE))
-    return found
+    found = [jax_runner(peer, peer.step_of(case), params, inputs) for peer in jax_peers(case)]
+    found += [torch_runner(name, case, params, inputs) for name in TORCH_PEERS if torch_device()]
+    return found if training else found + limits(next(runner.traffic for runner in found if runner.name == "optax"))
 
 
 def eager_runners(case: workloads.Case) -> tuple[list[Runner], list[Runner]]:
@@ -274,12 +216,15 @@ def eager_runners(case: workloads.Case) -> tuple[list[Runner], list[Runner]]:
     params, grads = case.tree(0, 0.02), case.tree(1, 0.01)
     updates, steps = [], []
     for peer in jax_peers(case):
-        tx = peer.build()
-        own = jax.tree.map(jnp.copy, params)
         if peer.step is plain_step:
-            updates.append(update_runner(peer.name, tx, params, grads))
-            steps.append(jax_runner(peer.name, eager_step(tx), own, tx.init(own), grads))
-        else:
-            steps.append(jax_runner(peer.name, peer.step(tx), own, tx.init(own), grads))
-    steps += [torch_runner(peer, case, params, grads) for peer in torch_peers(case)]
+            update = functools.partial(_updated, peer.tx, params, grads)
+            updates.append(Runner(peer.name, update, (None, peer.tx.init(params))))
+        step = plain(peer.tx) if peer.step is plain_step else peer.step(peer.tx)
+        steps.append(jax_runner(peer, step, params, grads))
+    steps += [torch_runner(name, case, params, grads) for name in TORCH_PEERS if torch_device()]
     return updates, steps
+
+
+def _updated(tx: optax.GradientTransformation, params: Tree, grads: Tree, carry: tuple[Tree, optax.OptState]) -> object:
+    """The updates and the next state; `carry` are those of the step before."""
+    return tx.update(grads, carry[1], params)

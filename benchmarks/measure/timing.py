@@ -1,11 +1,11 @@
 """How it is measured: peers alternate, so that whatever else the machine does hits all of them alike."""
 
+import contextlib
 import dataclasses
 import gc
 import random
 import time
-import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -29,33 +29,13 @@ FULL = Effort(20.0, 15, 300, 3)
 QUICK = Effort(0.3, 5, 20, 1)
 
 
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """Seconds of one quantity, one per round."""
-
-    values: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        return float(np.median(self.values))
-
-    @property
-    def quartiles(self) -> tuple[float, float]:
-        low, high = np.percentile(self.values, [25, 75])
-        return float(low), float(high)
-
-    def per_round(self, other: "Sample") -> float:
-        """The median of the ratios to `other`, round by round."""
-        return float(np.median(np.divide(self.values, other.values)))
-
-
 def clock(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
-def alternate(runners: Sequence[Runner], effort: Effort) -> dict[str, Sample]:
+def alternate(runners: Sequence[Runner], effort: Effort) -> dict[str, list[float]]:
     """Seconds a step of every runner: each round times each runner once, in an order drawn anew for every round.
 
     On an accelerator, where steps are queued, one timing covers ten steps and a single wait; on a CPU it covers one.
@@ -78,71 +58,51 @@ def alternate(runners: Sequence[Runner], effort: Effort) -> dict[str, Sample]:
                 seconds[runner.name].append(clock(lambda runner=runner: runner.run(steps)) / steps)
     finally:
         gc.enable()
-    return {name: Sample(tuple(values)) for name, values in seconds.items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class Compilation:
-    """Seconds of the three stages, and the bytes of the program's temporaries."""
-
-    trace: Sample
-    lower: Sample
-    compile: Sample
-    temporaries: int | None
-
-    @property
-    def total(self) -> Sample:
-        return Sample(tuple(map(sum, zip(self.trace.values, self.lower.values, self.compile.values, strict=True))))
+    return seconds
 
 
 def compilations(
     programs: dict[str, Callable[[], tuple[JittedStep, tuple[object, ...]]]], repetitions: int
-) -> dict[str, Compilation]:
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, int]]:
     """Trace, lower and compile every program, alternating, each time with all of JAX's caches empty.
 
-    A program is a function that builds the jitted step and its arguments (shapes suffice).
+    A program is a function that builds the jitted step and its arguments (shapes suffice). By stage, and for all of
+    them, the seconds of every program; and the bytes of its temporaries.
     """
-    stages: dict[str, list[tuple[float, float, float]]] = {name: [] for name in programs}
-    temporaries: dict[str, int | None] = {}
+    seconds: dict[str, dict[str, list[float]]] = {
+        stage: {name: [] for name in programs} for stage in ("trace", "lower", "compile", "total")
+    }
+    temporaries: dict[str, int] = {}
     for _ in range(repetitions):
         for name, build in programs.items():
             function, arguments = build()
             jax.clear_caches()
             gc.collect()
-            start = time.perf_counter()
+            times = [time.perf_counter()]
             traced = function.trace(*arguments)
-            middle = time.perf_counter()
+            times.append(time.perf_counter())
             lowered = traced.lower()
-            last = time.perf_counter()
+            times.append(time.perf_counter())
             compiled = lowered.compile()
-            stages[name].append((middle - start, last - middle, time.perf_counter() - last))
-            analysis = compiled.memory_analysis()
-            temporaries[name] = analysis.temp_size_in_bytes if analysis else None
-    return {
-        name: Compilation(
-            trace=Sample(tuple(trace for trace, _, _ in seconds)),
-            lower=Sample(tuple(lower for _, lower, _ in seconds)),
-            compile=Sample(tuple(compile for _, _, compile in seconds)),
-            temporaries=temporaries[name],
-        )
-        for name, seconds in stages.items()
-    }
+            times.append(time.perf_counter())
+            for stage, own in zip(seconds.values(), (*np.diff(times), times[-1] - times[0]), strict=True):
+                stage[name].append(float(own))
+            if (analysis := compiled.memory_analysis()) is not None:
+                temporaries[name] = analysis.temp_size_in_bytes
+    return seconds, temporaries
 
 
-class CompilationCounter:
-    """Counts the programs that XLA compiles inside a `with` block."""
+@contextlib.contextmanager
+def compiled() -> Iterator[list[str]]:
+    """An event for each program that XLA compiles inside a `with` block."""
+    found: list[str] = []
 
-    _event: typing.ClassVar[str] = "/jax/core/compile/backend_compile_duration"
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(event)
 
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __enter__(self) -> typing.Self:
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        jax.monitoring.unregister_event_duration_listener(self._listen)
-
-    def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
-        self.count += event == self._event
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)

@@ -1,7 +1,9 @@
 """What is measured: trees of parameters and a training step, full size and small."""
 
 import dataclasses
+import itertools
 import typing
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,16 @@ import optax
 
 Shape = tuple[int, ...]
 Kind = typing.Literal["tree", "eager", "training", "rates"]
+
+
+def size(shapes: Mapping[str, Shape]) -> int:
+    """The elements of some leaves."""
+    return sum(int(np.prod(shape)) for shape in shapes.values())
+
+
+def held(tree: object) -> int:
+    """The bytes of a tree's arrays, or of those that its shapes stand for."""
+    return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +37,7 @@ class Case:
 
     @property
     def parameters(self) -> int:
-        return sum(int(np.prod(shape)) for shape in self.shapes.values())
+        return size(self.shapes)
 
     def tree(self, seed: int, scale: float) -> dict[str, jax.Array]:
         """Normal random leaves of the case's shapes and dtype."""
@@ -38,35 +50,27 @@ class Case:
 
 def gpt2(vocabulary: int, positions: int, width: int, blocks: int) -> dict[str, Shape]:
     """The leaves of GPT-2 with tied embeddings: 4 + 12 a block."""
+    weights: dict[str, Shape] = {
+        "ln_1": (width,),
+        "attn.c_attn": (width, 3 * width),
+        "attn.c_proj": (width, width),
+        "ln_2": (width,),
+        "mlp.c_fc": (width, 4 * width),
+        "mlp.c_proj": (4 * width, width),
+    }
+    every = {f"h{block}.{name}": shape for block in range(blocks) for name, shape in weights.items()}
     shapes: dict[str, Shape] = {"wte": (vocabulary, width), "wpe": (positions, width)}
-    for block in range(blocks):
-        shapes |= {
-            f"h{block}.ln_1.weight": (width,),
-            f"h{block}.ln_1.bias": (width,),
-            f"h{block}.attn.c_attn.weight": (width, 3 * width),
-            f"h{block}.attn.c_attn.bias": (3 * width,),
-            f"h{block}.attn.c_proj.weight": (width, width),
-            f"h{block}.attn.c_proj.bias": (width,),
-            f"h{block}.ln_2.weight": (width,),
-            f"h{block}.ln_2.bias": (width,),
-            f"h{block}.mlp.c_fc.weight": (width, 4 * width),
-            f"h{block}.mlp.c_fc.bias": (4 * width,),
-            f"h{block}.mlp.c_proj.weight": (4 * width, width),
-            f"h{block}.mlp.c_proj.bias": (width,),
-        }
-    return shapes | {"ln_f.weight": (width,), "ln_f.bias": (width,)}
+    for name, shape in (every | {"ln_f": (width,)}).items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[-1:]}
+    return shapes
 
 
 def mlp(inputs: int, hidden: int, classes: int) -> dict[str, Shape]:
     """Two hidden layers."""
-    return {
-        "w1": (inputs, hidden),
-        "b1": (hidden,),
-        "w2": (hidden, hidden),
-        "b2": (hidden,),
-        "w3": (hidden, classes),
-        "b3": (classes,),
-    }
+    found: dict[str, Shape] = {}
+    for layer, sizes in enumerate(itertools.pairwise((inputs, hidden, hidden, classes)), 1):
+        found |= {f"w{layer}": sizes, f"b{layer}": sizes[1:]}
+    return found
 
 
 def many(leaves: int, size: int) -> dict[str, Shape]:
@@ -78,31 +82,19 @@ def cases(quick: bool) -> list[Case]:
     exponents = (16, 20) if quick else (20, 23, 26)
     if not quick and jax.default_backend() != "cpu":
         exponents += (28,)  # What a step moves is then far more than the caches hold.
-    found = [
-        Case(
-            f"leaf-2^{exponent}-{dtype}",
-            f"one leaf of 2^{exponent - 10} x 1,024, {dtype}",
-            "tree",
-            {"leaf": (2 ** (exponent - 10), 1024)},
-            dtype,
-        )
-        for dtype in ("float32", "bfloat16")
-        for exponent in exponents
-    ]
+    found = []
+    for dtype, n in itertools.product(("float32", "bfloat16"), exponents):
+        shapes: dict[str, Shape] = {"leaf": (2 ** (n - 10), 1024)}
+        found.append(Case(f"leaf-2^{n}-{dtype}", f"one leaf of 2^{n - 10} x 1,024, {dtype}", "tree", shapes, dtype))
     leaves, eager, hidden = (50, 50, 128) if quick else (1000, 200, 1000)
+    whole = "whole training step, batch 128"
     tree = gpt2(512, 64, 64, 4) if quick else gpt2(50257, 1024, 768, 12)
     size = "four blocks of GPT-2 at a twelfth of the width" if quick else "GPT-2 small"
     found += [
         Case("gpt2", f"{size}, {len(tree)} leaves", "tree", tree),
         Case("leaves", f"{leaves} leaves of 1,024", "tree", many(leaves, 1024)),
         Case("eager", f"eager, {eager} leaves of 1,024", "eager", many(eager, 1024)),
-        Case(
-            "mlp",
-            f"MLP 784-{hidden}-{hidden}-10, whole training step, batch 128",
-            "training",
-            mlp(784, hidden, 10),
-            batch=128,
-        ),
+        Case("mlp", f"MLP 784-{hidden}-{hidden}-10, {whole}", "training", mlp(784, hidden, 10), batch=128),
         Case("rates", "another learning rate", "rates", many(4, 1024)),
     ]
     return found
@@ -126,10 +118,14 @@ def weights(case: Case, seed: int) -> dict[str, jax.Array]:
     }
 
 
+def logits(params: dict[str, jax.Array], pixels: jax.Array) -> jax.Array:
+    """The MLP with ReLU, in float32."""
+    p = {name: jnp.atleast_2d(leaf.astype(jnp.float32)) for name, leaf in params.items()}
+    hidden = jax.nn.relu(pixels @ p["w1"] + p["b1"])
+    return jax.nn.relu(hidden @ p["w2"] + p["b2"]) @ p["w3"] + p["b3"]
+
+
 def loss(params: dict[str, jax.Array], batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Mean cross-entropy of the MLP with ReLU."""
+    """Mean cross-entropy of the MLP."""
     pixels, labels = batch
-    hidden = jax.nn.relu(pixels @ params["w1"] + params["b1"])
-    hidden = jax.nn.relu(hidden @ params["w2"] + params["b2"])
-    logits = hidden @ params["w3"] + params["b3"]
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    return optax.softmax_cross_entropy_with_integer_labels(logits(params, pixels), labels).mean()

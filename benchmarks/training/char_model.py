@@ -7,8 +7,8 @@ their storage and, because a gradient has its parameter's dtype, the rounding of
 
 import dataclasses
 import functools
-import os
 import pathlib
+import sys
 import typing
 
 import jax
@@ -16,13 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 import optax
-import pooch
-import tqdm
+from measure import workloads
 
 import adam_fn
 
-URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+sys.path.insert(1, str(pathlib.Path(__file__).resolve().parents[2] / "examples"))
+from loaders import shakespeare
 
 BATCH = 8
 RATE = 4e-3  # The best of 1e-3, 2e-3, 4e-3 and 8e-3 for float32 and the seed 0.
@@ -39,35 +38,18 @@ class Text(typing.NamedTuple):
     vocabulary: int
 
 
-def split(text: str) -> Text:
+def split(text: shakespeare.Text) -> Text:
     """The two parts of a text."""
-    alphabet, codes = np.unique(np.array(list(text)), return_inverse=True)
-    codes = codes.astype(np.int32)
-    end = len(codes) * 9 // 10
-    return Text(codes[:end], codes[end:], len(alphabet))
+    end = len(text.codes) * 9 // 10
+    return Text(text.codes[:end], text.codes[end:], text.vocabulary)
 
 
 def load() -> Text:
-    """tinyshakespeare, 1,115,394 characters of 65 kinds (see `read`)."""
-    return split(read())
-
-
-def read() -> str:
-    """tinyshakespeare: from `$ADAM_FN_DATA/tinyshakespeare/input.txt`, which then must be there, or else from the
-    user's cache, which is filled by a download. The checksum is compared either way.
-    """
-    data = os.environ.get("ADAM_FN_DATA")
-    folder = pathlib.Path(data or pooch.os_cache("adam_fn")) / "tinyshakespeare"
-    path = folder / "input.txt"
-    if not data:
-        try:
-            pooch.retrieve(URL, f"sha256:{SHA256}", path.name, folder)
-        except OSError as error:  # all that requests raises
-            raise ConnectionError(f"{URL} cannot be reached: put it in $ADAM_FN_DATA/tinyshakespeare") from error
-    found = pooch.file_hash(str(path))
-    if found != SHA256:
-        raise ValueError(f"{path}: truncated or altered: expected sha256 {SHA256}, found {found}")
-    return path.read_text("utf-8")
+    """tinyshakespeare, 1,115,394 characters of 65 kinds; nothing else will do."""
+    text = shakespeare.load()
+    if len(text.codes) != 1_115_394:
+        raise ConnectionError(f"{shakespeare.URL} cannot be reached: put it in $ADAM_FN_DATA/tinyshakespeare")
+    return split(text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +65,7 @@ class Model:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Matrices are [inputs, outputs], but the embeddings and the head [entries, width]."""
         width = self.width
-        found: dict[str, tuple[int, ...]] = {
-            "embedding": (self.vocabulary, width),
-            "positions": (self.context, width),
-        }
+        found: dict[str, tuple[int, ...]] = {"embedding": (self.vocabulary, width), "positions": (self.context, width)}
         for block in range(self.blocks):
             found |= {
                 f"block{block}.norm1": (width,),
@@ -100,7 +79,7 @@ class Model:
 
     @property
     def parameters(self) -> int:
-        return sum(int(np.prod(shape)) for shape in self.shapes().values())
+        return workloads.size(self.shapes())
 
     def init(self, seed: int) -> Params:
         """float32; ones for the norms, else normal with the variance 1/inputs (1/width for embeddings and head), and
@@ -178,16 +157,8 @@ def groups(model: Model, rows: int) -> dict[str, npt.NDArray[np.intp]]:
     block, and the head. A group is 256 neighbours in memory: whole rows, or a whole part of one.
     """
     first, last = "block0.", f"block{model.blocks - 1}."
-    names = [
-        "embedding",
-        first + "qkv",
-        first + "out",
-        first + "down",
-        last + "qkv",
-        last + "up",
-        last + "down",
-        "head",
-    ]
+    names = ["embedding", *(first + x for x in ("qkv", "out", "down")), *(last + x for x in ("qkv", "up", "down"))]
+    names.append("head")
     shapes = model.shapes()
     found = {}
     for name, own in zip(names, np.array_split(np.arange(rows), len(names)), strict=True):
@@ -222,8 +193,6 @@ def recorded(
 
     carry = (params := model.init(seed), tx.init(params))
     found = np.empty((steps, *np.concatenate([*chosen.values()]).shape), np.float32)
-    with tqdm.tqdm(total=steps, desc="gradients", unit="step", disable=None) as bar:
-        for numbers in np.array_split(np.arange(steps), -(-steps // 50)):
-            carry, found[numbers] = chunk(carry, numbers)
-            bar.update(len(numbers))
+    for numbers in np.array_split(np.arange(steps), -(-steps // 50)):
+        carry, found[numbers] = chunk(carry, numbers)
     return found

@@ -98,15 +98,6 @@ def images(quick: bool = False, dataset: mnist.Dataset | None = None) -> Workloa
     hidden, steps, batch = (64, 96, 128) if quick else (1000, POINTS * (2 * 60_000 // (128 * POINTS)), 128)
     case = workloads.Case("mlp", "", "training", workloads.mlp(dataset.pixels, hidden, 10), batch=batch)
 
-    def logits(params: Params, pixels: jax.Array) -> jax.Array:
-        p = {name: jnp.atleast_2d(leaf.astype(jnp.float32)) for name, leaf in params.items()}
-        hidden = jax.nn.relu(pixels @ p["w1"] + p["b1"])
-        return jax.nn.relu(hidden @ p["w2"] + p["b2"]) @ p["w3"] + p["b3"]
-
-    def loss(params: Params, chosen: Batch) -> jax.Array:
-        pixels, labels = chosen
-        return optax.softmax_cross_entropy_with_integer_labels(logits(params, pixels), labels).mean()
-
     def scaled(pixels: jax.Array) -> jax.Array:
         return pixels.astype(jnp.float32) / 255
 
@@ -116,7 +107,7 @@ def images(quick: bool = False, dataset: mnist.Dataset | None = None) -> Workloa
         return scaled(data["train_images"][chosen]), data["train_labels"][chosen]
 
     def evaluate(params: Params, data: Data) -> tuple[jax.Array, jax.Array]:
-        found, labels = logits(params, scaled(data["test_images"])), data["test_labels"]
+        found, labels = workloads.logits(params, scaled(data["test_images"])), data["test_labels"]
         losses = optax.softmax_cross_entropy_with_integer_labels(found, labels)
         return losses.mean(), (found.argmax(-1) == labels).mean()
 
@@ -126,6 +117,6 @@ def images(quick: bool = False, dataset: mnist.Dataset | None = None) -> Workloa
         {name: jnp.array(part) for name, part in dataset._asdict().items() if name != "name"},
         functools.partial(workloads.weights, case),
         sample,
-        loss,
+        workloads.loss,
         evaluate,
     )

@@ -1,7 +1,6 @@
 """What is read from compiled programs, and the limits that hold them; no compiler is needed."""
 
 import importlib.metadata
-import json
 import math
 import pathlib
 import types
@@ -11,13 +10,12 @@ import jax
 import pytest
 import tables
 from cases import CASES
-from compilers import limits, meshes, steps, targets, worker
+from compilers import figures, limits, meshes, steps, targets, worker
 from compilers.hlo import Array, Program, instruction
 from compilers.limits import Row
+from measure import scripts, workloads
 
 pytestmark = pytest.mark.quick
-
-TARGETS = [*compiled.TPU, *compiled.GPU]
 
 # As XLA writes it: a fetch into fast memory (S(1)), a loop and a call.
 HLO = """\
@@ -177,7 +175,7 @@ def test_an_instruction_is_parsed() -> None:
 
 def names() -> list[Row]:
     """What identifies each program."""
-    return [{"target": target, **name} for target in TARGETS for name, _ in worker.jobs(target)]
+    return [{"target": target, **name} for target in limits.BOTH for name, _ in worker.jobs(target)]
 
 
 def fitting() -> list[Row]:
@@ -227,9 +225,9 @@ def test_what_is_compiled() -> None:
     made = {name: jax.tree.leaves(step.arguments({"leaf": (64, 32)})[1]) for name, step in steps.family("adan").items()}
     assert len(made) == len(steps.STORAGES) * len(steps.WRITES)
     assert {x.dtype.name for x in made["8-bit masters, 24bit"] if x.size > 16} == {"int8", "bfloat16"}
-    assert [math.prod(steps.GPT2["wte"]), steps.size(steps.GPT2)] == [50257 * 768, 124_439_808]
-    assert steps.size(steps.llama(32)) == 6_738_415_616
-    assert {*targets.GPUS} == {*compiled.GPU}
+    assert [math.prod(steps.GPT2["wte"]), workloads.size(steps.GPT2)] == [50257 * 768, 124_439_808]
+    assert workloads.size(steps.llama(32)) == 6_738_415_616
+    assert {*targets.GPUS} == {*limits.GPU}
 
 
 def test_requirements_are_pinned_to_what_is_installed() -> None:
@@ -238,7 +236,7 @@ def test_requirements_are_pinned_to_what_is_installed() -> None:
     assert f"jax-cuda12-plugin=={jax_}" in compiled.requirements("gpu")
 
 
-def test_summary(tmp_path: pathlib.Path) -> None:
+def test_summary(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tables of the documentation: two targets in one cell, cycles in optax's; and what is kept of earlier runs."""
     rows: list[Row] = [
         {"target": target, "part": limits.LEAF, "step": step, "way": "make_step", "passes": 1, "cycles": cycles}
@@ -251,21 +249,21 @@ def test_summary(tmp_path: pathlib.Path) -> None:
     ]
     rows.append({"target": "v6e", "part": limits.LEAF, "step": "16bit", "way": "make_step", "error": "no"})
     rows.append({"target": "v5e", "part": limits.FAMILY, "step": "adam", "way": "", "failed": ["x"], "programs": 20})
-    ((title, head, body),) = compiled.summary(rows)
-    assert (title, head) == (limits.LEAF, ["step", "by", "passes", "cycles / optax"])
-    assert body == [
-        [limits.BASE, "make_step", "1", "1.00"],
-        ["24bit", "make_step", "1", "0.65 to 0.70"],
-        ["16bit", "make_step", "", ""],
+    (text,) = figures.summary(rows)
+    assert text.splitlines() == [
+        "leaf:",
+        "",
+        "| step | by | passes | cycles / optax |",
+        "| :-- | --: | --: | --: |",
+        f"| {limits.BASE} | make_step | 1 | 1.00 |",
+        "| 24bit | make_step | 1 | 0.65 to 0.70 |",
+        "| 16bit | make_step |  |  |",
     ]
-    assert compiled.family(rows).startswith("1 members") and "19 of 20 steps compile" in compiled.family(rows)
-    compiled.keep(tmp_path / "compiled.json", {"tpu": {"jax": "1"}}, rows)
-    compiled.keep(tmp_path / "compiled.json", {"gpu": {"jax": "2"}}, [rows[1] | {"cycles": 1}])
-    found = json.loads((tmp_path / "compiled.json").read_text())
-    assert found["versions"] == {"tpu": {"jax": "1"}, "gpu": {"jax": "2"}}
-    assert [row.get("cycles") for row in found["rows"]] == [1000, 1, 2000, 1400, None, None]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tables, "RESULTS", tmp_path)
-        text = tables.compiled()
-    for wanted in ("not run", "Compiled for v5e, v6e", "jax 1", "19 of 20 steps compile", "| 24bit | make_step | 1 |"):
-        assert wanted in text
+    found = scripts.merged(rows, [rows[1] | {"cycles": 1}], "target", "part", "step", "way")
+    assert [row.get("cycles") for row in found] == [1000, 1, 2000, 1400, None, None]
+    versions = {"tpu": {"jax": "1"}, "gpu": {"jax": "2"}}
+    scripts.write(tmp_path / "compiled.json", {"date": "2026-01-01T00", "versions": versions, "rows": rows})
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert text in tables.compiled()
+    for wanted in ("not run", "Compiled for v5e, v6e", "jax 1", "1 members", "19 of 20 steps compile"):
+        assert wanted in tables.compiled()
