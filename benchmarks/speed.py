@@ -36,13 +36,17 @@ def programs(case: workloads.Case) -> dict[str, Callable[[], tuple[peers.JittedS
     return {peer.name: functools.partial(build, peer) for peer in peers.jax_peers(case)}
 
 
-def measure_steps(case: workloads.Case, effort: timing.Effort, records: report.Records) -> None:
-    """A jitted step: compilation, temporaries, time, traffic, state."""
-    stages, temporaries = timing.compilations(programs(case), effort.compilations)
+def measure_programs(case: workloads.Case, effort: timing.Effort, records: report.Records) -> None:
+    """The time to compile, and temporaries."""
+    with jax.enable_x64(case.dtype == "float64"):
+        stages, temporaries = timing.compilations(programs(case), effort.compilations)
     for stage, seconds in stages.items():
         records.add(case, stage, "s", seconds)
     records.add(case, "temporaries", "bytes", temporaries)
 
+
+def measure_steps(case: workloads.Case, effort: timing.Effort, records: report.Records) -> None:
+    """A jitted step: time, traffic, state."""
     runners = peers.runners(case)
     seconds = timing.alternate(runners, effort)
     records.add(case, "step", "s", seconds)
@@ -128,6 +132,8 @@ def main() -> None:
         elif case.kind == "rates":
             count_compilations(case, records)
         else:
+            measure_programs(case, effort, records)
+        if case.kind in ("tree", "training"):
             measure_steps(case, effort, records)
     print(report.Device(records.rows).text())
     only = (name.replace("^", "") for name in options.only)

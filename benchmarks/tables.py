@@ -252,7 +252,7 @@ def precision() -> str:
 def temporaries() -> str:
     """Of every leaf and storage."""
     found = read("benchmarks/temporaries.py")
-    columns = ("make_step", "update")
+    columns = ("make_step", "update and apply", "update")
     body = [
         [" x ".join(f"{axis:,}" for axis in row["shape"]), row["storage"], *(f"{row[name]:.3f}" for name in columns)]
         for row in found["rows"]

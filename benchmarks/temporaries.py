@@ -2,8 +2,9 @@
 
     python benchmarks/temporaries.py [--out DIR]
 
-For `adam_fn.adamw` with every storage: the temporaries in units of the leaf's float32 size, of `make_step` and of
-`tx.update` alone in a `jit` that donates nothing (JAX would pair a donated moment with the updates, of the same shape).
+For `adam_fn.adamw` with every storage: the temporaries in units of the leaf's float32 size, of `make_step`, of
+`tx.update` and `optax.apply_updates` in a `jit` that donates parameters and state, and of `tx.update` alone in a `jit`
+that donates nothing (JAX would pair a donated moment with the updates, of the same shape).
 """
 
 import itertools
@@ -12,7 +13,7 @@ import typing
 
 import jax
 import jax.numpy as jnp
-from measure import scripts
+from measure import peers, scripts
 
 import adam_fn
 from adam_fn import StorageName
@@ -34,6 +35,7 @@ def measured(shape: tuple[int, ...], storage: StorageName) -> scripts.Row:
         "shape": shape,
         "storage": storage,
         "make_step": size(adam_fn.make_step(tx)),
+        "update and apply": size(peers.plain_step(tx)),
         "update": size(jax.jit(tx.update)),
     }
 

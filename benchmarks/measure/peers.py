@@ -56,6 +56,19 @@ def training_step(tx: optax.GradientTransformation) -> JittedStep:
     return typing.cast(JittedStep, jax.jit(step, donate_argnums=(0, 1)))
 
 
+def loop_step(tx: optax.GradientTransformation) -> JittedStep:
+    """A hundred steps in a loop, as solvers take them, with the parameters as their own gradients."""
+
+    def steps(params: Tree, state: optax.OptState, grads: Tree) -> tuple[Tree, optax.OptState]:
+        def step(carry: tuple[Tree, optax.OptState, jax.Array]) -> tuple[Tree, optax.OptState, jax.Array]:
+            params, state, count = carry
+            return *plain(tx)(params, state, params), count + 1
+
+        return jax.lax.while_loop(lambda carry: carry[2] < 100, step, (params, state, jnp.int32(0)))[:2]
+
+    return typing.cast(JittedStep, jax.jit(steps))
+
+
 def made_step(tx: optax.GradientTransformation) -> JittedStep:
     """adam_fn's own step."""
     return typing.cast(JittedStep, adam_fn.make_step(tx))
@@ -72,17 +85,20 @@ class JaxPeer:
     leaves: float = math.inf
 
     def step_of(self, case: workloads.Case) -> JittedStep:
-        return training_step(self.tx) if case.kind == "training" else self.step(self.tx)
+        return {"training": training_step, "loop": loop_step}.get(case.kind, self.step)(self.tx)
 
 
 STORAGES: dict[str, StorageName] = {"bfloat16 moments": "bfloat16", "24-bit state": "24bit", "16-bit state": "16bit"}
+#: The end of a peer's name, with `plain_step`.
+APPLIED = ", update and apply"
 JAX_PEERS = (
-    JaxPeer("optax", optax.adam(RATE), kinds=("tree", "eager", "training")),
-    JaxPeer("adam_fn", adam_fn.adam(RATE), kinds=("tree", "eager", "training")),
+    JaxPeer("optax", optax.adam(RATE), kinds=("tree", "eager", "training", "loop")),
+    JaxPeer("adam_fn", adam_fn.adam(RATE), kinds=("tree", "eager", "training", "loop")),
     JaxPeer("adam_fn make_step", adam_fn.adam(RATE), made_step, ("tree", "eager")),
     *(
-        JaxPeer(f"adam_fn {name}", adam_fn.adam(RATE, storage=storage), made_step, leaves=200)
+        JaxPeer(f"adam_fn {name}{way}", adam_fn.adam(RATE, storage=storage), step, leaves=200)
         for name, storage in STORAGES.items()
+        for way, step in (("", made_step), (APPLIED, plain_step))
     ),
 )
 #: The implementations of torch.optim.Adam.

@@ -7,7 +7,8 @@ from measure import scripts, workloads
 from measure.scripts import NONE, Row, named, table
 
 REFERENCE = "optax"
-OURS = ("adam_fn", "adam_fn bfloat16 moments", "adam_fn 24-bit state", "adam_fn 16-bit state")
+STORAGES = ("bfloat16 moments", "24-bit state", "16-bit state")
+OURS = ("adam_fn", *(f"adam_fn {name}{way}" for name in STORAGES for way in ("", ", update and apply")))
 
 
 class Records:

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 Shape = tuple[int, ...]
-Kind = typing.Literal["tree", "eager", "training", "rates"]
+Kind = typing.Literal["tree", "eager", "training", "loop", "rates"]
 
 
 def size(shapes: Mapping[str, Shape]) -> int:
@@ -26,7 +26,11 @@ def held(tree: object) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One case: `tree` times a jitted step, `eager` the update outside jit, `training` a whole step, `rates` counts."""
+    """One case.
+
+    `tree` times a jitted step, `eager` the update outside jit, `training` a whole step; `loop` only compiles, and `rates`
+    counts compilations.
+    """
 
     name: str
     title: str
@@ -95,6 +99,13 @@ def cases(quick: bool) -> list[Case]:
         Case("leaves", f"{leaves} leaves of 1,024", "tree", many(leaves, 1024)),
         Case("eager", f"eager, {eager} leaves of 1,024", "eager", many(eager, 1024)),
         Case("mlp", f"MLP 784-{hidden}-{hidden}-10, {whole}", "training", mlp(784, hidden, 10), batch=128),
+        *(
+            Case(
+                f"loop-{n}-{dtype}", f"100 steps of {n} elements in a `while_loop`, {dtype}", "loop", {"x": (n,)}, dtype
+            )
+            for n in (4, 20)
+            for dtype in ("float32", "float64")
+        ),
         Case("rates", "another learning rate", "rates", many(4, 1024)),
     ]
     return found
