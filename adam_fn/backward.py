@@ -51,11 +51,12 @@ def value_and_step(
     `head` see all other parameters, with None in the place of the layers' arrays; a parameter that both use (tied
     embeddings) gets the sum of both gradients.
 
-    `tx` is called for one layer after the other, with None in the place of the other parameters, and then for those.
-    So every update must depend on the gradient of its own leaf alone; where it depends on another leaf's, that is a
-    ValueError. Norms and means of a leaf (`lamb`, `cautious`) are those of one layer's part of it. A mask that is a
-    function sees leaves whose first axis has length 1. What needs all gradients at once is done here, by a backward
-    pass before the one that steps: clipping, by `max_norm`, and `adam_fn.skip_nonfinite` as the outermost wrapper.
+    `tx` is called once per layer, with None for all other parameters, and at the end once for the parameters outside
+    the layers. So every update must depend on the gradient of its own leaf alone; where it depends on another leaf's,
+    that is a ValueError. Norms and means of a leaf (`lamb`, `cautious`) are those of one layer's part of it. A mask
+    that is a function sees leaves whose first axis has length 1. What needs all gradients at once is done here, by a
+    backward pass before the one that steps: clipping, by `max_norm`, and `adam_fn.skip_nonfinite` as the outermost
+    wrapper.
 
     Args:
       tx: the optimizer; its state is that of ``tx.init(params)``.
@@ -93,8 +94,8 @@ def value_and_step(
         guard = owner_of(tx)
         guard = guard if isinstance(guard, SkipNonfinite) else None
         inner = guard.tx if guard else tx
-        way = owner_of(inner) if hasattr(owner_of(inner), "read") else Undivided(inner)
-        inner = way.tx
+        placement = owner_of(inner) if hasattr(owner_of(inner), "read") else Undivided(inner)
+        inner = placement.tx
         if hasattr(owner_of(inner), "state_shardings"):
             raise ValueError("offload fetches the whole state: value_and_step takes what it wraps")
         if guard:
@@ -105,10 +106,10 @@ def value_and_step(
             state.inner if guard else state,
             layers,
             keep_every,
-            lambda part: jax.eval_shape(way.part(part).init, part),
+            lambda part: jax.eval_shape(placement.part(part).init, part),
         )
         _check_separate(inner, stack, params, extra_args)
-        run = Run(way, model, stack, batch, extra_args)
+        run = Run(placement, model, stack, batch, extra_args)
         ends = run.ends()
         layer_norm, model_norm = (max_norm, None) if clip == "layer" else (None, max_norm)
         if guard is None and model_norm is None:

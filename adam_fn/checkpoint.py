@@ -17,6 +17,7 @@ from adam_fn.algebra.dtypes import compute_dtype
 from adam_fn.storage.codec import Cast
 from adam_fn.trees.leaves import PyTree, check_distinct, join_keys, named_leaves
 from adam_fn.trees.recording import Marked, located
+from adam_fn.wrappers.base import check_transformation
 
 _FORMAT = "adam_fn.checkpoint"
 
@@ -43,11 +44,22 @@ def _forms(name: str, tree: PyTree, like: PyTree = None) -> dict[str, str]:
     return {f"{name}/{path}" if path else name: _form(leaf) for path, leaf in leaves}
 
 
+def _without_leaves(state: PyTree) -> dict[str, str]:
+    """The named tuples of a state that hold no array, such as `optax.EmptyState`, by path: Orbax compares them too."""
+
+    def is_empty(x: object) -> bool:
+        return hasattr(x, "_fields") and not isinstance(x, optax.MaskedNode) and not jax.tree.leaves(x)
+
+    flat = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_empty)[0]
+    return {f"state/{join_keys(keys)}".removesuffix("/"): repr(x) for keys, x in flat if is_empty(x)}
+
+
 def describe(tx: optax.GradientTransformation, params: PyTree) -> dict[str, Any]:
     """Describes a checkpoint of `params` and of the state of `tx`; the result is to be saved with it, as JSON.
 
     It lists the rules of this package in `tx` that keep state, in the order in which `tx` creates their states, the
-    codec of each slot, and the shape and dtype of each leaf of the parameters and the state, by path. It leaves out
+    codec of each slot, the shape and dtype of each leaf of the parameters and the state, and the parts of the state
+    without leaves, by path. It leaves out
     hyperparameters, since a run may continue with another rate or decay, and optax's transformations, except for their
     states.
 
@@ -55,9 +67,10 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> dict[str, Any]
       tx: any optax transformation.
       params: arrays or `jax.ShapeDtypeStruct`; nothing is computed or allocated.
     """
+    check_transformation(tx, "describe", wraps=False)
     definitions, state = located(tx, params)
     definitions = [definition for definition in definitions if definition.codecs]
-    # `Cast()` stores in the dtype of the arithmetic. Where there is only one, it is described as the cast to that one.
+    # `Cast()` stores in the dtype of the arithmetic. If all parameters share one, it is described as the cast to it.
     kinds = {
         compute_dtype(kind)
         for kind in map(jnp.result_type, jax.tree.leaves(params))
@@ -77,6 +90,7 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> dict[str, Any]
         },
         "params": _forms("params", params),
         "state": _forms("state", _unmarked(state)),
+        "empty": _without_leaves(_unmarked(state)),
     }
 
 
@@ -99,7 +113,8 @@ def check(saved: PyTree, tx: optax.GradientTransformation, params: PyTree) -> No
     Args:
       saved: what `describe` returned when the checkpoint was made; or a state (restored by any means), or the shapes of
         one, such as Orbax's ``manager.item_metadata(step)["state"]``: then only the leaves of the state are compared,
-        not the rules and the parameters.
+        not the rules and the parameters. If only one of saved and expected has rules of this package (a run that comes
+        from optax, or goes there), no rules are compared.
       tx: the transformation that resumes from the checkpoint.
       params: the parameters, arrays or `jax.ShapeDtypeStruct`.
 
@@ -108,18 +123,25 @@ def check(saved: PyTree, tx: optax.GradientTransformation, params: PyTree) -> No
         storage of a slot, and every other leaf of the parameters and the state that is missing or unexpected, or has
         another shape or dtype.
     """
+    check_transformation(tx, "check", wraps=False)
+    if saved is None or (isinstance(saved, Mapping) and not saved):
+        raise ValueError(
+            "the checkpoint has no description: save describe(tx, params) as custom_metadata, or pass its state"
+        )
     expected = describe(tx, params)
     if not (isinstance(saved, Mapping) and saved.get("format") == _FORMAT):
         saved = {**expected, "state": _forms("state", saved, like=_unmarked(located(tx, params).state))}
     # For slots that only one of the rules has, the leaves are compared instead of the storage.
     same, names = saved["rules"] == expected["rules"], {**expected["storage"], **saved["storage"]}
+    from_another = bool(saved["rules"]) != bool(expected["rules"])  # From optax, or to it.
     compared = [name for name in names if same or all(name in x["storage"] for x in (saved, expected))]
     found, wanted = (
         {
-            "rules": ", ".join(x["rules"]) or "none",
+            **({} if from_another else {"rules": ", ".join(x["rules"])}),
             **{name: x["storage"][name] for name in compared if name in x["storage"]},
             **x["params"],
             **x["state"],
+            **x["empty"],
         }
         for x in (saved, expected)
     )
@@ -127,13 +149,17 @@ def check(saved: PyTree, tx: optax.GradientTransformation, params: PyTree) -> No
     # If a slot's storage differs, report that instead of each of its leaves (with one transformation only).
     changed = [path for path in differ if path in compared]
     slots = [path.replace("storage", "") + "/" for path in changed if path.count("/") == 1]
+    # Nor a part without leaves if one is listed that has some in its place.
+    replaced = {path for path in differ if any(other.startswith(f"{path}/") for other in differ)}
     lines = [
         f"  {path}: {found.get(path, 'nothing')}, expected {wanted.get(path, 'nothing')}"
         for path in differ
-        if not (path.startswith("state/") and any(slot in f"{path}/" for slot in slots))
+        if path not in replaced and not (path.startswith("state/") and any(slot in f"{path}/" for slot in slots))
     ]
-    if changed and same:
-        lines.append("adam_fn.interop.change_storage converts a state to another storage")
+    if lines and from_another:
+        lines.append("adam_fn.interop.from_optax converts a state of optax, and to_optax converts back")
+    elif same and (changed or any(path in saved["empty"] and path in expected["empty"] for path in differ)):
+        lines.append(f"adam_fn.interop.change_storage converts a state to another {'storage' if changed else 'mask'}")
     if lines:
         raise ValueError(
             "\n".join(["the checkpoint does not belong to this transformation and these parameters:", *lines])

@@ -30,10 +30,11 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from adam_fn.algebra.links import Rate, WeightDecay
 from adam_fn.algebra.norms import norm, norm_ratio, reals, rms, share
-from adam_fn.trees.leaves import Leaves, PyTree, by_path
+from adam_fn.algebra.rate_and_decay import Rate, WeightDecay
+from adam_fn.trees.leaves import PyTree, by_path
 from adam_fn.trees.members import Member, hyperparameter, members_of, optimizer_of, signal_to_noise_of, storage_errors
+from adam_fn.wrappers.base import check_transformation
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -54,6 +55,7 @@ def _compiled(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        check_transformation(args[0] if args else kwargs.get("tx"), function.__name__, wraps=False)
         try:
             return compiled(*args, **kwargs)
         except jax.errors.UnexpectedTracerError as error:
@@ -257,7 +259,7 @@ def summary(
       updates: what `tx.update` returned.
       grads: gradients, for `quantisation_error`, which costs two steps.
       learning_rate: α, if ``update(..., learning_rate=x)`` set it.
-      per_leaf: adds the same for each leaf, as ``signal_to_noise/layers/0/kernel``, with the paths of `adam_fn.masks`.
+      per_leaf: adds the values of each leaf, as ``signal_to_noise/layers/0/kernel``, with the paths of `adam_fn.masks`.
     """
     members = members_of(tx, state, params)
     optimizer = optimizer_of(members)
@@ -283,17 +285,8 @@ def summary(
         add("at_bound", lambda x: share(x, 0.99), ratio)
     if updates is not None:
         kept = optimizer.kept(params)
-        add("update_to_weight", lambda u, p: norm_ratio(norm(u), norm(p)), reals(_like(updates, kept)), reals(kept))
+        add("update_to_weight", lambda u, p: norm_ratio(norm(u), norm(p)), reals(optimizer.kept(updates)), reals(kept))
     if grads is not None:
         for name, (exact, error) in storage_errors(tx, grads, state, params).items():
             add(f"quantisation_error/{name}", lambda s, e: norm_ratio(norm(e), norm(s)), exact, error)
     return {key: x.astype(np.float32) for key, x in found.items()}
-
-
-def _like(updates: PyTree, kept: PyTree) -> PyTree:
-    """The updates, with `optax.MaskedNode` where the kept parameters have it."""
-    leaves = Leaves(updates)
-    there = leaves.align(kept, "the parameters", "the updates")
-    return leaves.treedef.unflatten(
-        p if isinstance(p, optax.MaskedNode) else u for p, u in zip(there, leaves.leaves, strict=True)
-    )

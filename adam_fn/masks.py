@@ -1,7 +1,9 @@
 """Ready-made masks: which leaves decay (``mask=``) or are frozen (``frozen=``), by rank or by path.
 
 A mask is a function of the parameters that returns a tree of booleans. These are frozen dataclasses, so equal masks
-compare equal, hash alike and pickle; `optax.masked` takes them too.
+compare equal, hash alike and pickle; `optax.masked` takes them too. `adam_fn.options.Options` says what each option
+does with a mask. Inside the package, ``rules_per_leaf`` in trees/groups.py drops the decay of leaves that ``mask=``
+excludes.
 """
 
 # ruff: noqa: N801

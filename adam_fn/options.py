@@ -13,10 +13,11 @@ from typing import Any, Literal, NamedTuple, ParamSpec, TypeAlias, TypedDict, Ty
 from jax.typing import DTypeLike
 
 from adam_fn.algebra.hyper import Hyper
-from adam_fn.algebra.links import Decay, ProximalDecay, Rate
+from adam_fn.algebra.rate_and_decay import Decay, ProximalDecay, Rate
 from adam_fn.algebra.rule import Rule, with_values
 from adam_fn.storage.codec import Cast, Codec
-from adam_fn.storage.low_bit_codes import WORD, StorageLike, StorageName, named
+from adam_fn.storage.names import StorageLike, by_stored_array
+from adam_fn.storage.word_16bit import WORD
 from adam_fn.trees.groups import Group, Groups
 from adam_fn.trees.leaves import Mask
 from adam_fn.trees.transform import Transformation, transform
@@ -90,12 +91,16 @@ class Options(MuOptions, DecayOptions, total=False):
         trained.
       mu_dtype: the floating dtype in which the first moments are stored; float32 by default (float64 for float64
         parameters). A narrower one is rounded with a dither, so that the mean of a slow average stays right.
-      nu_dtype: the same for the second moments.
-      storage: how the moments are stored between steps: by name (in parentheses, the bytes of Adam's state per
-        parameter), ``"float32"`` (8), ``"bfloat16"`` (4), ``"24bit"`` (3: first moments in 8 bits, second ones in
-        bfloat16) or ``"16bit"`` (2: both in one word), where moments that no code suits are stored in bfloat16; or by
-        codec, either one for all moments, such as `Cast("bfloat16")`, or a mapping from slot names to codecs,
-        ``Storage(mu=MuLaw(), nu=Cast("float32"))``, in which a name covers every slot that begins with it (nu, nu_max).
+      nu_dtype: the dtype in which the second moments are stored; otherwise as `mu_dtype`.
+      storage: how the moments are stored between steps. One of:
+
+        - a name (in parentheses, the bytes of Adam's state per parameter): ``"float32"`` (8), ``"bfloat16"`` (4),
+          ``"24bit"`` (3: first moments in 8 bits, second ones in bfloat16) or ``"16bit"`` (2: both in one word). The
+          last two store moments that no code suits in bfloat16;
+        - a codec for all moments, such as `Cast("bfloat16")`;
+        - a mapping from slot names to codecs, ``Storage(mu=MuLaw(), nu=Cast("float32"))``. A name covers every slot
+          that begins with it (nu, nu_max).
+
       storage_mask: the leaves to which `storage` applies, as a mask, such as
         ``masks.path("*embedding*", invert=True)``; the others are stored in float32 (float64 for float64 parameters).
         All by default. Not with ``"16bit"``.
@@ -151,7 +156,8 @@ def with_complex(rule: R, complex: Complex) -> R:
     if complex == "parts":
         return rule
     if not hasattr(rule, "magnitude"):
-        raise ValueError(f'complex="magnitude" is for the second moment of Adam, which {type(rule).__name__} has not')
+        kind = type(rule).__name__
+        raise ValueError(f'complex="magnitude" is for the second moment of Adam, which {kind} does not have')
     return with_values(rule, {"magnitude": True})
 
 
@@ -196,16 +202,8 @@ def codecs_by_slot(
     storage: StorageLike | None = None,
 ) -> dict[str, Codec]:
     """The codecs that the options ask for, by slot."""
-    if isinstance(storage, Codec):
-        storage = dict.fromkeys(rule.slots, storage)
-    elif isinstance(storage, str):
-        storage = named(storage, rule.slots)
-    if storage is not None and not isinstance(storage, Mapping):
-        raise TypeError(
-            f"storage must be one of {list(typing.get_args(StorageName))}, a codec such as Cast('bfloat16'), or a "
-            f"mapping from slot names to codecs, got {storage!r}"
-        )
-    asked = {name: (codec, f"storage of {name}") for name, codec in (storage or {}).items()}
+    by_name = by_stored_array(storage, rule.slots)
+    asked = {name: (codec, f"storage of {name}") for name, codec in by_name.items()}
     for name, dtype in (("mu", mu_dtype), ("nu", nu_dtype)):
         if dtype is not None:
             if name in asked or WORD in asked:
@@ -228,7 +226,7 @@ def codecs_by_slot(
 def lists_options(function: Callable[P, T]) -> Callable[P, T]:
     """Lists the unpacked ``**options`` in the runtime signature, which `optax.inject_hyperparams` and `help` read.
 
-    It leaves out the types, which would hide the names.
+    Annotations are left out, so that `help` stays readable.
     """
     signature = inspect.signature(function)
     *named, rest = signature.parameters.values()

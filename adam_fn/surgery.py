@@ -4,10 +4,10 @@ Every function is pure, works under `jit` and takes any transformation, of this 
 codes are elementwise, so that the state of an element can be replaced or moved as it is stored.
 
 The step count stays, because all parameters share it. An element whose moments start at 0 in the middle of a run would
-make first steps of up to ``(1-β₁)/√(1-β₂)`` times the rate, 3.2 with Adam's defaults, since no bias correction makes up
-for a young v. Therefore a new second moment is, unless you ask for zeros, the mean of the others' in its leaf: first
-steps are then as large as those of its neighbours, or smaller while its first moment fills. This holds for the
-optimizers of this package; arrays of optax's transformations become as they are before the first step.
+make first steps of up to ``(1-β₁)/√(1-β₂)`` times the rate, 3.2 with Adam's defaults, because the bias correction
+belongs to the old step count. So new second moments start, unless you ask for zeros, at the mean of the others in their
+leaf. First steps are then at most as large as the neighbours'. This holds for the optimizers of this package; arrays of
+optax's transformations become as they are before the first step.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +21,7 @@ from jax.typing import ArrayLike
 
 from adam_fn.algebra.dtypes import as_real
 from adam_fn.execute.compiler import zeros_like
+from adam_fn.trees.checks import check_present
 from adam_fn.trees.definition import Definition
 from adam_fn.trees.layout import map_owned, owners, real_shape, without_placement
 from adam_fn.trees.leaves import Leaves, PyTree, check_distinct, match_patterns
@@ -81,6 +82,7 @@ def reset(
 
     def chosen(i: int, old: jax.Array, new: jax.Array) -> jax.Array:
         mask, p = masks[i], leaves.leaves[i]
+        check_present("arrays", old, leaves.paths[i])
         if jnp.ndim(mask) and old.shape != real_shape(jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p))):
             raise ValueError(f"the state has an array of shape {old.shape} of {leaves.paths[i]}: reset the whole leaf")
         whole = jnp.broadcast_to(mask, jnp.shape(p)) if jnp.ndim(mask) else mask
@@ -121,8 +123,8 @@ def resize(
       second: see `reset`.
 
     Raises:
-      ValueError: if a pattern matches no parameter, if several match one, if a new leaf has not the shape that its rows
-        give, or if the state has an array for it that has no such axis.
+      ValueError: if a pattern matches no parameter, if several match one, if a new leaf does not have the shape that
+        its rows give, or if the state has an array for it that has no such axis.
     """
     leaves, new = Leaves(old_params), Leaves(new_params)
     found = new.align(old_params, "the old parameters", "the new ones")
@@ -145,6 +147,7 @@ def resize(
 
     def taken(i: int, x: jax.Array) -> jax.Array:
         move, p = moves[i], leaves.leaves[i]
+        check_present("arrays", x, leaves.paths[i])
         if move is None:
             return x
         if x.shape != real_shape(jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p))):
@@ -165,6 +168,7 @@ def adapt(tx: optax.GradientTransformation, state: State, old_params: PyTree, ne
     ::
 
         state = surgery.adapt(tx, state, params, {**params, "adapter": adapter})
+        state = surgery.adapt(tx, state, params, params)  # `tx` trains leaves that were frozen before: they begin
 
     A new leaf begins as at the first step, but with the count of the others: its first step is multiplied by
     ``(1-β₁)/√(1-β₂) · √w₂/w₁``, where w are the bias weights ``1 - βᵗ``. With Adam's defaults this is 3.2 late in a run
@@ -183,7 +187,8 @@ def adapt(tx: optax.GradientTransformation, state: State, old_params: PyTree, ne
     others: list[jax.Array] = []
 
     def hold(i: int, x: jax.Array) -> jax.Array:
-        held.setdefault(old.names[i], []).append(x)
+        if not _is_masked(x):  # It was frozen, and begins now.
+            held.setdefault(old.names[i], []).append(x)
         return x
 
     def other(x: jax.Array) -> jax.Array:

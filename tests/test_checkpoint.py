@@ -181,9 +181,11 @@ class Other(NamedTuple):
 
 
 OTHERS = {
-    "another rule with the same slots": Other(adam_fn.yogi(1e-3, storage="24bit"), P, ["rules: Adam, expected Yogi"]),
+    "another rule with the same slots": Other(
+        adam_fn.yogi(1e-3, weight_decay=1e-4, storage="24bit"), P, ["rules: Adam, expected Yogi"]
+    ),
     "another rule": Other(
-        adam_fn.amsgrad(1e-3, storage="24bit"),
+        adam_fn.amsgrad(1e-3, weight_decay=1e-4, storage="24bit"),
         P,
         ["rules: Adam, expected AMSGrad", *leaves("nu_max", "nothing", "bfloat16")],
     ),
@@ -256,7 +258,8 @@ def test_another_checkpoint_is_an_error_that_names_what_differs(other: str) -> N
         assert "state/0/mu/w: int8[64,128], expected nothing" in lines
     assert sorted(lines) == sorted(expected)
 
-    seen = sorted(line for line in expected if line.startswith("state")) if of_state is None else sorted(of_state)
+    arrays = [line for line in expected if line.startswith("state") and "EmptyState" not in line]
+    seen = sorted(arrays if of_state is None else of_state)
     for state in (ADAMW.init(P), flax.serialization.to_state_dict(ADAMW.init(P))):
         checkpoint.check(state, ADAMW, P)
         if not seen:
@@ -307,7 +310,7 @@ def test_what_may_change_between_two_runs() -> None:
     saved = checkpoint.describe(ADAMW, P)
     for tx in (
         adam_fn.adamw(1e-2, eps=1e-6, weight_decay=0.1, storage="24bit"),
-        adam_fn.nadam(1e-3, storage="24bit"),  # Its moments are Adam's.
+        adam_fn.nadamw(1e-3, storage="24bit"),  # Its moments are Adam's.
         optax.GradientTransformation(ADAMW.init, ADAMW.update),
     ):
         checkpoint.check(saved, tx, jax.eval_shape(lambda: P))
@@ -368,6 +371,6 @@ def test_orbax_keeps_the_description(tmp_path: Path) -> None:
     checkpoint.check(about, ADAMW, P)
     checkpoint.check(shapes["state"], ADAMW, P)
     with pytest.raises(ValueError, match=r"rules: Adam, expected Yogi$"):
-        checkpoint.check(about, adam_fn.yogi(1e-3, storage="24bit"), P)
+        checkpoint.check(about, adam_fn.yogi(1e-3, weight_decay=1e-4, storage="24bit"), P)
     with pytest.raises(ValueError, match=r"state/0/mu/w: int8\[64,128\], expected bfloat16\[64,128\]"):
         checkpoint.check(shapes["state"], adam_fn.adam(1e-3, storage="bfloat16"), P)

@@ -42,7 +42,7 @@ def ema(beta: Scalar | OneMinus, old: jax.Array, new: jax.Array | float) -> jax.
 
 
 def incremented(count: jax.Array) -> jax.Array:
-    """The number of the next step, an int32; it stops at 2³¹ - 1."""
+    """The next step count, an int32; it stops at 2³¹ - 1."""
     return jax.lax.add(jax.lax.min(count, np.int32(2**31 - 2)), np.int32(1))
 
 

@@ -57,7 +57,7 @@ class Rule(abc.ABC):
     Attributes:
       state_type: the named tuple in which optax keeps the state of the same optimizer, if there is one.
       state_fields: its fields by the names of the slots, where they differ.
-      counts: whether `leaf` reads the count, for a rule without slots; a rule with slots always can.
+      counts: for rules without slots, whether `leaf` uses ``clock.count``. Rules with slots always have a count.
       side: where in a chain the rule must stand: before or after the `Rate`, or anywhere.
       has_moments: whether its slots are the moments of an optimizer, for `adam_fn.diagnostics`.
       squared_factor: the largest number that `leaf` squares, in units of the largest gradient: 1 for the gradient
@@ -154,7 +154,10 @@ class Rule(abc.ABC):
         return Chain(tuple(Identity() if isinstance(part, kind) else part for part in self.parts()))
 
     def times(self, factors: Mapping[str, float]) -> "Rule":
-        """The rule, after `at`, with some hyperparameters multiplied; they become arrays: factors share a program."""
+        """Multiplies hyperparameters; call it after `at`.
+
+        They become arrays, so that different factors share one compiled program.
+        """
         parts: list[Rule] = []
         for part in self.parts():
             own = factors.keys() & ranges(type(part))

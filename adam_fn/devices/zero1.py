@@ -1,4 +1,7 @@
-"""ZeRO, stage 1: the state divided over the data axis, while the parameters stay as they are."""
+"""ZeRO, stage 1: the state divided over the data axis, while the parameters stay as they are.
+
+zero1_plan.py chooses the axis along which each parameter is divided.
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -94,7 +97,7 @@ class Zero1(TreeTransformation):
     def run(
         self, step: Callable[..., Any], grads: PyTree, params: PyTree, state: PyTree, **extra_args: PyTree
     ) -> tuple[PyTree, PyTree]:
-        """Makes a step of what is divided."""
+        """Runs `step` on divided gradients, parameters and state."""
         spread = self.plan.places.treedef.unflatten(
             None if x is None else x.step_sharding for x in self.plan.places.leaves
         )
@@ -107,20 +110,24 @@ class Zero1(TreeTransformation):
         return self._each(results, "results", self._gathered)
 
     def settle(self, params: PyTree, state: dict[int, jax.Array]) -> tuple[PyTree, dict[int, jax.Array]]:
-        """Places whole parameters, and arrays of the state by their numbers, where they live."""
+        """Constrains gathered parameters and the given state arrays (by leaf index) to their shardings."""
         if self._inside():
             return params, state
         params = self._each(params, "parameters", lambda leaf, x: _placed(x, leaf.sharding))
         return params, {k: _placed(x, self.plan.state.leaves[k]) for k, x in state.items()}
 
     def part(self, params: PyTree) -> "Zero1":
-        """The same for some of the parameters, or parts of them: shapes in the whole tree, with None for the others."""
+        """Returns this object for a subset of the parameters, or for slices of them.
+
+        `params` has the whole tree's structure: shapes, and None for what is left out.
+        """
         return dataclasses.replace(self, plan=self.plan.part(self.tx, params, self.mesh))
 
     def read(self, params: PyTree, *, vary: bool = False) -> PyTree:
-        """Parameters as the model reads them: whole, lest XLA divides the model's work as that of the step.
+        """Parameters as the model reads them: gathered.
 
-        Inside a `shard_map`, with `vary`, their gradients are not summed over its axes.
+        Otherwise XLA would divide the model's computation the way the step is divided. Inside a `shard_map`, with
+        `vary`, their gradients are not summed over its axes.
         """
 
         def each(leaf: Place, x: jax.Array) -> jax.Array:

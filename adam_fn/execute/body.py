@@ -23,7 +23,7 @@ Lattice: TypeAlias = Callable[[], jax.Array]
 
 
 class Times(NamedTuple):
-    """What the dither depends on besides the element's index.
+    """The inputs of a dither besides the element's index.
 
     Attributes:
       slots: the `noise.time_offsets` of the slots that are rounded.

@@ -32,7 +32,7 @@ class AdaBelief(Adam):
     squared_factor: ClassVar[float] = 2.0  # g - m
     state_type: ClassVar[Any] = optax.ScaleByBeliefState
 
-    def measured(self, b1: Beta) -> Slot:
+    def first_moment_slot(self, b1: Beta) -> Slot:
         return Slot()  # No bound: for a steady gradient s is 0, and m is not.
 
     def second_moment(self, nu: jax.Array, g: jax.Array, mu: jax.Array) -> jax.Array:

@@ -46,11 +46,11 @@ class Moments(Rule):
 
     @property
     def slots(self) -> Mapping[str, Slot]:
-        first = {} if isinstance(self.b1, float) and self.b1 == 0 else {"mu": self.measured(self.b1)}
+        first = {} if isinstance(self.b1, float) and self.b1 == 0 else {"mu": self.first_moment_slot(self.b1)}
         return {**first, "nu": Slot(signed=False)}
 
-    def measured(self, b1: Beta) -> Slot:
-        """The slot of a moving average of the gradients with the decay rate `b1`, in units of √v."""
+    def first_moment_slot(self, b1: Beta) -> Slot:
+        """A slot for a moving average with decay rate `b1`, bounded relative to √v."""
         return Slot(bound=largest_ratio(b1, self.b2), unit=Unit("nu"))
 
     @property
@@ -93,10 +93,10 @@ class Adam(Moments):
         v ← β₂v + (1-β₂)g²,  w₂ ← β₂w₂ + (1-β₂),   v̂ = v/w₂
         u = m̂ / (√(v̂ + ε_root) + ε)
 
-    The bias weights are ``w = 1 - βᵗ`` for a constant β, and right for a scheduled one as well. With `nesterov`,
-    ``m̂ = μ₊ m/w₊ + (1-μ)g/w``: μ is β₁ or, with `momentum_decay` ψ, the schedule ``β₁(1 - 0.96^(tψ)/2)`` of the paper
-    and torch; w is its bias weight; and ₊ marks the next step's values (a scheduled β₁ has its present value in both).
-    m itself is averaged with β₁, as in torch and Keras; the paper has μ there too.
+    The bias weights are ``w = 1 - βᵗ`` for a constant β, and exact for a scheduled β. With `nesterov`,
+    ``m̂ = μ₊ m/w₊ + (1-μ)g/w``. μ is β₁ or, with `momentum_decay` ψ, the schedule ``β₁(1 - 0.96^(tψ)/2)`` of the paper
+    and torch. w is its bias weight. ₊ marks the next step's values; for a scheduled β₁, both use its current value. m
+    itself is averaged with β₁, as in torch and Keras; the paper has μ there too.
     With `eps_hat`, ε is the "epsilon hat" of the paper's section 2, TensorFlow and Keras: ``u = (√w₂/w₁) m/(√v + ε)``.
 
     A variant replaces `second_moment` or another of the small methods: everything else is shared.

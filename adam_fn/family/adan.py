@@ -54,7 +54,7 @@ class Adan(Adam):
 
     @property
     def betas(self) -> Sequence[Any]:
-        return self.b1, self.b3, self.b2  # In the order of `Adam.direction` and `Adam.scaled`: of m, of n; then of δ.
+        return self.b1, self.b3, self.b2  # Of m and n, as `Adam.direction` and `Adam.scaled` expect, then of δ.
 
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
         difference = jnp.where(clock.count == 0, 0, g - slots["grad"])
@@ -62,7 +62,7 @@ class Adan(Adam):
         delta = ema(self.b2, slots["delta"], difference)
         nu = ema(self.b3, slots["nu"], self.square(g + beta_value(self.b2) * difference))
         ahead = self.direction(mu, g, clock) + beta_value(self.b2) / clock.weights[2] * delta
-        # Always g. XLA for GPUs and v6e would make a pass of its own for an array that it returns as it is.
+        # Always g. Otherwise XLA for GPUs and v6e would make a separate pass for an array that is returned as it is.
         grad = jnp.where(clock.count < 0, slots["grad"], g)
         return self.scaled(ahead, nu, clock), {**stored, "nu": nu, "delta": delta, "grad": grad}
 

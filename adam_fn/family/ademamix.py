@@ -40,7 +40,7 @@ class AdEMAMix(Adam):
 
     @property
     def slots(self) -> Mapping[str, Slot]:
-        return {**super().slots, "slow": self.measured(self.b3)}
+        return {**super().slots, "slow": self.first_moment_slot(self.b3)}
 
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
         mu, stored = self.first_moment(slots, g)

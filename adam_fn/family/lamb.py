@@ -12,7 +12,7 @@ import optax
 from adam_fn.algebra.arithmetic import safe_sqrt
 from adam_fn.algebra.dtypes import compute_dtype
 from adam_fn.algebra.hyper import Hyper
-from adam_fn.algebra.links import WeightDecay
+from adam_fn.algebra.rate_and_decay import WeightDecay
 from adam_fn.algebra.rule import Rule
 from adam_fn.family.adam import Adam
 from adam_fn.options import MuOptions, built, lists_options

@@ -29,7 +29,7 @@ class LaProp(Adam):
 
     state_type: ClassVar[Any] = None  # Its m is not Adam's.
 
-    def measured(self, b1: Beta) -> Slot:
+    def first_moment_slot(self, b1: Beta) -> Slot:
         b2 = self.b2 if isinstance(self.b2, float) else 0.999
         return Slot(bound=1 / math.sqrt(1 - b2))  # The bound of normalised gradients and of their average.
 

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from adam_fn.algebra.arithmetic import ema, incremented, one_minus
 from adam_fn.algebra.hyper import Beta, Hyper, rate_of_step
-from adam_fn.algebra.links import Rate
+from adam_fn.algebra.rate_and_decay import Rate
 from adam_fn.algebra.rule import Clock, Rule
 from adam_fn.algebra.slots import Slot, Slots
 from adam_fn.algebra.values import method_of
@@ -53,7 +53,7 @@ _DTYPES = {"average": WIDE, "switched": (bool,), "sgd_rate": WIDE, "adam_rate": 
 class Switching(Adam):
     """Adam whose m will be the momentum of SGD, which v does not bound."""
 
-    def measured(self, b1: Beta) -> Slot:
+    def first_moment_slot(self, b1: Beta) -> Slot:
         return Slot()
 
 
@@ -165,7 +165,7 @@ def _either(
 
 @_either.defjvp
 def _either_jvp(write: bool, primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]) -> tuple[PyTree, PyTree]:
-    """The derivative of a conditional, since a loop has none in reverse."""
+    """Differentiates `jax.lax.cond` instead: a while loop has no reverse-mode derivative."""
 
     def either(definition: Definition, rule: Adam, alpha: jax.Array, tolerance: ArrayLike, call: _Call) -> PyTree:
         return jax.lax.cond(
@@ -179,7 +179,10 @@ def _either_jvp(write: bool, primals: tuple[PyTree, ...], tangents: tuple[PyTree
 
 @jax.custom_jvp
 def _restarted(now: jax.Array, mu: PyTree) -> PyTree:
-    """Sets m to 0 at the switch. A loop, so that m can be written before the sums over all leaves are known."""
+    """Sets m to 0 at the switch.
+
+    It is written as a loop, so that XLA need not wait for the sums over all leaves before it writes m.
+    """
     return run_at_most_once(now, functools.partial(jax.tree.map, jnp.zeros_like), mu)
 
 

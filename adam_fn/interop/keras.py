@@ -139,7 +139,7 @@ def _order(paths: Paths, names: Sequence[str] | None) -> list[str | None]:
 
 
 def _places(target: Target, given: Sequence[Any], number: int) -> Iterator[tuple[int, str | None, int]]:
-    """Locates each moment: its place among the variables, our slot (None: Nadam's product), and the parameter.
+    """For each moment: its index in `variables`, our slot's name (None: Nadam's product), and its parameter's index.
 
     Moments are the last variables. Before them are the number of steps, the learning rate if it is no schedule, and
     averages of the parameters if there are any.

@@ -68,9 +68,10 @@ class Target:
         update = method_of((owner.tx if isinstance(owner, MasterWeights) else tx).update)
         if not isinstance(update, Update):
             raise TypeError(
-                "expected an optimizer of adam_fn, such as adam_fn.adam(1e-3), or adam_fn.master_weights around one; "
-                f"got {tx!r}. For an optax.chain, convert the state of the one link that has the moments, and put the "
-                "result in its place in the chain's state"
+                "expected an optimizer of adam_fn, such as adam_fn.adam(1e-3), or adam_fn.master_weights around one, "
+                f"got {owner or tx!r:.80}…. For an optax.chain, convert the state of the one link that has the "
+                "moments, and put the result in its place in the chain's state. For a wrapper, such as skip_nonfinite, "
+                "convert for the optimizer inside, and put the result in: tx.init(params)._replace(inner=state)"
             )
         self.update = update
         if self.masters:  # The wrapped optimizer sees them in float32.

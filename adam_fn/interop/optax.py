@@ -211,7 +211,7 @@ def _target(tx: optax.GradientTransformation, params: PyTree) -> tuple[Target, _
 
 
 def _for_both(x: jax.Array) -> jax.Array:
-    """The one real number that optax has for both parts of a complex element, given to each part."""
+    """Copies v to both parts: optax keeps one v per complex element."""
     return jax.lax.complex(jnp.real(x), jnp.real(x))
 
 

@@ -1,5 +1,6 @@
 """Converts a state to another storage."""
 
+import jax
 import optax
 
 from adam_fn.interop.moments import Target
@@ -56,8 +57,14 @@ def change_storage(
     made = made._replace(counts=tuple(x if y is None else y for x, y in counts)) if same else made
     if not isinstance(new, MasterState):
         return form.made(made)
-    remainder = state.remainder if isinstance(state, MasterState) else new.remainder
+    remainder = new.remainder
+    if isinstance(state, MasterState):
+        remainder = jax.tree.map(lambda x, y: x if _is_masked(x) else y, remainder, state.remainder, is_leaf=_is_masked)
     return MasterState(remainder, form.made(made))
+
+
+def _is_masked(x: object) -> bool:
+    return isinstance(x, optax.MaskedNode)
 
 
 def _bits(tx: optax.GradientTransformation) -> int:

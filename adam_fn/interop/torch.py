@@ -32,7 +32,7 @@ _FORMS: Mapping[type[Rule], Mapping[str, str]] = {
 
 
 def _target(tx: optax.GradientTransformation, params: PyTree) -> tuple[Target, Mapping[str, str]]:
-    """The transformation whose state it is, and torch's names of its slots."""
+    """The transformation whose state is converted, and torch's names of its slots."""
     target = Target(tx, params)
     return target, target.form(_FORMS, "torch")
 

@@ -46,7 +46,7 @@ def keras2_adam(
 def keras2_adamax(
     learning_rate: Hyper = 2e-3, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-7, **options: Unpack[MomentOptions]
 ) -> Transformation:
-    """Keras 2's ``Adamax``: ``p ← p - α m̂/(u + ε)``, ``u ← max(β₂u, |g|)``. There and source: as in `keras2_adam`."""
+    """Keras 2's ``Adamax``: ``p ← p - α m̂/(u + ε)``, ``u ← max(β₂u, |g|)``. Names and source as in `keras2_adam`."""
     return adamax(learning_rate, b1, b2, eps, eps_hat=True, **options)
 
 
@@ -96,7 +96,10 @@ def keras3_adamw(
     mask: Mask | None = None,
     **options: Unpack[MomentOptions],
 ) -> Transformation:
-    """Keras 3's ``AdamW``: `keras3_adam` with λ = 0.004, argument 2. Source: ``keras/src/optimizers/adamw.py``."""
+    """Keras 3's ``AdamW``: `keras3_adam` with ``weight_decay`` (λ, the second positional argument) = 0.004.
+
+    Source: ``keras/src/optimizers/adamw.py``.
+    """
     return ADAM[amsgrad](learning_rate, b1, b2, eps, eps_hat=True, weight_decay=weight_decay, mask=mask, **options)
 
 

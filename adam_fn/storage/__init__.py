@@ -1,1 +1,1 @@
-"""How moments are stored (codec.py, low_bit_codes.py) and what becomes of bfloat16 parameters (parameter_bits.py)."""
+"""How moments are stored: as floats, in 8 bits or in a 16-bit word; bfloat16 parameters (parameter_bits.py)."""

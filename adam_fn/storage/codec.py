@@ -119,7 +119,8 @@ def slot_of(codec: Codec, name: str, slots: Mapping[str, Slot]) -> Slot:
 def positive(unit: jax.Array) -> jax.Array:
     """A unit that is not negative, as a divisor: at least 2⁻¹²⁶.
 
-    XLA for CPUs stores a root that is used more than once, but computes a maximum again.
+    A maximum and not a `where`, which would use the root twice: XLA for CPUs stores a root that is used more than once,
+    but recomputes a maximum.
     """
     return lax.max(unit, np.asarray(2.0**-126, unit.dtype))
 
@@ -160,7 +161,7 @@ def _converted(bits: jax.Array) -> jax.Array:
 
 
 def _upper_half(bits: jax.Array) -> jax.Array:
-    """The same for CPUs, where XLA's conversion would round, in as many operations as all else here takes."""
+    """`_converted` for CPUs, where XLA's conversion would round again and double the number of operations."""
     return lax.bitcast_convert_type((bits >> 16).astype(jnp.int16), jnp.bfloat16)
 
 

@@ -6,13 +6,13 @@ It needs no state, no random numbers and no communication. The dither of element
 
     u = i·A + j·B + … + s(t)   (mod 2³²)
 
-This is a lattice: over the elements of a leaf, u is spread more evenly than random numbers are. Over time, s(t) is
-spread evenly as well, but without a period: of 2ⁿ successive steps that start at a multiple of 2ⁿ, each 1/2ⁿ of the
-interval has exactly one (a van der Corput sequence), in a random order (an Owen scrambling, by the hash of Laine and
-Karras, "Stratified sampling for stochastic transparency", 2011). So errors cancel within the memory of an average, and
-no periodic gradient keeps time with them. Each array that is rounded has an s of its own. Indices count in the whole
-leaf, so u is the same under any sharding; inside `shard_map` and `vmap` they count in one shard or one mapped array,
-and all of these share one dither.
+This is a lattice: over the elements of a leaf, u is spread more evenly than random numbers are. Over the steps it is
+spread evenly by s(t), so that errors cancel within the memory of an average. Divide the interval into 2ⁿ equal parts:
+of 2ⁿ steps that start at a multiple of 2ⁿ, each falls into a different part (a van der Corput sequence). A hash
+scrambles their order, so that no periodic gradient can stay in phase with it (an Owen scrambling; the hash is that of
+Laine and Karras, "Stratified sampling for stochastic transparency", 2011). Each array that is rounded has an s of its
+own. Indices count in the whole leaf, so u is the same under any sharding; inside `shard_map` and `vmap` they count in
+one shard or one mapped array, and all of these share one dither.
 """
 
 import zlib
@@ -80,10 +80,10 @@ def lattice(like: jax.Array, layer: jax.Array | None = None) -> jax.Array:
 
 
 def _zero(like: jax.Array) -> jax.Array:
-    """Zeros, or anything where `like` is nan, that tie a lattice to its leaf; int32.
+    """Int32 zeros computed from `like` (arbitrary where it is not finite), so that leaves cannot share a lattice.
 
-    XLA for GPUs and TPUs would compute the lattice once for all leaves of a shape, and then fuse these leaves into one
-    program, or try to, which takes long to compile. XLA for CPUs does not, and has fewer operations without.
+    Otherwise XLA for GPUs and TPUs would compute one lattice for all leaves of a shape, and then fuse these leaves into
+    one program, or try to, which takes long to compile. XLA for CPUs does not do this: there a constant 0 is cheaper.
     """
     zero = lax.bitcast_convert_type(lax.sub(like, like), f"int{8 * like.dtype.itemsize}")
     return lax.convert_element_type(zero, np.int32)

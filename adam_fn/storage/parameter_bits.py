@@ -20,13 +20,13 @@ def bits_of(x: jax.Array) -> jax.Array:
 
 
 def as_float(magnitude: jax.Array, like: jax.Array) -> jax.Array:
-    """The float32 of 31 bits and the sign of `like`; `like` itself where it is inf or nan."""
+    """The float32 with these 31 magnitude bits and the sign of `like`; `like` itself where it is inf or nan."""
     x = jax.lax.bitcast_convert_type((bits_of(like) & np.uint32(1 << 31)) | magnitude.astype(jnp.uint32), jnp.float32)
     return jnp.where(jnp.isfinite(like), x, like)
 
 
 def _shortened(x: jax.Array, bits: int) -> jax.Array:
-    """The magnitude of a float32, in units of the last bit of a master, int32: 15 + `bits` bits, halves rounded up."""
+    """``|x|`` of a float32 as an int32: its upper 15 + `bits` bits, rounded half up."""
     drop = 16 - bits
     return (((bits_of(x) & 0x7FFFFFFF) + ((1 << drop) >> 1)) >> drop).astype(jnp.int32)
 

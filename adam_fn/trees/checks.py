@@ -55,21 +55,27 @@ def check_leaf(path: str, g: object, p: object, stored: Stored, codecs: Mapping[
             found, wanted = (f"{dtype}{list(shape)}" for shape, dtype in (form_of_array(x), expected[name]))
             raise ValueError(
                 f"the state's {name} of {path} is {found}, expected {wanted} ({codecs[name]}): was the state made by "
-                "this transformation from these parameters? adam_fn.interop.change_storage converts one that was made "
-                "with another storage"
+                "this transformation from these parameters? adam_fn.interop.from_optax converts a state of optax, and "
+                "adam_fn.interop.change_storage converts one that was made with another storage"
             )
-        if isinstance(x, optax.MaskedNode):
-            raise ValueError(
-                f"the state has no {name} of {path}, which is trained: was it frozen when the state was made?"
-            )
+        check_present(name, x, path)
+
+
+def check_present(what: str, x: object, path: str) -> None:
+    """Raises if a state has nothing in the place of an array of a trained leaf."""
+    if isinstance(x, optax.MaskedNode):
+        raise ValueError(
+            f"the state has no {what} of {path}, which is trained: was it frozen when the state was made? "
+            "adam_fn.surgery.adapt(tx, state, params, params) adds it"
+        )
 
 
 def check_untrained(path: str, p: object, stored: Stored) -> None:
-    """Raises if a state has moments that this transformation would lose."""
+    """Raises if the state has moments of a leaf that is not trained: a step would drop them."""
     if p is not None and not all(isinstance(x, optax.MaskedNode) for x in stored.values()):
         raise ValueError(
             f"the state has moments of {path}, which is not trained (it is frozen, or no floating array): "
-            "adam_fn.interop.change_storage drops them"
+            "adam_fn.interop.change_storage drops them, or from_optax those of a state of optax"
         )
 
 

@@ -84,7 +84,7 @@ def weight_dtype(leaves: Leaves, trained: Sequence[bool]) -> np.dtype:
 
 
 def advanced(definition: Definition, memory: Memory) -> tuple[Rule, Memory]:
-    """The rule of a step, and the memory after it, except for the slots."""
+    """Evaluates schedules at this step, and returns the rule and the next `Memory`, its slots still empty."""
     counts = tuple(jnp.zeros((), jnp.int32) if count is None else count for count in memory.counts)
     rule = Chain(definition.rule.parts()).at(counts)
     new = tuple(None if count is None else incremented(count) for count in memory.counts)

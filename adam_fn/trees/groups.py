@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-from adam_fn.algebra.links import WeightDecay
+from adam_fn.algebra.rate_and_decay import WeightDecay
 from adam_fn.algebra.rule import Clock, Rule
 from adam_fn.trees.leaves import Leaves, PyTree, match_patterns
 
@@ -103,7 +103,7 @@ def _product(groups: Sequence[Group]) -> Group:
     )
 
 
-def rules_of(
+def rules_per_leaf(
     rule: Rule, clock: Clock, decays: Sequence[bool], groups: Sequence[Group] | None
 ) -> list[tuple[Rule, Clock]]:
     """The rule and the clock of each leaf; the same objects for leaves that are alike."""

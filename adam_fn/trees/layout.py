@@ -58,7 +58,8 @@ class StateLayout:
       leaves: the parameters.
       shapes: the shapes and dtypes of the parameters.
       state: the shapes and dtypes of the state.
-      is_known: whether optax can tell which arrays belong to a parameter: not if `optax.flatten` made one of all.
+      is_known: whether optax can tell which arrays belong to which parameter. False under `optax.flatten`, which
+        joins all parameters into one array.
     """
 
     def __init__(self, tx: optax.GradientTransformation, params: PyTree) -> None:
@@ -102,7 +103,8 @@ class StateLayout:
     def shardings(self, mesh: Mesh, over: Sequence[Division]) -> PyTree:
         """The shardings of the state: each array is divided like its parameter.
 
-        It is whole along axes that do not divide evenly, and altogether if its rank is another one.
+        It is not divided along axes that do not divide evenly, nor at all if its rank is not that of its parameter's
+        slots.
         """
 
         def beside(i: int, x: jax.ShapeDtypeStruct) -> NamedSharding:
@@ -131,7 +133,7 @@ def without_placement(tx: optax.GradientTransformation) -> optax.GradientTransfo
 
 
 def owners(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
-    """The state with each array replaced by the number of the parameter that it belongs to, or by -1."""
+    """The state with each array replaced by the index of the parameter that it belongs to, or by -1."""
     slots = StateLayout(without_placement(tx), params)
     if not slots.is_known:
         raise ValueError(f"{tx!r} does not keep an array for each parameter (as under optax.flatten)")

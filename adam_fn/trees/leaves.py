@@ -38,6 +38,12 @@ def _is_box(kind: type) -> bool:
     return any((base.__module__.partition(".")[0], base.__name__) in _BOXES for base in kind.__mro__)
 
 
+def _unbox(*trees: PyTree) -> str:
+    """Advice for an error about trees of which one has boxes and another has none, or other ones."""
+    nodes = jax.tree.leaves(trees, is_leaf=lambda x: _is_box(type(x)))
+    return "; pass nnx.as_pure(…) of trees with variables of NNX" if any(_is_box(type(x)) for x in nodes) else ""
+
+
 def named_leaves(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[str, Any]]:
     """The leaves with their paths as patterns, errors and users see them: without the ``value`` of boxes."""
 
@@ -108,6 +114,8 @@ def fixed_mask(name: str, mask: Mask | None) -> Hashable:
 
     leaves = Leaves(mask)
     for path, value in zip(leaves.paths, leaves.leaves, strict=True):
+        if isinstance(value, str):
+            raise TypeError(f"{name}: a list of patterns is not a mask: use adam_fn.masks.path({value!r})")
         if value is not None and not isinstance(value, (bool, np.bool_)):
             raise TypeError(f"{name} of {path} must be a Python bool, got {value!r}")
     return TreeMask(leaves.treedef.unflatten(None if value is None else bool(value) for value in leaves.leaves))
@@ -153,12 +161,13 @@ class Leaves:
         try:
             found = self.treedef.flatten_up_to(tree)
         except (ValueError, TypeError) as error:
-            where = difference(self.treedef.unflatten(self.leaves), tree) or str(error)
-            raise ValueError(f"{what} must have the structure of {of}: {where}") from error
+            own = self.treedef.unflatten(self.leaves)
+            where = difference(own, tree) or str(error)
+            raise ValueError(f"{what} must have the structure of {of}: {where}{_unbox(own, tree)}") from error
         for path, x in zip(self.paths, found, strict=True):
             if x is not None and not isinstance(x, optax.MaskedNode) and not jax.tree_util.all_leaves([x]):
                 raise ValueError(
-                    f"{what} must have the structure of {of}: {path} is a {type(x).__name__}, not an array"
+                    f"{what} must have the structure of {of}: {path} is a {type(x).__name__}, not an array{_unbox(x)}"
                 )
         return found
 
@@ -235,7 +244,10 @@ def match_patterns(patterns: Sequence[str], tree: PyTree) -> list[tuple[str, lis
     for pattern in patterns if flat else ():  # No leaves: a placeholder, as of `optax.tree_map_params`.
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             listed = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
-            raise ValueError(f"the pattern {pattern!r} matches no parameter; their paths are {listed}")
+            slashes = pattern.replace(".", "/")
+            meant = [x for x in (f"{pattern}/*", slashes, f"{slashes}/*") if fnmatch.filter(names, x)]
+            hint = f"; did you mean {meant[0]!r}?" if meant else ""
+            raise ValueError(f"the pattern {pattern!r} matches no parameter; their paths are {listed}{hint}")
     return [
         (name, [fnmatch.fnmatchcase(name, pattern) for pattern in patterns])
         for name, leaf in flat

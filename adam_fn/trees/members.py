@@ -10,7 +10,7 @@ import optax
 
 from adam_fn.algebra.dtypes import compute_dtype
 from adam_fn.algebra.rule import Chain, Clock, Rule
-from adam_fn.storage.low_bit_codes import codecs_of
+from adam_fn.storage.names import codecs_of
 from adam_fn.trees.leaves import Leaves, PyTree
 from adam_fn.trees.recording import UpdateCall, located, recorded
 from adam_fn.trees.states import Memory
@@ -53,7 +53,7 @@ class Member(NamedTuple):
 
 
 def earlier(count: jax.Array, ahead: int) -> jax.Array:
-    """The zero-based number of the last step, or with ``ahead=1`` of the next, from the count after the last."""
+    """The zero-based index of the last step, or with ``ahead=1`` of the next, from the count after the last."""
     return jnp.maximum(count - 1 + ahead, 0)
 
 

@@ -83,7 +83,7 @@ class Located(NamedTuple):
     """The state of a transformation, as shapes and dtypes, and where in it the states of its members are.
 
     Attributes:
-      specs: the definition of each member, in the order in which their states are made.
+      definitions: the definition of each member, in the order in which their states are made.
       state: the state, with a `Marked` for the state of each member.
     """
 
@@ -92,17 +92,33 @@ class Located(NamedTuple):
 
     def states(self, state: PyTree) -> list[tuple[Any, PyTree]]:
         """The definition of each member, and its state within a state of the same structure."""
-        marks, treedef = jax.tree.flatten(self.state, is_leaf=lambda x: isinstance(x, Marked))
-        found = zip(marks, treedef.flatten_up_to(state), strict=True)
-        return [(self.definitions[mark.number], own) for mark, own in found if isinstance(mark, Marked)]
+        return [(self.definitions[mark.number], own) for mark, own in self._rows(state) if isinstance(mark, Marked)]
 
     def map(self, function: Callable[..., PyTree], *states: PyTree) -> PyTree:
-        """Maps states to one: `function` of the definition and the states of each member, the first state elsewhere."""
-        marks, treedef = jax.tree.flatten(self.state, is_leaf=lambda x: isinstance(x, Marked))
-        rows = zip(marks, *map(treedef.flatten_up_to, states), strict=True)
+        """Combines several states of equal structure into one.
+
+        At each member it is ``function(definition, *member_states)``, elsewhere the first state's array.
+        """
+        treedef = jax.tree.structure(self.state, is_leaf=_is_marked)
         return treedef.unflatten(
-            function(self.definitions[mark.number], *own) if isinstance(mark, Marked) else own[0] for mark, *own in rows
+            function(self.definitions[mark.number], *own) if isinstance(mark, Marked) else own[0]
+            for mark, *own in self._rows(*states)
         )
+
+    def _rows(self, *states: PyTree) -> list[tuple[Any, ...]]:
+        """The leaves of the marked state, each with the parts of the states in its place."""
+        marks, treedef = jax.tree.flatten(self.state, is_leaf=_is_marked)
+        try:
+            return list(zip(marks, *map(treedef.flatten_up_to, states), strict=True))
+        except ValueError as error:
+            raise ValueError(
+                "the state does not have the structure of tx.init(params): was it made by this transformation, from "
+                "these parameters?"
+            ) from error
+
+
+def _is_marked(x: object) -> bool:
+    return isinstance(x, Marked)
 
 
 def located(tx: optax.GradientTransformation, params: PyTree) -> Located:

@@ -14,12 +14,15 @@ from adam_fn.trees.leaves import Leaves, PyTree, display_path, join_keys, within
 
 @dataclasses.dataclass(frozen=True)
 class Undivided:
-    """The way to step some parameters where they are; a `Zero1` divides them first, and has the same methods."""
+    """Steps parameters without dividing them. It has the interface of `Zero1`, which divides them first."""
 
     tx: optax.GradientTransformation
 
     def part(self, params: PyTree) -> Self:
-        """The way for some of the parameters, or parts of them: shapes in the whole tree, with None for the others."""
+        """Returns this object for a subset of the parameters, or for slices of them.
+
+        `params` has the whole tree's structure: shapes, and None for what is left out.
+        """
         return self
 
     def init(self, params: PyTree) -> PyTree:
@@ -55,7 +58,7 @@ class Stack:
         every: int,
         init: Callable[[PyTree], PyTree],
     ) -> None:
-        """`init` gives the state of a part of the parameters: of their shapes, with None for the others."""
+        """`init(shapes)` returns the state of some parameters, as shapes; the others are None in `shapes`."""
         self.leaves = Leaves(params)
         self.path, self.every = path, every
         self.inside = within(self.leaves.names, path)
@@ -98,7 +101,10 @@ class Stack:
         return tree, rest
 
     def _find_fixed(self, init: Callable[[PyTree], PyTree], kinds: list[str]) -> None:
-        """Compares the state with that of one layer; marks what has no axis for the layers and no other shape there."""
+        """Compares the state with those of one layer and of the other parameters, and raises if they do not fit.
+
+        Marks as "fixed", in `kinds`, the layers' arrays that have no layer axis and the same shape for one layer.
+        """
         for part, left_out in ((self.one, "others"), (self.rest, "layers")):
             found = jax.tree.leaves(init(part))
             numbers = [
@@ -121,7 +127,7 @@ class Stack:
                     )
 
     def axis(self, k: int) -> int:
-        """The axis of the layers in an array of the state: that of two reals stands before it."""
+        """The layers' axis in state array k: 1 if axis 0 is the real and imaginary part of complex numbers, else 0."""
         p = self.leaves.leaves[self.owners[k]]
         return int(jnp.iscomplexobj(p) and jnp.ndim(self.state[k]) == jnp.ndim(p) + 1)
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from adam_fn.algebra.bias import BiasWeights, Weight, is_kept
-from adam_fn.algebra.links import WeightDecay
+from adam_fn.algebra.rate_and_decay import WeightDecay
 from adam_fn.algebra.rule import Rule
 from adam_fn.storage.codec import Codec
 from adam_fn.trees.leaves import PyTree
@@ -32,7 +32,7 @@ class Memory(NamedTuple):
       counts: the number of updates made so far, for each part of the rule; None where nothing depends on it.
       weights: the bias weights that are kept.
       slots: a tree of the parameters' structure for each stored array, by name.
-      others: further counts of the same steps, by field.
+      others: other fields that count the same steps, by name.
     """
 
     counts: tuple[jax.Array | None, ...]
@@ -46,8 +46,13 @@ class Memory(NamedTuple):
         return next((x for x in self.counts if x is not None), jnp.zeros((), jnp.int32))
 
 
+def _with_article(x: object) -> str:
+    name = type(x).__name__
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
+
+
 class _Link(NamedTuple):
-    """The form of the state of a part.
+    """The structure of one part's state.
 
     Attributes:
       kind: the type of the named tuple.
@@ -65,9 +70,9 @@ class _Link(NamedTuple):
         """The reason why an object is not a state of this form, or None."""
         if self.masked:
             if type(state) is not optax.MaskedState:
-                return f"MaskedState expected, got a {type(state).__name__}"
+                return f"MaskedState expected, got {_with_article(state)}"
             state = state.inner_state
-        return None if type(state) is self.kind else f"{self.kind.__name__} expected, got a {type(state).__name__}"
+        return None if type(state) is self.kind else f"{self.kind.__name__} expected, got {_with_article(state)}"
 
     def read(self, state: State) -> tuple[jax.Array | None, dict[str, PyTree], dict[str, jax.Array]]:
         inner = state.inner_state if self.masked else state
@@ -87,7 +92,9 @@ class _Link(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """The form of a state: that of the only part or the tuple of those of all parts, and `BiasWeights` after them.
+    """The structure of a state: a tuple with the state of each part, then `BiasWeights` if any are kept.
+
+    A state of one part that keeps no bias weights stands by itself, without a tuple.
 
     Attributes:
       links: one for each part.
@@ -112,8 +119,8 @@ class Form:
         how = (
             "it was restored as plain containers: restore it into tx.init(params)"
             if plain
-            else "was the state made by this transformation? adam_fn.interop.change_storage converts one that was made "
-            "with another storage, and adam_fn.interop has functions for states of torch and Keras"
+            else "was the state made by this transformation? adam_fn.interop.from_optax converts a state of optax, and "
+            "adam_fn.interop.change_storage converts one that was made with another storage, mask or schedule"
         )
         raise TypeError(f"the state does not have the form of tx.init(params), {self}: {problem}; {how}")
 
@@ -161,7 +168,7 @@ class Form:
 
 
 def form_of(rule: Rule, codecs: Sequence[tuple[str, Codec]], *, masked: bool) -> Form:
-    """The form of the state of a rule; `masked` tells whether a mask selects the leaves that decay."""
+    """The structure of a rule's state; `masked` tells whether a mask selects the leaves that decay."""
     kept = sum(map(is_kept, rule.betas))
     links: list[_Link] = []
     left = dict(codecs)

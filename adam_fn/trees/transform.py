@@ -1,4 +1,4 @@
-"""Lifts a rule and its storage to an optax transformation; the only place where trees appear.
+"""Makes an optax transformation of a rule and its storage (the step is in update.py).
 
 One policy for the leaves, everywhere: ``None`` passes through. Integer, boolean and frozen leaves have no moments
 (`optax.MaskedNode` stands in their place) and get a zero update. Complex leaves are two reals. A gradient that does
@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from adam_fn.algebra.rule import Rule
-from adam_fn.storage.low_bit_codes import WORD, StorageLike, codecs_of
+from adam_fn.storage.names import StorageLike, codecs_of
+from adam_fn.storage.word_16bit import WORD
 from adam_fn.trees.definition import Definition
 from adam_fn.trees.functions import Functions
 from adam_fn.trees.groups import Group, Groups

@@ -22,7 +22,7 @@ from adam_fn.storage import noise
 from adam_fn.storage.codec import Cast, Stored
 from adam_fn.trees.checks import check_leaf, check_untrained, no_update
 from adam_fn.trees.definition import Definition, advanced, tree_from_leaves, weight_dtype
-from adam_fn.trees.groups import rules_of
+from adam_fn.trees.groups import rules_per_leaf
 from adam_fn.trees.leaves import Leaves, PyTree, arrays_of, leaf_in_errors
 from adam_fn.trees.recording import UpdateCall, marked, record
 from adam_fn.trees.states import Memory, State
@@ -118,7 +118,8 @@ def _update(
     )
     rule, after = advanced(definition, memory)
     clock = Clock(memory.counts, definition.weights(after, weight_dtype(leaves, trained)), learning_rate)
-    rules = rules_of(rule, clock, decays, None if definition.groups is None else definition.groups.per_leaf(reference))
+    groups = None if definition.groups is None else definition.groups.per_leaf(reference)
+    rules = rules_per_leaf(rule, clock, decays, groups)
     times = Times(_times(definition, after.steps), time, layer)
 
     remainders = (

@@ -109,16 +109,26 @@ def inner(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.sum(x * y)
 
 
-def check_transformation(tx: object, name: str) -> None:
-    """Raises if the wrapper `name` was given anything but a transformation."""
-    if not callable(getattr(tx, "update", None)):
-        raise TypeError(f"{name} wraps a transformation, as in {name}(adam_fn.adamw(1e-3)), got {tx!r}")
+def check_transformation(tx: object, name: str, *, wraps: bool = True) -> None:
+    """Raises if the function `name`, which `wraps` a transformation or only takes one, was given anything else."""
+    if all(callable(getattr(tx, method, None)) for method in ("init", "update")):
+        return
+    needed = (
+        f"wraps a transformation, as in {name}(adam_fn.adamw(1e-3))"
+        if wraps
+        else "takes a transformation, such as adam_fn.adamw(1e-3)"
+    )
+    found = f"{type(tx).__name__}: pass its tx" if hasattr(tx, "tx") else f"{tx!r:.80}"
+    raise TypeError(f"{name} {needed}, got {found}")
 
 
 def check_state(state: object, expected: type, name: str, **dtypes: Sequence[DTypeLike]) -> None:
     """Raises if `state` is not one that the transformation `name` made, or if a number in it was cast."""
     if not isinstance(state, expected):
-        raise TypeError(f"{name} expected its own state, {expected.__name__}, got a {type(state).__name__}")
+        raise TypeError(
+            f"{name} expected its own state, {expected.__name__}, got a {type(state).__name__}: make it by "
+            "tx.init(params), or by tx.init(params)._replace(inner=state) from a state of what is inside"
+        )
     for field, expected_dtypes in dtypes.items():
         found = jnp.result_type(getattr(state, field))
         if found not in expected_dtypes:
@@ -137,7 +147,7 @@ def varying_axes(x: jax.Array) -> frozenset[str]:
 
 
 def alike_over_devices(tree: PyTree) -> PyTree:
-    """Makes all arrays vary along the same axes, all those along which any of them does, as control flow needs."""
+    """Marks all arrays as varying over the union of their axes; branches of control flow must agree on this."""
     axes = frozenset[str]().union(*map(varying_axes, jax.tree.leaves(tree)))
 
     def cast(x: jax.Array) -> jax.Array:

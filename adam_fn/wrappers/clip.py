@@ -91,7 +91,7 @@ def clip_by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformationExtr
 
 
 def check_norm(max_norm: ArrayLike) -> None:
-    """Raises if an object is no limit of a norm."""
+    """Raises if an object cannot be the limit of a norm: a scalar of at least 0."""
     if callable(max_norm):
         raise TypeError(f"max_norm must be a number or a 0-d array, not a schedule, got {max_norm!r}")
     if isinstance(max_norm, (int, float, np.generic)) and not max_norm >= 0:

@@ -82,7 +82,7 @@ def _guarded(
 
 
 def decided(max_consecutive: int, finite: jax.Array, state: GuardState) -> tuple[jax.Array, GuardState]:
-    """Whether a step is made, and the state after it but for that of the wrapped transformation."""
+    """Whether to make the step, and the new `GuardState` with `inner` still the old one."""
     consecutive = jnp.where(finite, 0, incremented(state.consecutive))
     made = finite | (consecutive > max_consecutive)
     skipped = jnp.where(made, state.skipped, incremented(state.skipped))

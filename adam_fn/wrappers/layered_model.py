@@ -28,7 +28,7 @@ class Model:
     has_aux: bool
 
     def in_parts(self, number: int) -> "Model":
-        """The same for a batch in parts, one after the other; between the layers every array has an axis of parts."""
+        """Returns this model, run on `number` microbatches in turn; activations get a leading axis of microbatches."""
 
         def split(batch: PyTree) -> PyTree:
             def parts(x: jax.Array) -> jax.Array:

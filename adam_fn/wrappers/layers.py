@@ -17,7 +17,7 @@ from adam_fn.trees.stack import Stack
 from adam_fn.wrappers.base import step_parameters
 from adam_fn.wrappers.layered_model import Model
 
-# With unsigned numbers, which cannot be negative: XLA sees that what is read and what is written are one place.
+# Unsigned indices cannot be negative: then XLA knows that the slice read and the slice written are the same memory.
 
 
 def _take(x: jax.Array, i: ArrayLike, axis: int = 0) -> jax.Array:
@@ -54,15 +54,15 @@ def _measured(grads: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
 
 
 class Ends(NamedTuple):
-    """What is known before the way back through the layers begins.
+    """The results of the forward pass and of the head's backward pass.
 
     Attributes:
       value: the loss, or loss and aux.
       inside: the parameters of the layers.
       outside: the other parameters.
       kept: the inputs of the layers, or of each k-th.
-      dh: the gradient of what the head was given.
-      finish: the gradients of the other parameters, from that of what `embed` returned.
+      dh: the gradient of the head's input.
+      finish: from the gradient of `embed`'s output, computes the gradients of the other parameters.
     """
 
     value: Any
@@ -78,10 +78,10 @@ class Run:
     """A step of a model.
 
     Attributes:
-      way: an `Undivided`, or a `Zero1`.
+      placement: an `Undivided`, or a `Zero1`.
     """
 
-    way: Any
+    placement: Any
     model: Model
     stack: Stack
     batch: PyTree
@@ -92,8 +92,8 @@ class Run:
 
     @functools.cached_property
     def _of_layer(self) -> Any:  # noqa: ANN401
-        """The way of one layer."""
-        return self.way.part(self.stack.one)
+        """The placement of one layer."""
+        return self.placement.part(self.stack.one)
 
     def _read(self, slices: Sequence[jax.Array], *, vary: bool = False) -> list[Any]:
         """The parameters of a layer as the model reads them."""
@@ -164,20 +164,26 @@ class Run:
 
         Gradients are multiplied by `scale`, or clipped layer by layer to `layer_norm`.
         """
-        stack, tx = self.stack, self.way.tx
+        stack, tx = self.stack, self.placement.tx
         shared, of_layers = [*stack.shared, *stack.fixed], stack.of_layers
-        of_rest = self.way.part(stack.rest)
+        of_rest = self.placement.part(stack.rest)
 
         def scaled(grads: list[Any]) -> list[Any]:
             by = scale if layer_norm is None else clipping(_measured(grads)[0], layer_norm)
             return [_scaled(g, by) for g in grads]
 
-        def stepped(way: Any, grads: PyTree, params: PyTree, given: dict[int, jax.Array], **more: Any) -> Any:  # noqa: ANN401
-            """A step of some parameters, with arrays of the state by their numbers; they keep their order in it."""
+        def stepped(
+            placement: Any,  # noqa: ANN401
+            grads: PyTree,
+            params: PyTree,
+            given: dict[int, jax.Array],
+            **more: Any,  # noqa: ANN401
+        ) -> Any:  # noqa: ANN401
+            """Steps some parameters. `given` maps indices of state leaves to arrays, and so does the second result."""
             numbers = sorted(given)
             state = jax.tree.structure(jax.eval_shape(tx.init, params)).unflatten([given[k] for k in numbers])
             step = functools.partial(step_parameters, tx)
-            new, after = way.run(step, grads, params, state, **self.extra_args, **more)
+            new, after = placement.run(step, grads, params, state, **self.extra_args, **more)
             if made is not None:
                 new, after = jax.tree.map(functools.partial(jnp.where, made), (new, after), (params, state))
             return new, dict(zip(numbers, jax.tree.leaves(after), strict=True))
@@ -196,7 +202,7 @@ class Run:
         ) -> Any:  # noqa: ANN401
             """One array after the other, each computed anew.
 
-            XLA for GPUs writes each into its stack by a kernel of its own, and would store what these have in common.
+            XLA for GPUs writes each into its stack by a kernel of its own, and otherwise would store what they share.
             """
             new = self._left(again(i, g, slices, taken(arrays, i))[0])
             params = [_put(x, part, i) for x, part in zip(params, new, strict=True)]
@@ -212,7 +218,7 @@ class Run:
         ) -> Any:  # noqa: ANN401
             """All arrays, in a loop that runs once.
 
-            XLA for CPUs copies a stack where it does not see that a part is written after all that reads it.
+            XLA for CPUs copies a stack unless it sees that a part is written after all that reads it.
             """
 
             def step(both: tuple[list[Any], dict[int, jax.Array]]) -> tuple[list[Any], dict[int, jax.Array]]:
@@ -235,7 +241,7 @@ class Run:
         def use(carry: Any, i: jax.Array, slices: list[Any], grads: list[Any]) -> Any:  # noqa: ANN401
             own = self._entered(scaled(grads), slices)
             params, arrays = jax.lax.platform_dependent(*carry, i, *own, cpu=at_once, default=in_turn)
-            params, arrays = self.way.settle(stack.tree(params, None), arrays)
+            params, arrays = self.placement.settle(stack.tree(params, None), arrays)
             return stack.split(params)[0], arrays
 
         carry = ends.inside, {k: stack.state[k] for k in of_layers}
@@ -244,7 +250,7 @@ class Run:
         new, after = stepped(of_rest, g, rest, {k: stack.state[k] for k in (*stack.shared, *stack.others)})
         new = of_rest.leave(new)
         state = {**arrays, **after, **{k: stack.state[k] for k in stack.fixed}}
-        params, state = self.way.settle(stack.tree(inside, stack.split(new)[1]), state)
+        params, state = self.placement.settle(stack.tree(inside, stack.split(new)[1]), state)
         return params, stack.treedef.unflatten([state[k] for k in sorted(state)])
 
     def _backward(
@@ -256,9 +262,9 @@ class Run:
         *,
         vary: bool = False,
     ) -> tuple[Any, PyTree]:
-        """Goes back through the layers: `use` makes a new carry of a layer's index, parameters and gradients.
+        """Runs the backward pass. For each layer, from the last on, ``carry = use(carry, index, params, grads)``.
 
-        With `vary`, it may get gradients that are not summed over the devices of a `shard_map`.
+        With `vary`, `use` may get gradients that are not summed over the devices of a `shard_map`.
         """
         every, length = self.stack.every, self.stack.length
 

@@ -19,6 +19,7 @@ from adam_fn.algebra.values import method_of
 from adam_fn.execute.compiler import zeros_like
 from adam_fn.execute.destination import PARAMETERS, UPDATES, Destination, Inputs
 from adam_fn.storage.parameter_bits import join, landing, remainder_of, visible
+from adam_fn.trees.checks import check_present, check_untrained
 from adam_fn.trees.leaves import Leaves, PyTree
 from adam_fn.trees.update import Update
 from adam_fn.wrappers.base import TreeTransformation, check_state, check_transformation
@@ -29,8 +30,9 @@ class MasterState(NamedTuple):
 
     Attributes:
       remainder: the low bits of the masters, int16 or int8, a tree with the structure and the shapes of the
-        parameters. For leaves of float32 and wider, which have none, booleans that nothing reads: rules that divide a
-        state over a mesh expect an array for each parameter. `optax.MaskedNode` for leaves that are not floating.
+        parameters. float32 and wider leaves have no remainder: they get an unused boolean array, because sharding rules
+        expect an array for each parameter. Leaves that are not floating have `optax.MaskedNode`, and so have those
+        that an optimizer of this package, wrapped directly, freezes.
       inner: the state of the wrapped transformation, whose parameters are the float32 masters.
     """
 
@@ -41,7 +43,8 @@ class MasterState(NamedTuple):
 class Params:
     """The leaves of the parameters, and which of them are bfloat16."""
 
-    def __init__(self, name: str, params: PyTree) -> None:
+    def __init__(self, name: str, params: PyTree, trained: Sequence[bool] | None = None) -> None:
+        """Takes bfloat16 leaves that are not trained, if that is known, as they are."""
         if params is None:
             raise ValueError(f"{name} needs the parameters: call update(grads, state, params)")
         self.name = name
@@ -50,6 +53,8 @@ class Params:
         self.short = [
             x is not None and self._is_short(path, x) for path, x in zip(self.paths, self.leaves, strict=True)
         ]
+        self.trained = [True] * len(self.leaves) if trained is None else trained
+        self.short = [short and train for short, train in zip(self.short, self.trained, strict=True)]
 
     def _is_short(self, path: str, p: jax.Array) -> bool:
         dtype = jnp.result_type(p)
@@ -58,10 +63,10 @@ class Params:
         return dtype == jnp.bfloat16
 
     def align(self, tree: PyTree, what: str) -> list[Any]:
-        """The leaves of another tree, or an error if that of a bfloat16 parameter is neither of its shape nor None."""
+        """Aligns `tree` with the parameters; raises if a bfloat16 parameter has a leaf of another shape, not None."""
         leaves = self._tree.align(tree, f"{self.name}: the {what}s", "the parameters")
         for path, short, p, x in zip(self.paths, self.short, self.leaves, leaves, strict=True):
-            if short and x is not None and jnp.shape(x) != p.shape:
+            if short and not (x is None or isinstance(x, optax.MaskedNode)) and jnp.shape(x) != p.shape:
                 raise ValueError(f"{self.name}: the {what} of {path} has shape {jnp.shape(x)}, its parameter {p.shape}")
         return leaves
 
@@ -107,8 +112,13 @@ class MasterWeights(TreeTransformation):
     bits: int
 
     def init(self, params: PyTree) -> MasterState:
-        blank, masters = _first(params, self.bits)
+        blank, masters = _first(params, self.bits, self._trained(params))
         return MasterState(blank, self.tx.init(masters))
+
+    def _trained(self, params: PyTree) -> tuple[bool, ...] | None:
+        """Whether the wrapped transformation trains each leaf, if it is one of this package, which knows it."""
+        update = method_of(self.tx.update)
+        return tuple(update.definition.trained(Leaves(params), params)) if isinstance(update, Update) else None
 
     def update(
         self, updates: PyTree, state: MasterState, params: PyTree = None, **extra_args: PyTree
@@ -139,7 +149,7 @@ class MasterWeights(TreeTransformation):
     ) -> tuple[PyTree, MasterState]:
         """Steps each master where its parameter is stepped, inside the wrapped transformation."""
         update = cast(Update, method_of(self.tx.update))
-        tree = Params("master_weights", params)
+        tree = Params("master_weights", params, self._trained(params))
         tree.align(grads, "gradient")
         _check_remainders(tree, tree.align(state.remainder, "state's remainder"), self.bits)
         new, remainder, inner = update.written(
@@ -148,18 +158,18 @@ class MasterWeights(TreeTransformation):
         return new, MasterState(remainder, inner)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _first(params: PyTree, bits: int) -> tuple[PyTree, PyTree]:
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _first(params: PyTree, bits: int, trained: tuple[bool, ...] | None) -> tuple[PyTree, PyTree]:
     """The first remainders, which are 0, and the first masters."""
-    tree = Params("master_weights", params)
+    tree = Params("master_weights", params, trained)
 
-    def zeros(short: bool, p: jax.Array | None) -> Any:  # noqa: ANN401
-        if p is None or not jnp.issubdtype(jnp.result_type(p), jnp.inexact):
+    def zeros(short: bool, train: bool, p: jax.Array | None) -> Any:  # noqa: ANN401
+        if p is None or not train or not jnp.issubdtype(jnp.result_type(p), jnp.inexact):
             return None if p is None else optax.MaskedNode()
         zero = zeros_like(p)
         return (zero[0] if jnp.iscomplexobj(p) else zero).astype(f"int{bits}" if short else bool)
 
-    blank = [zeros(short, p) for short, p in zip(tree.short, tree.leaves, strict=True)]
+    blank = [zeros(*leaf) for leaf in zip(tree.short, tree.trained, tree.leaves, strict=True)]
     return tree.treedef.unflatten(blank), tree.widened(tree.leaves)
 
 
@@ -176,16 +186,20 @@ def _joined(grads: PyTree, remainder: PyTree, params: PyTree, bits: int) -> tupl
 
 
 def _check_remainders(tree: Params, remainders: Sequence[Any], bits: int) -> None:
-    """Raises if a remainder has not the dtype that its parameter needs."""
-    for path, short, p, r in zip(tree.paths, tree.short, tree.leaves, remainders, strict=True):
+    """Raises if a remainder does not have the dtype that its parameter needs."""
+    for path, short, train, p, r in zip(tree.paths, tree.short, tree.trained, tree.leaves, remainders, strict=True):
         found = str(getattr(r, "dtype", "none"))
+        floating = train and p is not None and jnp.issubdtype(jnp.result_type(p), jnp.inexact)
+        if not train:
+            check_untrained(path, p, {"remainder": r})
+        elif floating:
+            check_present("remainder", r, path)
         if found == f"int{bits}" and not short:
             raise ValueError(
                 f"{path} was bfloat16 when master_weights made the state and is {jnp.result_type(p)} now: add the "
                 "updates with optax.apply_updates, which keeps the dtype of the parameters; equinox.apply_updates does "
                 "not"
             )
-        floating = p is not None and jnp.issubdtype(jnp.result_type(p), jnp.inexact)
         if found != (f"int{bits}" if short else "bool" if floating else "none"):
             raise ValueError(
                 f"the remainder of {path} ({jnp.result_type(p)}) in the state of master_weights(bits={bits}) is "
@@ -233,8 +247,9 @@ def master_weights(tx: optax.GradientTransformation, bits: int = 16) -> optax.Gr
 
     Args:
       tx: any optax transformation.
-      bits: 16 for float32 masters; 8 for masters of 24 bits (16 significant ones, rounded to nearest): each step is off
-        by up to 2⁻¹⁷ of the parameter, equal steps by the same amount, and a smaller step vanishes.
+      bits: 16 for float32 masters; 8 for masters of 24 bits, of which 16 are significant. They are rounded to the
+        nearest, so a step has a rounding error of up to 2⁻¹⁶ of the parameter. It is not dithered: equal steps have
+        equal errors, and steps below 2⁻¹⁷ of the parameter are lost.
     """
     check_transformation(tx, "master_weights")
     if bits not in (8, 16):

@@ -1,4 +1,4 @@
-"""Stochastic rounding: bfloat16 parameters that learn without a byte more."""
+"""Stochastic rounding: bfloat16 parameters that learn with no extra memory per parameter."""
 
 import dataclasses
 from typing import NamedTuple, cast
@@ -126,9 +126,11 @@ def stochastic_rounding(tx: optax.GradientTransformation, seed: int = 0) -> opta
         u = q - p
 
     ``tx = adam_fn.stochastic_rounding(adam_fn.adamw(1e-3))``. `tx` sees gradients and parameters in float32. The
-    updates u are float32, and `optax.apply_updates` lands on q exactly (`equinox.apply_updates` would leave float32
-    parameters, which nothing rounds from then on). Which of the two q is depends on the seed, the step and the
-    element's place in its leaf, never on the sharding, and is spread evenly over the steps.
+    updates u are float32, and `optax.apply_updates` lands on q exactly (`equinox.apply_updates` would leave the
+    parameters in float32, and they would never be rounded again). Whether q is the lower or the upper neighbour depends
+    on the seed, the step and the element's place in its leaf, never on the sharding, and is spread evenly over the
+    steps.
+
     Nothing but the step is stored. A member of a `vmap` or a shard of a `shard_map` is rounded as it would be alone, so
     members are rounded alike; to give each its own dither, start them at distant steps:
     ``state._replace(count=jnp.arange(members) << 20)``.

@@ -5,14 +5,14 @@ from typing import Protocol, TypeVar, cast
 import jax
 import optax
 
-from adam_fn.wrappers.base import step_parameters
+from adam_fn.wrappers.base import check_transformation, step_parameters
 
 Params = TypeVar("Params")
 OptState = TypeVar("OptState")
 
 
 class Step(Protocol):
-    """``step(params, state, grads) -> (params, state)``, and what `jax.jit` adds to a function."""
+    """``step(params, state, grads) -> (params, state)``: a jitted step, which also has `lower`."""
 
     def __call__(self, params: Params, state: OptState, grads: Params) -> tuple[Params, OptState]: ...
 
@@ -26,8 +26,7 @@ def make_step(tx: optax.GradientTransformation) -> Step:
     the same buffer twice (as with tied leaves, or a parameter passed as its own gradient). `tx` is any optax
     transformation; anything else is a TypeError.
     """
-    if not callable(getattr(tx, "update", None)):
-        raise TypeError(f"make_step takes a transformation, such as adam_fn.adamw(1e-3), got {tx!r}")
+    check_transformation(tx, "make_step", wraps=False)
 
     def step(params: optax.Params, state: optax.OptState, grads: optax.Updates) -> tuple[optax.Params, optax.OptState]:
         return step_parameters(tx, grads, state, params)

@@ -95,7 +95,7 @@ def stored(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
         muon = adam_fn.stored(optax.contrib.scale_by_muon())
         tx = optax.partition({"matrices": muon, "rest": adam_fn.adam(1e-3, storage="16bit")}, labels)
 
-    Every float32 array in the state of `tx` that has its parameter's shape takes 2 bytes an element between the steps
+    Every float32 array in the state of `tx` that has its parameter's shape takes 2 bytes per element between the steps
     and is float32 during a step; everything else stays as it is: counts, and arrays of other shapes such as
     Adafactor's. The optimizers of this package do this by themselves with ``storage="bfloat16"``, and better with
     ``"24bit"`` and ``"16bit"``.

@@ -28,8 +28,8 @@ def held(tree: object) -> int:
 class Case:
     """One case.
 
-    `tree` times a jitted step, `eager` the update outside jit, `training` a whole step; `loop` only compiles, and `rates`
-    counts compilations.
+    `tree` times a jitted step, `eager` the update outside jit, `training` a whole step; `loop` only compiles,
+    and `rates` counts compilations.
     """
 
     name: str
