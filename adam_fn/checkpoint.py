@@ -120,8 +120,9 @@ def check(saved: PyTree, tx: optax.GradientTransformation, params: PyTree) -> No
 
     Raises:
       ValueError: if anything differs; the error lists every difference, saved and expected: another optimizer, another
-        storage of a slot, and every other leaf of the parameters and the state that is missing or unexpected, or has
-        another shape or dtype.
+        storage of a slot, and every other leaf of the parameters and the state, or part without leaves, that is missing
+        or unexpected, or has another shape or dtype. Also if `saved` is None or empty.
+      TypeError: if `tx` is no transformation.
     """
     check_transformation(tx, "check", wraps=False)
     if saved is None or (isinstance(saved, Mapping) and not saved):

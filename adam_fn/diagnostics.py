@@ -110,7 +110,7 @@ def moments(tx: optax.GradientTransformation, state: PyTree, params: PyTree) -> 
 
     These are the arrays that the next step computes with: those in ``state[0]``, decoded if they are stored in codes or
     in bfloat16. They are the raw averages, without bias correction. `params` are only used for structure, shapes and
-    dtypes. See the module for leaves that are not trained, for complex leaves and for errors.
+    dtypes. The top of the module says what becomes of leaves that are not trained, of complex leaves and of errors.
     """
     member = optimizer_of(members_of(tx, state, params))
     return member.decoded(member.kept(params))

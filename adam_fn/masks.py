@@ -2,10 +2,10 @@
 
 A mask is a function of the parameters that returns a tree of booleans. These are frozen dataclasses, so equal masks
 compare equal, hash alike and pickle; `optax.masked` takes them too. `adam_fn.options.Options` says what each option
-does with a mask. Inside the package, ``rules_per_leaf`` in trees/groups.py drops the decay of leaves that ``mask=``
-excludes.
+does with a mask.
 """
 
+# `rules_per_leaf` in trees/groups.py drops the decay of leaves that ``mask=`` excludes.
 # ruff: noqa: N801
 import dataclasses
 from typing import Any, TypeAlias

@@ -1,8 +1,7 @@
-"""The options that every optimizer takes, declared and documented once, and the transformations that they build.
+"""The options that every optimizer takes, declared and documented once, and the transformations that they build."""
 
-A new option is a field and a line of documentation in `Options` (the smaller classes say which optimizers take it), and
-an argument of `built`, which applies it.
-"""
+# A new option is a field and a line of documentation in `Options` (the smaller classes say which optimizers take it),
+# and an argument of `built`, which applies it.
 
 import functools
 import inspect
@@ -22,9 +21,9 @@ from adam_fn.trees.groups import Group, Groups
 from adam_fn.trees.leaves import Mask
 from adam_fn.trees.transform import Transformation, transform
 
-#: The meaning of `weight_decay`; see `Options`.
+#: The meaning of `weight_decay`, ``"scaled"``, ``"independent"``, ``"l2"`` or ``"proximal"``; see `Options`.
 DecayKind: TypeAlias = Literal["scaled", "independent", "l2", "proximal"]
-#: The meaning of the square of a complex gradient; see `Options`.
+#: The meaning of the square of a complex gradient, ``"parts"`` or ``"magnitude"``; see `Options`.
 Complex: TypeAlias = Literal["parts", "magnitude"]
 P = ParamSpec("P")
 R = TypeVar("R", bound=Rule)

@@ -10,6 +10,7 @@ leaf. First steps are then at most as large as the neighbours'. This holds for t
 optax's transformations become as they are before the first step.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -24,14 +25,14 @@ from adam_fn.execute.compiler import zeros_like
 from adam_fn.trees.checks import check_present
 from adam_fn.trees.definition import Definition
 from adam_fn.trees.layout import map_owned, owners, real_shape, without_placement
-from adam_fn.trees.leaves import Leaves, PyTree, check_distinct, match_patterns
+from adam_fn.trees.leaves import Leaves, PyTree, check_distinct, element_masks, match_patterns
 from adam_fn.trees.members import Member
 from adam_fn.trees.recording import located
 from adam_fn.trees.states import State
 from adam_fn.trees.update import Update, coded
 from adam_fn.wrappers.averaging import Average
 
-#: The value with which second moments of new elements begin; see `reset`.
+#: The value with which second moments of new elements begin, ``"mean"`` or ``"zero"``; see `reset`.
 Second: TypeAlias = Literal["mean", "zero"]
 
 
@@ -62,8 +63,8 @@ def reset(
         dead = {"kernel": activity == 0, "bias": activity == 0}  # of shape [units], for every row
         state = surgery.reset(tx, state, params, dead)
 
-    First moments become what they are before the first step (for second ones, see the module), remainders of masters
-    become 0, and averages of the parameters become the parameters. Everything else stays as it is, bit for bit.
+    First moments become what they are before the first step (for second ones, see the top of the module), remainders of
+    masters become 0, and averages of the parameters become the parameters. Everything else stays as it is, bit for bit.
 
     Args:
       tx: the transformation.
@@ -78,9 +79,9 @@ def reset(
         of another shape (such as Adafactor's): that can only be reset as a whole.
     """
     leaves = Leaves(params)
-    masks = _masks(leaves, params, where)
+    masks = element_masks(leaves, params, where)
 
-    def chosen(i: int, old: jax.Array, new: jax.Array) -> jax.Array:
+    def chosen(masks: Sequence[jax.Array], i: int, old: jax.Array, new: jax.Array) -> jax.Array:
         mask, p = masks[i], leaves.leaves[i]
         check_present("arrays", old, leaves.paths[i])
         if jnp.ndim(mask) and old.shape != real_shape(jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p))):
@@ -89,8 +90,13 @@ def reset(
         return jnp.where(whole, new, old)
 
     own = owners(tx, params)
-    fresh = _fresh(tx, params, state, masks, second)
-    return map_owned(chosen, own, state, fresh)
+
+    @jax.jit  # One program, and not one for each operation on each leaf.
+    def edited(state: State, params: PyTree, masks: Sequence[jax.Array]) -> State:
+        fresh = _fresh(tx, params, state, masks, second)
+        return map_owned(functools.partial(chosen, masks), own, state, fresh)
+
+    return edited(state, params, masks)
 
 
 def resize(
@@ -155,11 +161,15 @@ def resize(
         axis = move.axis % jnp.ndim(p) + x.ndim - jnp.ndim(p)
         return jnp.take(x, jnp.maximum(jnp.asarray(move.source), 0), axis)
 
-    own = owners(tx, old_params)
-    moved = map_owned(taken, own, state)
-    new_own = owners(tx, new_params)
-    fresh = _fresh(tx, new_params, moved, masks, second)
-    return map_owned(lambda i, old, new: jnp.where(masks[i], new, old), new_own, moved, fresh)
+    own, new_own = owners(tx, old_params), owners(tx, new_params)
+
+    @jax.jit
+    def edited(state: State, params: PyTree, masks: Sequence[jax.Array]) -> State:
+        moved = map_owned(taken, own, state)
+        fresh = _fresh(tx, params, moved, masks, second)
+        return map_owned(lambda i, old, new: jnp.where(masks[i], new, old), new_own, moved, fresh)
+
+    return edited(state, new_params, masks)
 
 
 def adapt(tx: optax.GradientTransformation, state: State, old_params: PyTree, new_params: PyTree) -> State:
@@ -200,7 +210,7 @@ def adapt(tx: optax.GradientTransformation, state: State, old_params: PyTree, ne
     blanks: list[jax.Array] = []
     map_owned(lambda _, x: x, own := owners(tx, new_params), fresh, other=lambda x: blanks.append(x) or x)
     if [(x.shape, x.dtype) for x in blanks] != [(x.shape, x.dtype) for x in others]:
-        raise ValueError("what the state holds beside moments is not the same for the new parameters")
+        raise ValueError("what the state holds besides moments is not the same for the new parameters")
 
     def kept(i: int, x: jax.Array) -> jax.Array:
         own = held.get(new.names[i])
@@ -214,25 +224,6 @@ def adapt(tx: optax.GradientTransformation, state: State, old_params: PyTree, ne
 def _along(row: jax.Array, axis: int, rank: int) -> jax.Array:
     """A vector over the rows of a leaf, reshaped to broadcast to the leaf."""
     return jnp.expand_dims(row, tuple(i for i in range(rank) if i != axis % rank))
-
-
-def _masks(leaves: Leaves, params: PyTree, where: PyTree) -> list[jax.Array]:
-    """A boolean for each leaf, or a boolean array that broadcasts to it."""
-    if isinstance(where, str):
-        return [jnp.asarray(hit[0]) for _, hit in match_patterns([where], params)]
-    found = leaves.align(where(params) if callable(where) else where, "where", "the parameters")
-    for path, p, x in zip(leaves.paths, leaves.leaves, found, strict=True):
-        if p is None or x is None:
-            continue
-        if not jnp.issubdtype(jnp.result_type(x), jnp.bool_):
-            raise ValueError(f"where of {path} is {jnp.result_type(x)}, expected booleans")
-        try:
-            fits = np.broadcast_shapes(jnp.shape(x), jnp.shape(p)) == jnp.shape(p)
-        except ValueError:
-            fits = False
-        if not fits:
-            raise ValueError(f"where of {path} has shape {jnp.shape(x)}, which does not broadcast to {jnp.shape(p)}")
-    return [jnp.zeros((), bool) if x is None else jnp.asarray(x) for x in found]
 
 
 def _fresh(

@@ -135,8 +135,8 @@ def comparison() -> str:
             device.ratio("eager", "adam_fn", "eager update"),
         ],
         [
-            "loss with 3 and with 2 bytes of state, minus the loss with 8",
-            "has no such state",
+            "change of the final loss with 3 and with 2 bytes of state instead of 8",
+            "– (no such state)",
             ", ".join(map(above, ("24-bit state", "16-bit state"))),
         ],
         [
@@ -145,18 +145,22 @@ def comparison() -> str:
             ", ".join(map(cycles, ("float32", "24bit", "16bit"))),
         ],
         [
-            "bytes per parameter beside parameters and state in a step of a stacked GPT (compiled, not run)",
+            "bytes per parameter that a training step of a stacked GPT needs besides parameters and state (compiled)",
             beside(f"16bit{ORDINARY}"),
-            f"{beside('16bit')}, stepping in the backward pass",
+            f"{beside('16bit')} with the step in the backward pass",
         ],
-        ["steps of a steady gradient with bfloat16 moments; 1 is right", steady("plain bfloat16"), steady("bfloat16")],
+        [
+            "size of the steps for a constant gradient, moments in bfloat16 (exact: 1)",
+            steady("plain bfloat16"),
+            steady("bfloat16"),
+        ],
         ["the state of a running optax training", "", "restored as it is"],
     ]
     return (
         f"{table(['', '`optax.adam`', '`adam_fn.adam`'], rows)}\n\n"
         "Errors are relative L2 errors against float64 at step 1,000. The two times in each ratio come from the same "
-        "run. The losses are those of a character transformer, trained further at a low rate. Steps of a steady "
-        "gradient are those with β₁ = 0.9, 0.95 and 0.99, with both moments in bfloat16. Measured on "
+        "run. The losses are those of a character transformer, trained further at a low rate. Steps for a "
+        "constant gradient are with β₁ = 0.9, 0.95 and 0.99 and both moments in bfloat16. Measured on "
         f"{' and '.join(sorted(machines))} by `exactness.py`, `speed.py`, `precision.py` and `codes.py` in "
         "`benchmarks`, or compiled by `compiled.py`."
     )
@@ -272,7 +276,7 @@ def compiled() -> str:
         rows = [row for row in found["rows"] if row["target"] in TARGETS[name]]
         about = f"Compiled for {', '.join(dict.fromkeys(row['target'] for row in rows))}, but **not run**, with "
         about += f"{named(versions)} ({found['date'][:10]}), by `benchmarks/compiled.py`. {figures.family(rows)}"
-        texts += [about.strip(), *figures.summary(rows)]
+        texts += [f"### {name.upper()}", about.strip(), *figures.summary(rows)]
     return "\n\n".join(texts)
 
 

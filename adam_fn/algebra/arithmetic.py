@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-#: A hyperparameter while a rule computes: a number or a 0-d array.
+#: A hyperparameter while a rule computes, which is a number or a 0-d array.
 Scalar: TypeAlias = float | jax.Array
 
 

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 
 #: A function of the zero-based step, an int32 scalar, that returns a number or a 0-d array.
 Schedule: TypeAlias = Callable[[jax.Array], ArrayLike]
-#: A hyperparameter as it is given to a rule: a number, a 0-d array or a `Schedule`.
+#: A hyperparameter as it is given to a rule, which is a number, a 0-d array or a `Schedule`.
 Hyper: TypeAlias = ArrayLike | Schedule
 
 

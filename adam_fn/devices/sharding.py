@@ -24,7 +24,8 @@ def state_shardings(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
         )
 
     Args:
-      tx: any transformation of this package or of optax, or a chain of both. `zero1` and `offload` must be outermost.
+      tx: any transformation of this package or of optax, or a chain of both. `zero1` must be outermost, and `offload`
+        outside it.
       params: arrays, or `jax.ShapeDtypeStruct` with shardings. Leaves without a `NamedSharding` count as whole on the
         mesh of the others; if none has one, everything lives where the first leaf does.
 

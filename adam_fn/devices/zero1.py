@@ -255,10 +255,10 @@ def zero1(
     already has (tensor parallelism). A leaf that is divided over the axis already (FSDP) stays as it is. Leaves that
     cannot be divided stay whole: `undivided` lists them, and a warning names those of 4096 elements or more.
 
-    It must be outermost: ``zero1(optax.chain(optax.clip_by_global_norm(1.0), adamw(3e-4)), …)``. Axes may be automatic
-    or explicit. Inside a `shard_map` over the axis it takes whole parameters; gradients that vary over it are summed,
-    by a reduce-scatter: divide the loss by n. (With ``check_vma=False`` JAX does not know which gradients vary, and all
-    of them must be the same on every device.)
+    Only `offload` may be outside it: ``zero1(optax.chain(optax.clip_by_global_norm(1.0), adamw(3e-4)), …)``. Axes may
+    be automatic or explicit. Inside a `shard_map` over the axis it takes whole parameters; gradients that vary over it
+    are summed, by a reduce-scatter: divide the loss by n. (With ``check_vma=False`` JAX does not know which gradients
+    vary, and all of them must be the same on every device.)
 
     Args:
       tx: any optax transformation; in a `shard_map`, one whose work is elementwise.

@@ -39,8 +39,8 @@ def in_passes(
     decoded moments, and copies the old value of an output unless it knows that the output is written after the last
     pass that reads it. This fresh memory costs more than the arithmetic. A factor of 1 that XLA cannot foresee makes
     each pass compute from its own inputs, and, where the factor depends on the previous output, fixes the order.
-    Updates have no such order: whoever adds them to the parameters reads the old moments after this function is done,
-    and XLA would store the updates for it.
+    There is no such order where the result is an update: XLA computes it in the pass that adds it to the parameters,
+    and would have to store it before.
     """
     step = functools.partial(body, rule, codecs, destination)
     in_place = destination.parameters and single_device()

@@ -23,7 +23,7 @@ class AdaBelief(Adam):
         m, w₁, w₂ as in Adam;   s ← β₂s + (1-β₂)(g - m)² + ε_each
         u = (m/w₁) / (√(s/w₂ + ε_root) + ε)
 
-    ε_each accumulates: it is added at every step, as in the authors' code (eps) and in optax (eps_root).
+    ``ε_each`` accumulates: it is added at every step, as in the authors' code (eps) and in optax (eps_root).
     """
 
     eps: NonNegative = 1e-16
@@ -53,7 +53,8 @@ def adabelief(
 ) -> Transformation:
     """AdaBelief (Zhuang et al., arXiv 2010.07468): ``p ← p - α m̂/(√(s/w₂) + ε)``, see the rule `AdaBelief`.
 
-    The arguments are those of `adam`, but `eps_root` is the rule's ε_each: added to s at every step, it accumulates.
+    The arguments are those of `adam`, but `eps_root` is the rule's ``ε_each``: added to s at every step, it
+    accumulates.
     """
     return optimizer(
         AdaBelief(b1, b2, eps, eps_each=eps_root, nesterov=nesterov, eps_hat=eps_hat), learning_rate, **options

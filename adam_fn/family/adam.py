@@ -204,7 +204,10 @@ def adamw(
 
     `weight_decay` is λ, times the learning rate as in torch and optax; ``decay="independent"`` is the paper's form.
     The default 1e-4 is optax's (torch: 1e-2, Keras: 4e-3). The other arguments are those of `adam` and
-    `adam_fn.options.Options`.
+    `adam_fn.options.Options`; the most used of them are these. ``storage="24bit"`` and ``"16bit"`` keep 3 and 2 bytes
+    of state per parameter instead of 8. ``mask=masks.rank(2)`` lets only arrays of two or more axes decay.
+    ``frozen=masks.path("embedding/*")`` leaves parameters as they are, without state. ``groups={"*bias":
+    Group(decay=0.0)}`` multiplies the rate and the decay of parameters by path.
     """
     rule = Adam(b1, b2, eps, eps_root, nesterov, momentum_decay, eps_hat)
     return optimizer(rule, learning_rate, mu_dtype=mu_dtype, weight_decay=weight_decay, mask=mask, **options)

@@ -70,7 +70,7 @@ def ademamix(
     steps, usually the whole training.
 
     Args:
-      learning_rate: α_t, a number, a 0-d array or a schedule, as is every hyperparameter here.
+      learning_rate: ``α_t``, a number, a 0-d array or a schedule, as is every hyperparameter here.
       b1: the decay rate of the fast momentum, in [0, 1).
       b2: the decay rate of the second moment, in [0, 1).
       b3: the decay rate of the slow momentum, in [0, 1).

@@ -44,7 +44,7 @@ def scale_by_adam(
     nesterov: bool = False,
     **options: Unpack[DirectionOptions],
 ) -> Transformation:
-    """`optax.scale_by_adam`: ``u = m̂/(√(v̂ + eps_root) + eps)``, see `adam_fn.adam`."""
+    """`optax.scale_by_adam`: ``u = m̂/(√(v̂ + ε_root) + ε)``, see `adam_fn.adam`."""
     return _direction(Adam(b1, b2, eps, eps_root, nesterov), options, mu_dtype)
 
 
@@ -52,7 +52,7 @@ def scale_by_adam(
 def scale_by_adamax(
     b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 1e-8, **options: Unpack[DirectionOptions]
 ) -> Transformation:
-    """`optax.scale_by_adamax`: ``u = m̂/v``, ``v ← max(β₂v, |g| + eps)``, see `adam_fn.adamax`."""
+    """`optax.scale_by_adamax`: ``u = m̂/v``, ``v ← max(β₂v, |g| + ε)``, see `adam_fn.adamax`."""
     return _direction(AdaMax(b1, b2, eps), options)
 
 
@@ -82,7 +82,7 @@ def scale_by_belief(
     nesterov: bool = False,
     **options: Unpack[DirectionOptions],
 ) -> Transformation:
-    """`optax.scale_by_belief`: ``u = m̂/(√ŝ + eps)``, s of ``(g - m)² + eps_root``, see `adam_fn.adabelief`."""
+    """`optax.scale_by_belief`: ``u = m̂/(√ŝ + ε)``, s of ``(g - m)² + ε_root``, see `adam_fn.adabelief`."""
     return _direction(AdaBelief(b1, b2, eps, eps_each=eps_root, nesterov=nesterov), options)
 
 
@@ -113,7 +113,7 @@ def scale_by_radam(
     nesterov: bool = False,
     **options: Unpack[DirectionOptions],
 ) -> Transformation:
-    """`optax.scale_by_radam`: ``u = r m̂/(√v̂ + eps)`` or m̂, see `adam_fn.radam`."""
+    """`optax.scale_by_radam`: ``u = r m̂/(√v̂ + ε)`` or ``m̂``, see `adam_fn.radam`."""
     return _direction(RAdam(b1, b2, eps, eps_root, nesterov, threshold=threshold), options)
 
 

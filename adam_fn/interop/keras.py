@@ -16,7 +16,7 @@ from adam_fn.interop.moments import Axes, MomentsByPath, Paths, Target, Transpos
 from adam_fn.trees.leaves import PyTree
 from adam_fn.trees.states import State
 
-#: ``optimizer.variables``, or the arrays that ``optimizer.save_own_variables(store)`` stores, by number.
+#: ``optimizer.variables``, or the arrays that ``optimizer.save_own_variables(store)`` stores, by index.
 Variables: TypeAlias = Sequence[Any] | Mapping[str, Any]
 
 #: Keras's names of our slots: those of the first mapping alternate, those of the others follow one after the other.
@@ -48,7 +48,7 @@ def from_keras(
     Args:
       tx: an optimizer of this package, or `adam_fn.master_weights` around one; its remainders then start at 0.
       params: the parameters, now. Paths are their keys joined by ``/``, as in `adam_fn.masks.path`.
-      variables: ``optimizer.variables``, arrays in that order, or what ``save_own_variables`` stored, by number (as in
+      variables: ``optimizer.variables``, arrays in that order, or what ``save_own_variables`` stored, by index (as in
         the ``optimizer/vars`` of a file).
       paths: the path of each of ``model.trainable_variables``, in that order, with None for a variable that has no
         counterpart here; or a mapping or a function from the names of the variables to paths.

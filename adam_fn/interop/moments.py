@@ -30,7 +30,8 @@ from adam_fn.wrappers.masters import MasterState, MasterWeights
 Array: TypeAlias = Any
 #: Arrays by the path of their parameter.
 ByPath: TypeAlias = Mapping[str, Array]
-#: The paths here of another framework's parameters, in its order. See `in_order`.
+#: The paths here of another framework's parameters, as a sequence in its order, or as a mapping or a function from its
+#: names to paths. None leaves a parameter out.
 Paths: TypeAlias = Sequence[str | None] | Mapping[str, str | None] | Callable[[str], str | None]
 #: The axes of the other framework's arrays, in the order in which they are here, by patterns of paths.
 Transpose: TypeAlias = Mapping[str, Sequence[int]]

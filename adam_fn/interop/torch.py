@@ -194,7 +194,7 @@ def _read(source: StateDict | str | os.PathLike[str]) -> StateDict:
 
 
 def _order(saved: StateDict, paths: Paths, names: Sequence[str] | None) -> dict[Any, str | None]:
-    """The path of each parameter by torch's number."""
+    """The path of each parameter by torch's index."""
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     if names is None and all("param_names" in group for group in saved["param_groups"]):
         names = [name for group in saved["param_groups"] for name in group["param_names"]]

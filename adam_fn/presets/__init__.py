@@ -7,9 +7,9 @@ source file. In the formulas ``m`` and ``v`` are the raw moments, ``m̂ = m/(1-�
 is off unless a number is given. Rates and other numbers may be schedules, as everywhere in adam_fn.
 
 Not here, because no rule of adam_fn does the same: optax's ``amsgrad`` (it takes the maximum of the corrected v),
-MXNet's ``AdamW`` (it multiplies the decay by α_t instead of α) and ``Nadam`` (its product of momenta advances once for
-each parameter), and Chainer's ``AdaBound``. Clipping (``clipvalue``, ``clip_gradients``, ...) is optax's, chained
-before the preset.
+MXNet's ``AdamW`` (it multiplies the decay by ``α_t`` instead of ``α``) and ``Nadam`` (its product of momenta advances
+once for each parameter), and Chainer's ``AdaBound``. Clipping (``clipvalue``, ``clip_gradients``, ...) is optax's,
+chained before the preset.
 """
 
 from adam_fn.presets.keras import keras2_adam as keras2_adam

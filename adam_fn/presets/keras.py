@@ -17,8 +17,8 @@ def tensorflow1_adam(
 ) -> Transformation:
     """TensorFlow 1's ``tf.train.AdamOptimizer``: ``p ← p - α_t m/(√v + ε)``.
 
-    There: ``beta1``, ``beta2``, ``epsilon``. Its docstring puts the root over the whole fraction of α_t; its code does
-    not. Source: ``tensorflow/python/training/adam.py``.
+    There: ``beta1``, ``beta2``, ``epsilon``. Its docstring puts the root over the whole fraction of ``α_t``; its code
+    does not. Source: ``tensorflow/python/training/adam.py``.
     """
     return adam(learning_rate, b1, b2, eps, eps_hat=True, **options)
 

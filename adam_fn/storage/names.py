@@ -9,9 +9,10 @@ from adam_fn.storage.codec import Cast, Codec
 from adam_fn.storage.mu_law_8bit import MuLaw
 from adam_fn.storage.word_16bit import WORD, Word
 
-#: The name of a storage; ``24bit`` and ``16bit`` count the bits of Adam's two moments of a parameter.
+#: The name of a storage, ``"float32"``, ``"bfloat16"``, ``"24bit"`` or ``"16bit"``. The last two count the bits of
+#: Adam's two moments of a parameter.
 StorageName: TypeAlias = Literal["float32", "bfloat16", "24bit", "16bit"]
-#: A storage of moments: a name, a codec for each slot, or codecs by the names of the stored arrays.
+#: A storage of moments, given as a name, a codec for all slots, or codecs by the names of the stored arrays.
 StorageLike: TypeAlias = StorageName | Codec | Mapping[str, Codec]
 
 

@@ -74,7 +74,7 @@ def check_untrained(path: str, p: object, stored: Stored) -> None:
     """Raises if the state has moments of a leaf that is not trained: a step would drop them."""
     if p is not None and not all(isinstance(x, optax.MaskedNode) for x in stored.values()):
         raise ValueError(
-            f"the state has moments of {path}, which is not trained (it is frozen, or no floating array): "
+            f"the state has moments of {path}, which is not trained (it is frozen, or not a floating array): "
             "adam_fn.interop.change_storage drops them, or from_optax those of a state of optax"
         )
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -263,3 +264,22 @@ def leaf_in_errors(path: str) -> Iterator[None]:
     except Exception as error:
         error.add_note(f"adam_fn: this is about the leaf {path}")
         raise
+
+
+def element_masks(leaves: Leaves, params: PyTree, where: PyTree) -> list[jax.Array]:
+    """A boolean for each leaf, or a boolean array that broadcasts to it."""
+    if isinstance(where, str):
+        return [jnp.asarray(hit[0]) for _, hit in match_patterns([where], params)]
+    found = leaves.align(where(params) if callable(where) else where, "where", "the parameters")
+    for path, p, x in zip(leaves.paths, leaves.leaves, found, strict=True):
+        if p is None or x is None:
+            continue
+        if not jnp.issubdtype(jnp.result_type(x), jnp.bool_):
+            raise ValueError(f"where of {path} is {jnp.result_type(x)}, expected booleans")
+        try:
+            fits = np.broadcast_shapes(jnp.shape(x), jnp.shape(p)) == jnp.shape(p)
+        except ValueError:
+            fits = False
+        if not fits:
+            raise ValueError(f"where of {path} has shape {jnp.shape(x)}, which does not broadcast to {jnp.shape(p)}")
+    return [jnp.zeros((), bool) if x is None else jnp.asarray(x) for x in found]

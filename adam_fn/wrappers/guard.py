@@ -92,7 +92,9 @@ def decided(max_consecutive: int, finite: jax.Array, state: GuardState) -> tuple
 def skip_nonfinite(
     tx: optax.GradientTransformation, max_consecutive: int = 10
 ) -> optax.GradientTransformationExtraArgs:
-    """Skips every step in which a gradient is infinite or nan; the outermost wrapper, around any transformation.
+    """Skips every step in which a gradient is infinite or nan; wraps any transformation.
+
+    It must be the outermost wrapper; only `zero1` and `offload` go outside it.
 
     ::
 

@@ -237,7 +237,8 @@ def master_weights(tx: optax.GradientTransformation, bits: int = 16) -> optax.Gr
     The remainder is added to whatever parameter is given. A parameter that was changed between two steps (tied,
     clipped, averaged, restored) is taken as it is, up to half a unit of its last place. No other narrow dtype is
     accepted: float16 and float8 are errors, since every float32 below 2⁻²⁵ becomes the same float16, 0, and 2 bytes
-    cannot tell them apart. Leaves of float32 and wider, integers and None go to `tx` as they are.
+    cannot tell them apart. Leaves of float32 and wider, integers and None go to `tx` as they are, and so do the leaves
+    that `tx` freezes, if it is an optimizer of this package: these keep no remainder. (A chain does not tell.)
 
     Gradients are best accumulated inside, in float32: ``master_weights(optax.MultiSteps(tx, n))``.
 

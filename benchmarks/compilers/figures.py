@@ -5,14 +5,14 @@ from collections.abc import Iterator, Sequence
 from compilers.limits import BACKWARD, FAMILY, LEAF, LLAMA, OFFLOAD, ORDINARY, TREE, ZERO1, Row, relative
 from measure.scripts import NONE, span, table
 
-#: The figures of each part that are shown, and how they are written.
+#: The figures of each part that are shown, and how they are written (with z, -0.0 as 0.0).
 FIGURES: dict[str, dict[str, str]] = {
     LEAF: {"passes": "d", "kernels": "d", "temporaries": ".3f", "bytes": ".2f", "cycles": ".2f", "seconds": ".1f"},
     TREE: {"kernels": "d", "beside": ".3f", "cycles": ".2f", "seconds": ".1f"},
     LLAMA: {"collectives": "d", "temporaries": ".3f", "state": ".3f"},
     ZERO1: {"reduce-scatter": ".3f", "all-gather": ".3f", "all-reduce": ".3f", "others": "g", "share": ".3f"},
     BACKWARD: {"temporaries": ".2f", "activations": ".2f", "gradient": ".2f", "exchanged": ".1f"},
-    OFFLOAD: {"read": ".2f", "stored": ".2f", "peak": ".1f", "saved": ".1f"},
+    OFFLOAD: {"read": ".2f", "stored": ".2f", "peak": ".1f", "saved": "z.1f"},
 }
 #: What stands above them if not their names; with a slash they are in units of optax's float32 step.
 HEADS = {

@@ -95,7 +95,7 @@ class Typeset(SphinxTransform):
 
 
 def _inline(text: str) -> nodes.Element:
-    parts = re.split(r"\s(?=[=←≤≥] )", text) if len(text) > LONG else [text]
+    parts = re.split(r"(?<!^\w)\s(?=[=←≤≥] )", text) if len(text) > LONG else [text]
     found = [nodes.math("", formulas.Formula(part, fractions=False).sequence()) for part in parts]
     return nodes.inline("", "", *[node for math in found for node in (nodes.Text(" "), math)][1:])
 
