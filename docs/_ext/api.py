@@ -95,7 +95,7 @@ class Typeset(SphinxTransform):
 
 
 def _inline(text: str) -> nodes.Element:
-    parts = re.split(r"(?<!^\w)\s(?=[=←≤≥] )", text) if len(text) > LONG else [text]
+    parts = re.split(r"(?<!^p)\s(?=[=←≤≥] )", text) if len(text) > LONG else [text]
     found = [nodes.math("", formulas.Formula(part, fractions=False).sequence()) for part in parts]
     return nodes.inline("", "", *[node for math in found for node in (nodes.Text(" "), math)][1:])
 
@@ -106,8 +106,8 @@ def _block(text: str) -> nodes.Element:
     for line in text.splitlines():
         row = nodes.paragraph(classes=["continued"] if line.startswith(" ") else [])
         for statement in re.split(r"\s{2,}", line.strip()):
-            math = nodes.math("", r"\displaystyle " + formulas.Formula(statement, fractions=True).sequence())
-            row += nodes.inline("", "", math, classes=["statement"])
+            tex = formulas.Formula(statement, fractions=True).sequence().replace(r"\frac", r"\dfrac")
+            row += nodes.inline("", "", nodes.math("", tex), classes=["statement"])
         lines += row
     return lines
 

@@ -11,7 +11,7 @@ import unicodedata
 
 ACCENTS = {"\u0302": r"\hat", "\u0304": r"\bar"}
 FENCES = {"(": ")()", "|": "|||", "‖": ("‖", r"\|", r"\|"), "⌊": ("⌋", r"\lfloor ", r"\rfloor ")}
-NAMES = {"max": r"\max ", "min": r"\min ", "ln": r"\ln ", "Σ": r"\textstyle\sum "}
+NAMES = {"max": r"\max ", "min": r"\min ", "ln": r"\ln ", "Σ": r"\textstyle\sum ", "atan2": r"\text{atan2}"}
 SIGNS = {**{sign: sign for sign in "+-=<>:,;←≤≥±…"}, "=\u0338": "≠", "<<": r"\mathbin{<<}", ">>": r"\mathbin{>>}"}
 LOW, HIGH = "₀₁₂₃₄₅₆₇₈₉₊₋ᵢₜ∞", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ᵗⁱᵏ"
 WORD = re.compile(r"`[^`]+`|(?!(?:max|min|ln)\b)[A-Za-z]{2,}\w*(?:'s)?|[A-Za-z]'s", re.ASCII)
@@ -37,7 +37,7 @@ class Formula:
             if text == "/" and product:
                 self.tokens.pop()
                 above, below = "".join(product), self.factor()
-                built = rf"\dfrac{{{_bare(*product)}}}{{{_bare(below)}}}"
+                built = rf"\frac{{{_bare(*product)}}}{{{_bare(below)}}}"
                 product = [built if self.fractions else f"{above}/{below}"]
             elif text in SIGNS:
                 self.tokens.pop()
@@ -61,14 +61,14 @@ class Formula:
         if text in NAMES:
             return NAMES[text] + self.factor()
         if WORD.fullmatch(text) and self.tokens[-1:] == [("", "(")]:
-            return rf"\operatorname{{\text{{{text}}}}}{self.factor()}"
+            return rf"\operatorname{{{text}}}{self.factor()}"
         if text in FENCES:
             closing, left, right = FENCES[text]
             inside = self.sequence(closing)
             if not self.tokens:
                 raise ValueError(f"{text!r} is not closed")
             self.tokens.pop()
-            tex = rf"\left{left}{inside}\right{right}" if r"\dfrac" in inside else f"{left}{inside}{right}"
+            tex = rf"\left{left}{inside}\right{right}" if r"\frac" in inside else f"{left}{inside}{right}"
         elif WORD.fullmatch(text):
             tex = rf"\texttt{{{text[1:-1]}}}" if text[0] == "`" else rf"\text{{{text}}}"
         elif letter := re.fullmatch(LETTER, text):

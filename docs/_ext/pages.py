@@ -10,7 +10,7 @@ from sphinx.util.nodes import make_refnode
 
 #: Pages of the site that are files of their own elsewhere.
 PAGES = {"../CHANGELOG.md": "changelog.md", "../README.md": "index.md", "../examples/README.md": "examples.md"}
-SHORT, LONG = 28, 40  # Characters of a cell.
+SHORT, LONG = 20, 40  # Characters of a cell.
 
 
 def relative(source: str, folder: str) -> str:
