@@ -36,7 +36,7 @@ def summary(rows: Sequence[Row]) -> Iterator[str]:
 
         def cells(group: Sequence[Row], heads: dict[str, str] = heads, forms: dict[str, str] = forms) -> Iterator[str]:
             for x, head in heads.items():
-                yield span((relative(row, x, rows) if "/" in head else row.get(x) for row in group), forms[x])
+                yield span((relative(row, x, rows) if "/" in head else row.get(x) for row in group), forms[x]) or NONE
 
         if groups:
             lines = [[*names, *cells(group)] for names, group in groups.items()]

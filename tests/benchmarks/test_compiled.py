@@ -257,7 +257,7 @@ def test_summary(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "| :-- | --: | --: | --: |",
         f"| {limits.BASE} | make_step | 1 | 1.00 |",
         "| 24bit | make_step | 1 | 0.65 to 0.70 |",
-        "| 16bit | make_step |  |  |",
+        "| 16bit | make_step | – | – |",
     ]
     found = scripts.merged(rows, [rows[1] | {"cycles": 1}], "target", "part", "step", "way")
     assert [row.get("cycles") for row in found] == [1000, 1, 2000, 1400, None, None]
