@@ -91,16 +91,16 @@ def speed() -> str:
 
 def comparison() -> str:
     """The README's table: what matters to somebody who uses optax.adam, each figure from the results of a script."""
-    errors = largest_errors(read("benchmarks/exactness.py")["rows"])
+    exact, trained, coded = (read(f"benchmarks/{name}.py") for name in ("exactness", "precision", "codes"))
+    errors = largest_errors(exact["rows"])
     device = Device(records("speed-cpu*.json"))
-    trained = read("benchmarks/precision.py")
-    machines = {x["device"].replace(", 1 cores", ", 1 core") for x in (trained, device.records[0])}
+    machines = {x["device"].split(",")[0] for x in (exact, trained, coded, device.records[0])}
     loss: dict[str, dict[int, float]] = {}
     for run in trained["runs"]:
         if run["workload"] == "tuned":
             loss.setdefault(run["label"], {})[run["seed"]] = run["loss"]
     programs = {(x["part"], x["step"]): x for x in read("benchmarks/compiled.py")["rows"][::-1] if x["target"] == "v5e"}
-    signals = read("benchmarks/codes.py")["rows"]
+    signals = coded["rows"]
 
     def above(label: str) -> str:
         return f"{statistics.mean(loss[label][seed] - loss['float32'][seed] for seed in loss[label]):+.5f}"
