@@ -59,9 +59,8 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> dict[str, Any]
 
     It lists the rules of this package in `tx` that keep state, in the order in which `tx` creates their states, the
     codec of each slot, the shape and dtype of each leaf of the parameters and the state, and the parts of the state
-    without leaves, by path. It leaves out
-    hyperparameters, since a run may continue with another rate or decay, and optax's transformations, except for their
-    states.
+    without leaves, by path. It leaves out hyperparameters, since a run may continue with another rate or decay, and
+    optax's transformations, except for their states.
 
     Args:
       tx: any optax transformation.
