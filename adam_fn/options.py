@@ -1,7 +1,8 @@
 """The options that every optimizer takes, declared and documented once, and the transformations that they build."""
 
-# A new option is a field and a line of documentation in `Options` (the smaller classes say which optimizers take it),
-# and an argument of `built`, which applies it.
+# A new option is a field of one of the classes below (they say which optimizers take it), a line of documentation in
+# `Options`, and an argument of `built`, which applies it. If it is no matter of the rule, `built` passes it on to
+# `transform`, which puts it into the `Definition`.
 
 import functools
 import inspect

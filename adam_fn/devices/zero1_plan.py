@@ -1,4 +1,4 @@
-"""Plans where `zero1` puts the parameters and their state, once, from shapes and shardings."""
+"""Plans where `zero1` (zero1.py) puts the parameters and their state, once, from shapes and shardings."""
 
 import dataclasses
 import math

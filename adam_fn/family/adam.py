@@ -1,4 +1,4 @@
-"""Adam, AdamW, NAdam and NAdamW: one rule."""
+"""Adam, AdamW, NAdam and NAdamW: one rule. The rate and the decay are rules of their own (rate_and_decay.py)."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

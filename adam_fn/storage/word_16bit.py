@@ -1,4 +1,4 @@
-"""An element in 16 bits: one word that holds both moments of Adam."""
+"""An element in 16 bits: one word that holds both moments of Adam. (One moment as bfloat16 is `Cast` in codec.py.)"""
 
 import dataclasses
 from collections.abc import Mapping

@@ -106,7 +106,10 @@ def _product(groups: Sequence[Group]) -> Group:
 def rules_per_leaf(
     rule: Rule, clock: Clock, decays: Sequence[bool], groups: Sequence[Group] | None
 ) -> list[tuple[Rule, Clock]]:
-    """The rule and the clock of each leaf; the same objects for leaves that are alike."""
+    """The rule and the clock of each leaf; the same objects for leaves that are alike.
+
+    `decays` is what the option ``mask=`` says of each leaf: the rule of those that do not decay has no `WeightDecay`.
+    """
     kinds: dict[tuple[bool, Group | None], tuple[Rule, Clock]] = {}
 
     def of(decays: bool, group: Group | None) -> tuple[Rule, Clock]:
