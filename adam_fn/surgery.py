@@ -25,7 +25,7 @@ from adam_fn.execute.compiler import zeros_like
 from adam_fn.trees.checks import check_present
 from adam_fn.trees.definition import Definition
 from adam_fn.trees.layout import map_owned, owners, real_shape, without_placement
-from adam_fn.trees.leaves import Leaves, PyTree, check_distinct, element_masks, match_patterns
+from adam_fn.trees.leaves import Leaves, PyTree, check_distinct, element_masks, is_masked, match_patterns
 from adam_fn.trees.members import Member
 from adam_fn.trees.recording import located
 from adam_fn.trees.states import State
@@ -197,7 +197,7 @@ def adapt(tx: optax.GradientTransformation, state: State, old_params: PyTree, ne
     others: list[jax.Array] = []
 
     def hold(i: int, x: jax.Array) -> jax.Array:
-        if not _is_masked(x):  # It was frozen, and begins now.
+        if not is_masked(x):  # It was frozen, and begins now.
             held.setdefault(old.names[i], []).append(x)
         return x
 
@@ -243,7 +243,7 @@ def _fresh(
             return new
         kept = Member(definition, old).kept(params)
         inside = Leaves(kept)
-        places = [i for i, x in enumerate(leaves.align(kept, "the parameters", "the state")) if not _is_masked(x)]
+        places = [i for i, x in enumerate(leaves.align(kept, "the parameters", "the state")) if not is_masked(x)]
         slots = {
             name: inside.align(tree, f"the state's {name}", "the parameters")
             for name, tree in Update(definition).decoded(old, kept).items()
@@ -261,10 +261,6 @@ def _fresh(
         )
 
     return located(without_placement(tx), params).map(begun, tx.init(params), state)
-
-
-def _is_masked(x: object) -> bool:
-    return isinstance(x, optax.MaskedNode)
 
 
 def _first_slots(

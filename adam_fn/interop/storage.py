@@ -5,7 +5,7 @@ import optax
 
 from adam_fn.interop.moments import Target
 from adam_fn.trees.functions import owner_of
-from adam_fn.trees.leaves import PyTree
+from adam_fn.trees.leaves import PyTree, is_masked
 from adam_fn.trees.states import State
 from adam_fn.wrappers.masters import MasterState, MasterWeights
 
@@ -41,8 +41,8 @@ def change_storage(
         raise TypeError(f"expected the same optimizer with two storages, got {kinds}")
     if source.masters and _bits(old) != _bits(tx):
         raise ValueError(
-            f"the state's masters have {_bits(old)} bits beside the parameters, but those of tx have {_bits(tx)}: pass "
-            f"master_weights(…, bits={_bits(old)}) as tx, or convert state.inner and start with new masters"
+            f"the state's masters have {_bits(old)} bits besides the parameters, but those of tx have {_bits(tx)}: "
+            f"pass master_weights(…, bits={_bits(old)}) as tx, or convert state.inner and start with new masters"
         )
     new = target.state(source.moments(state), "the state")
     inner = state.inner if isinstance(state, MasterState) else state
@@ -59,12 +59,8 @@ def change_storage(
         return form.made(made)
     remainder = new.remainder
     if isinstance(state, MasterState):
-        remainder = jax.tree.map(lambda x, y: x if _is_masked(x) else y, remainder, state.remainder, is_leaf=_is_masked)
+        remainder = jax.tree.map(lambda x, y: x if is_masked(x) else y, remainder, state.remainder, is_leaf=is_masked)
     return MasterState(remainder, form.made(made))
-
-
-def _is_masked(x: object) -> bool:
-    return isinstance(x, optax.MaskedNode)
 
 
 def _bits(tx: optax.GradientTransformation) -> int:

@@ -266,6 +266,11 @@ def leaf_in_errors(path: str) -> Iterator[None]:
         raise
 
 
+def is_masked(x: object) -> bool:
+    """Whether this is what a state has in the place of an array of a leaf that is not trained."""
+    return isinstance(x, optax.MaskedNode)
+
+
 def element_masks(leaves: Leaves, params: PyTree, where: PyTree) -> list[jax.Array]:
     """A boolean for each leaf, or a boolean array that broadcasts to it."""
     if isinstance(where, str):

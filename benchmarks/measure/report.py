@@ -3,12 +3,11 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from measure import scripts, workloads
+from measure import peers, scripts, workloads
 from measure.scripts import NONE, Row, named, table
 
 REFERENCE = "optax"
-STORAGES = ("bfloat16 moments", "24-bit state", "16-bit state")
-OURS = ("adam_fn", *(f"adam_fn {name}{way}" for name in STORAGES for way in ("", ", update and apply")))
+OURS = [peer.name for peer in peers.JAX_PEERS if peer.name not in (REFERENCE, "adam_fn make_step")]
 
 
 class Records:

@@ -154,9 +154,15 @@ def test_temporaries_on_a_cpu(storage: Any, kind: str, monkeypatch: pytest.Monke
     assert memory.alias_size_in_bytes > memory.output_size_in_bytes - 1000  # In place, save for pointers.
 
 
+@pytest.mark.parametrize("large", [False, True], ids=["body", "passes"])
 @pytest.mark.parametrize(("kind", "storage"), [(AxisType.Auto, "16bit"), (AxisType.Explicit, "24bit")], ids=str)
-def test_sharded_steps_are_those_of_one_device_bit_for_bit(kind: AxisType, storage: Any) -> None:
+def test_sharded_steps_are_those_of_one_device_bit_for_bit(
+    kind: AxisType, storage: Any, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where the parameters live, without any communication; with masters, stochastic rounding and neither."""
+    if large:
+        monkeypatch.setattr(cpu, "LARGE", 0)
+    jax.clear_caches()
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind, kind))
     specs = {
         "vector": ((96,), PartitionSpec("a")),
