@@ -35,13 +35,13 @@ class QHAdam(Rule):
 
     @property
     def betas(self) -> Sequence[float]:
-        return self.b1, self.b2  # `clock.weights` are the bias weights of these.
+        return self.b1, self.b2  # `clock.corrections` are the bias corrections of these.
 
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
         mu, nu = ema(self.b1, slots["mu"], g), ema(self.b2, slots["nu"], g * g)
-        w1, w2 = clock.weights
-        numerator = (1 - self.nu1) * g + self.nu1 / w1 * mu
-        denominator = jnp.sqrt((1 - self.nu2) * (g * g) + self.nu2 / w2 * nu) + self.eps
+        c1, c2 = clock.corrections
+        numerator = (1 - self.nu1) * g + self.nu1 * c1 * mu
+        denominator = jnp.sqrt((1 - self.nu2) * (g * g) + self.nu2 * c2 * nu) + self.eps
         return numerator / denominator, {"mu": mu, "nu": nu}
 
 

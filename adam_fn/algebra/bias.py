@@ -6,7 +6,7 @@ a schedule or an array, the state keeps the weight, as the moving average of the
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -45,22 +45,25 @@ Beta: TypeAlias = Any
 
 def is_kept(beta: Beta) -> bool:
     """Whether the state keeps the weight of a decay rate."""
-    return not isinstance(beta.beta if isinstance(beta, Lagged) else beta, (int, float))
+    return not _is_number(beta.beta if isinstance(beta, Lagged) else beta)
 
 
-def weights_of(betas: Sequence[Beta], kept: Sequence[Weight], count: jax.Array, dtype: DTypeLike) -> list[jax.Array]:
-    """The bias weights after `count` steps, an int32 scalar; `kept` are the weights that the state keeps."""
-    constant = [beta.beta if isinstance(beta, Lagged) else beta for beta in betas if not is_kept(beta)]
-    powers = _powers(tuple(dict.fromkeys(constant)), count, dtype)
-    found: list[jax.Array] = []
+def _is_number(beta: Beta) -> TypeGuard[float]:
+    return isinstance(beta, (int, float))
+
+
+def corrections_of(betas: Sequence[Beta], kept: Sequence[Weight], count: jax.Array, dtype: DTypeLike) -> list[jax.Array]:
+    """The bias corrections, 1 divided by the weight, after `count` steps; `kept` are the weights that the state keeps."""
+    of_constant = _corrections(tuple(dict.fromkeys(beta for beta in betas if _is_number(beta))), count, dtype)
     left = list(kept)
+    found: list[jax.Array] = []
     for beta in betas:
         if is_kept(beta):
-            found.append(left.pop(0).main)
+            found.append(1 / left.pop(0).main)
         elif isinstance(beta, Lagged):
-            found.append(lagged_after(beta.beta, powers[beta.beta], count, dtype))
+            found.append(1 / lagged_after(beta.beta, count, dtype))
         else:
-            found.append(powers[beta][0])
+            found.append(of_constant[beta])
     return found
 
 
@@ -93,46 +96,42 @@ def _leading(x: ArrayLike) -> np.ndarray:
     return (np.asarray(x, np.float32).view(np.uint32) & np.uint32(0xFFFFF000)).view(np.float32)
 
 
-_LN2 = np.float32(_leading(math.log(2)))
 #: The coefficients of ``(exp(-x) - 1 + x)/x²`` for |x| at most ln 2/2, the last one first, to 1e-9.
 _SERIES = (-1.989099082e-4, 1.393365e-3, -8.333310925e-3, 4.166646493e-2, -0.1666666668, 0.5000000013)
 
 
-def _powers(betas: Sequence[float], count: jax.Array, dtype: DTypeLike) -> dict[float, tuple[jax.Array, jax.Array]]:
-    """``1 - βᵗ`` and ``βᵗ`` for numbers β in [0, 1) and a count t from 0 to 2³¹ - 1, to the rounding of the dtype.
-
-    In float32, the logarithm of β is taken in Python's float64, and its product with t is rounded only once for t up to
-    2²⁴. The multiple of ln 2 in it becomes an exponent, the rest the argument of a polynomial. The device's own power
-    and exponential, whose precision varies, are not used.
-    """
-    rates = np.asarray([-math.log(beta) for beta in betas if beta])
-    found: dict[float, tuple[jax.Array, jax.Array]] = {}
-    if len(rates):
-        count_of_each = jax.lax.broadcast(count, rates.shape)  # Together: one kernel on a GPU, and less to trace.
-        if dtype == jnp.float64:
-            y = count_of_each.astype(dtype) * rates
-            pairs = -jnp.expm1(-y), jnp.exp(-y)
-        else:
-            pairs = _float32_powers(rates, count_of_each)
-        for i, beta in enumerate(beta for beta in betas if beta):
-            weight, power = (jax.lax.index_in_dim(x, i, keepdims=False) for x in pairs)
-            found[beta] = weight, power
+def _corrections(betas: Sequence[float], count: jax.Array, dtype: DTypeLike) -> dict[float, jax.Array]:
+    """``1/(1 - βᵗ)`` for different numbers β, together: one kernel, and less to trace."""
+    found: dict[float, jax.Array] = {}
     if 0 in betas:
-        weight = jnp.minimum(count, 1).astype(dtype)
-        found[0] = weight, 1 - weight
+        found[0] = 1 / jnp.minimum(count, 1).astype(dtype)
+    if positive := [beta for beta in betas if beta]:
+        weights, _ = _powers(np.asarray(positive), jax.lax.broadcast(count, (len(positive),)), dtype)
+        # The division comes before the slices: XLA for CPUs would compute all weights anew for each of them.
+        corrections = jax.lax.div(np.asarray(1, dtype), weights)
+        for i, beta in enumerate(positive):
+            found[beta] = jax.lax.index_in_dim(corrections, i, keepdims=False)
     return found
 
 
-def _float32_powers(rates: np.ndarray, count: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``1 - exp(-t · rate)`` and ``exp(-t · rate)``, for one count for each rate."""
+def _powers(betas: np.ndarray, count: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
+    """``1 - βᵗ`` and ``βᵗ`` for numbers β in (0, 1) and counts t from 0 to 2³¹ - 1, to the rounding of the dtype.
+
+    In float32, the logarithm of β is taken in float64, and its product with t is rounded only once for t up to 2¹². The
+    multiple of ln 2 in it becomes an exponent, the rest the argument of a polynomial. The device's own power and
+    exponential, whose precision varies, are not used.
+    """
+    rates = -np.log(betas)
+    if dtype == jnp.float64:
+        y = count.astype(dtype) * rates
+        return -jnp.expm1(-y), jnp.exp(-y)
     # `lax` and not `jnp`, whose functions are traced anew for each transformation.
     add, sub, mul, f32 = jax.lax.add, jax.lax.sub, jax.lax.mul, np.float32
-    high = _leading(rates)
-    t, early = (jax.lax.convert_element_type(x, f32) for x in (count, jax.lax.bitwise_and(count, np.int32(0xFFF))))
-    y = add(mul(sub(t, early), high), add(mul(early, high), mul(t, (rates - high).astype(f32))))
+    high, t = _leading(rates), jax.lax.convert_element_type(count, f32)
+    y = add(mul(t, high), mul(t, (rates - high).astype(f32)))
     y = jax.lax.min(y, f32(126 * math.log(2)))  # Beyond it no digit of βᵗ is left.
     halvings = jax.lax.round(mul(y, f32(1 / math.log(2))))
-    x = sub(sub(y, mul(halvings, _LN2)), mul(halvings, f32(math.log(2) - float(_LN2))))
+    x = sub(y, mul(halvings, f32(math.log(2))))
     series: Any = f32(_SERIES[0])
     for term in _SERIES[1:]:
         series = add(mul(x, series), f32(term))
@@ -146,7 +145,7 @@ def _float32_powers(rates: np.ndarray, count: jax.Array) -> tuple[jax.Array, jax
 _LANGEVIN = (2.6765e-11, -1.05684e-9, 1 / 23950080, -1 / 604800, 1 / 15120, -1 / 360, 1 / 6)
 
 
-def lagged_after(beta: float, powers: tuple[jax.Array, jax.Array], count: jax.Array, dtype: DTypeLike) -> jax.Array:
+def lagged_after(beta: float, count: jax.Array, dtype: DTypeLike) -> jax.Array:
     """The moving average of the weights of β: ``1 - βᵗ - (1-β) t βᵗ``, accurate to a few roundings.
 
     ::
@@ -156,9 +155,9 @@ def lagged_after(beta: float, powers: tuple[jax.Array, jax.Array], count: jax.Ar
     L is Langevin's function, ``coth(x) - 1/x``. Where y is small, the difference above loses its digits, but the series
     of L keeps them; the first two terms of l are added in float64.
     """
-    weight, power = powers
     if beta == 0:
-        return weight
+        return jnp.minimum(count, 1).astype(dtype)
+    weight, power = _powers(np.asarray(beta), count, dtype)
     rate, part, t = -math.log(beta), 1 - beta, count.astype(dtype)
     difference = 1 + part / 6 + part * part / 12 if part < 1e-5 else 2 / part - 2 / rate
     y = t * rate

@@ -33,12 +33,12 @@ class Clock:
 
     Attributes:
       count: the zero-based step, an int32 scalar; the first update sees 0. (A `Chain` may have one for each part.)
-      weights: the bias weights of the rule's `betas`, this step included.
+      corrections: the bias corrections of the rule's `betas`, this step included: ``1/(1 - βᵗ)`` for a constant β.
       learning_rate: the rate that `update(..., learning_rate=x)` sets for this step, or None.
     """
 
     count: Any
-    weights: Sequence[jax.Array]
+    corrections: Sequence[jax.Array]
     learning_rate: jax.Array | None = None
 
     def rate(self, learning_rate: Scalar) -> Scalar:
@@ -90,7 +90,7 @@ class Rule(abc.ABC):
 
     @property
     def betas(self) -> Sequence[Any]:
-        """The decay rates, each a `Beta`, of the averages whose bias weights the rule needs."""
+        """The decay rates, each a `Beta`, of the averages whose bias corrections the rule needs."""
         return ()
 
     @property
@@ -117,7 +117,7 @@ class Rule(abc.ABC):
         """
 
     def signal_to_noise(self, slots: Slots, clock: Clock) -> jax.Array | None:
-        """``m̂/√v̂`` of one array, from its slots after a step and that step's bias weights, or None."""
+        """``m̂/√v̂`` of one array, from its slots after a step and that step's bias corrections, or None."""
         return None
 
     def at(self, count: jax.Array) -> Self:
@@ -250,10 +250,10 @@ class Chain(Rule):
     def _own(self, slots: Slots, clock: Clock) -> Iterator[tuple[Rule, Mapping[str, str], Slots, Clock]]:
         start = 0
         for i, (part, names) in enumerate(self.named_parts()):
-            weights = clock.weights[start : start + len(part.betas)]
-            start += len(weights)
+            corrections = clock.corrections[start : start + len(part.betas)]
+            start += len(corrections)
             own = {name: slots[full] for name, full in names.items()}
-            yield part, names, own, dataclasses.replace(clock, count=_of_part(clock.count, i), weights=weights)
+            yield part, names, own, dataclasses.replace(clock, count=_of_part(clock.count, i), corrections=corrections)
 
     def clipped_gradient(self, g: jax.Array) -> jax.Array:
         return g  # Each part has a bound of its own.

@@ -79,7 +79,7 @@ class Moments(Rule):
     def signal_to_noise(self, slots: Slots, clock: Clock) -> jax.Array | None:
         if "mu" not in slots:
             return None
-        mu, nu = (slots[name] * (1 / weight) for name, weight in zip(("mu", "nu"), clock.weights, strict=False))
+        mu, nu = (slots[name] * factor for name, factor in zip(("mu", "nu"), clock.corrections, strict=False))
         return quotient(mu, safe_sqrt(nu), 0.0)
 
 
@@ -125,20 +125,20 @@ class Adam(Moments):
 
     def direction(self, mu: jax.Array, g: jax.Array, clock: Clock) -> jax.Array:
         """The corrected first moment m̂."""
-        weight = clock.weights[0]
+        correction = clock.corrections[0]
         if not self.nesterov:
-            return mu * (1 / weight)
+            return mu * correction
         steps = (clock.count, incremented(clock.count))
         now, ahead = (beta_value(self.momentum(jnp.asarray(count))) for count in steps)
         if not isinstance(now, (int, float)) and not isinstance(ahead, (int, float)):
             now, ahead = now.astype(mu.dtype), ahead.astype(mu.dtype)
-        return ahead / ema(ahead, weight, 1.0) * mu + one_minus(now) / weight * g
+        return ahead / ema(ahead, 1 / correction, 1.0) * mu + one_minus(now) * correction * g
 
     def scaled(self, direction: jax.Array, nu: jax.Array, clock: Clock) -> jax.Array:
         """The direction, divided by √(v̂ + ε_root) + ε."""
-        weight = clock.weights[1]
-        eps = self.eps / jnp.sqrt(weight) if self.eps_hat else self.eps
-        return quotient(direction, safe_sqrt(add_constant(nu * (1 / weight), self.eps_root)), eps)
+        correction = clock.corrections[1]
+        eps = self.eps * jnp.sqrt(correction) if self.eps_hat else self.eps
+        return quotient(direction, safe_sqrt(add_constant(nu * correction, self.eps_root)), eps)
 
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
         mu, stored = self.first_moment(slots, g)

@@ -35,8 +35,8 @@ class AdamAtan2(Moments):
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
         mu, stored = self.first_moment(slots, g)
         nu = self.second_moment(slots["nu"], g, mu)
-        direction = mu * (1 / clock.weights[0])
-        scale = self.b * safe_sqrt(nu * (1 / clock.weights[1]))
+        direction = mu * clock.corrections[0]
+        scale = self.b * safe_sqrt(nu * clock.corrections[1])
         # The derivative of atan2 at a scale of 0 is not finite; its value there is ±π/2, or 0 at 0.
         angle = jnp.arctan2(direction, jnp.where(scale == 0, 1, scale))
         return self.a * jnp.where(scale == 0, math.pi / 2 * jnp.sign(direction), angle), {**stored, "nu": nu}

@@ -55,10 +55,10 @@ class AdaMax(Rule):
         # `ema` to 0 and not `b2 * v`: a rounded β₂ would be raised to the power of the steps since the last maximum.
         inside, outside = (0.0, self.eps) if self.eps_hat else (self.eps, 0.0)
         nu = jnp.maximum(ema(self.b2, slots["nu"], 0.0), add_constant(jnp.abs(g), inside))
-        return quotient(mu * (1 / clock.weights[0]), nu, outside), {"mu": mu, "nu": nu}
+        return quotient(mu * clock.corrections[0], nu, outside), {"mu": mu, "nu": nu}
 
     def signal_to_noise(self, slots: Slots, clock: Clock) -> jax.Array:
-        return quotient(slots["mu"] * (1 / clock.weights[0]), slots["nu"], 0.0)
+        return quotient(slots["mu"] * clock.corrections[0], slots["nu"], 0.0)
 
 
 @lists_options

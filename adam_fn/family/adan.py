@@ -61,7 +61,7 @@ class Adan(Adam):
         mu, stored = self.first_moment(slots, g)
         delta = ema(self.b2, slots["delta"], difference)
         nu = ema(self.b3, slots["nu"], self.square(g + beta_value(self.b2) * difference))
-        ahead = self.direction(mu, g, clock) + beta_value(self.b2) / clock.weights[2] * delta
+        ahead = self.direction(mu, g, clock) + beta_value(self.b2) * clock.corrections[2] * delta
         # Always g. Otherwise XLA for GPUs and v6e would make a separate pass for an array that is returned as it is.
         grad = jnp.where(clock.count < 0, slots["grad"], g)
         return self.scaled(ahead, nu, clock), {**stored, "nu": nu, "delta": delta, "grad": grad}

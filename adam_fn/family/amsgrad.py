@@ -40,8 +40,8 @@ class AMSGrad(Adam):
 
     def _corrected(self, clock: Clock) -> Clock:
         corrected = (self.bias_correction_mu, self.bias_correction_nu)
-        weights = [w if use else jnp.ones_like(w) for w, use in zip(clock.weights, corrected, strict=True)]
-        return dataclasses.replace(clock, weights=weights)
+        factors = [x if use else jnp.ones_like(x) for x, use in zip(clock.corrections, corrected, strict=True)]
+        return dataclasses.replace(clock, corrections=factors)
 
     def signal_to_noise(self, slots: Slots, clock: Clock) -> jax.Array | None:
         return super().signal_to_noise({**slots, "nu": slots["nu_max"]}, self._corrected(clock))

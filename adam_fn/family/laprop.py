@@ -40,7 +40,7 @@ class LaProp(Adam):
         return self.direction(mu, normalised, clock), {**stored, "nu": nu}
 
     def signal_to_noise(self, slots: Slots, clock: Clock) -> jax.Array | None:
-        return slots["mu"] * (1 / clock.weights[0]) if "mu" in slots else None  # m averages ratios already.
+        return slots["mu"] * clock.corrections[0] if "mu" in slots else None  # m averages ratios already.
 
 
 @lists_options

@@ -45,7 +45,7 @@ class RAdam(Adam):
         nu = self.second_moment(slots["nu"], g, mu)
         direction = self.direction(mu, g, clock)
         longest = 2 / one_minus(self.b2) - 1
-        length = 2 * clock.weights[2] / (one_minus(self.b2) * clock.weights[1]) - 1
+        length = 2 * clock.corrections[1] / (one_minus(self.b2) * clock.corrections[2]) - 1
         rectified = length >= jnp.maximum(self.threshold, 4)
         length = jnp.where(rectified, length, longest)  # r = 1 where it is not used: no root of a negative number.
         ratio = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)

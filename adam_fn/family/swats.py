@@ -229,7 +229,7 @@ def _adam(
     count, memory = definition.form.read(state.adam).steps, definition.form.read(adam)
     part = one_minus(rule.at(count).b2)
     average = jnp.where(defined, state.average + part * (found - state.average), state.average)
-    mean = average / definition.weights(memory, dtype)[1]
+    mean = average * definition.corrections(memory, dtype)[1]
     # At the first step the mean is the rate itself.
     now = defined & (count > 0) & (jnp.abs(mean - found) < tolerance) & (mean > 0)
     sgd_rate = jnp.where(now, mean, state.sgd_rate)

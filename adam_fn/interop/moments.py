@@ -114,7 +114,7 @@ class Target:
     def weights(self, count: int) -> NDArray[np.float64]:
         """The bias weights after `count` steps, ``1 - βᵗ`` where β is constant; shape ``[n]``."""
         memory = _memory(self.update.definition, count)
-        found = np.asarray(self.update.definition.weights(memory, jnp.result_type(float)), np.float64)
+        found = 1 / np.asarray(self.update.definition.corrections(memory, jnp.result_type(float)), np.float64)
         kept = [i for i, beta in enumerate(self.update.definition.rule.betas) if is_kept(beta)]
         for i, weight in zip(kept, memory.weights, strict=True):  # The rest has more digits.
             found[i] = np.float64(weight.main) + np.float64(weight.rest)

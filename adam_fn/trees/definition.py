@@ -11,7 +11,7 @@ import optax
 from jax.typing import DTypeLike
 
 from adam_fn.algebra.arithmetic import incremented
-from adam_fn.algebra.bias import Weight, advance_weights, is_kept, weights_of
+from adam_fn.algebra.bias import Weight, advance_weights, corrections_of, is_kept
 from adam_fn.algebra.dtypes import compute_dtype
 from adam_fn.algebra.rule import Chain, Rule
 from adam_fn.algebra.values import ByValue
@@ -38,13 +38,13 @@ class Definition(ByValue):
         """The form of the state."""
         return form_of(self.rule, self.codecs, masked=self.mask is not None)
 
-    def weights(self, memory: Memory, dtype: DTypeLike) -> tuple[jax.Array, ...]:
-        """The bias weights of all decay rates after the steps that a memory counts."""
+    def corrections(self, memory: Memory, dtype: DTypeLike) -> tuple[jax.Array, ...]:
+        """The bias corrections of all decay rates after the steps that a memory counts."""
         found: list[jax.Array] = []
         left = list(memory.weights)
         for part, count in zip(self.rule.parts(), memory.counts, strict=True):
             number = sum(map(is_kept, part.betas))
-            found += weights_of(part.betas, left[:number], memory.steps if count is None else count, dtype)
+            found += corrections_of(part.betas, left[:number], memory.steps if count is None else count, dtype)
             left = left[number:]
         return tuple(found)
 

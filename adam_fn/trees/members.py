@@ -119,14 +119,14 @@ def signal_to_noise_of(member: Member, params: PyTree) -> PyTree | None:
     slots = {name: leaves.align(slot, name, "the parameters") for name, slot in member.decoded(kept).items()}
     memory = member.memory
     counts = tuple(None if count is None else earlier(count, 0) for count in memory.counts)
-    clock = Clock(counts, member.definition.weights(memory, jnp.result_type(float)))
+    clock = Clock(counts, member.definition.corrections(memory, jnp.result_type(float)))
     found: list[jax.Array | None] = []
     for i, p in enumerate(leaves.leaves):
         if p is None:
             found.append(None)
             continue
         dtype = compute_dtype(jnp.result_type(p))
-        now = dataclasses.replace(clock, weights=[weight.astype(dtype) for weight in clock.weights])
+        now = dataclasses.replace(clock, corrections=[x.astype(dtype) for x in clock.corrections])
         ratio = rule.cast(dtype).signal_to_noise({name: slot[i] for name, slot in slots.items()}, now)
         if ratio is None:
             return None

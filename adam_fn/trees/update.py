@@ -88,7 +88,7 @@ def _as_array(x: Any) -> Any:  # noqa: ANN401
     return jnp.asarray(x) if isinstance(x, (bool, int, float, complex)) else x
 
 
-@functools.partial(jax.jit, static_argnames="destination")
+@functools.partial(jax.jit, static_argnames="destination", inline=True)
 def _update(
     definition: Definition,
     grads: PyTree,
@@ -117,7 +117,7 @@ def _update(
         [True] * len(trained) if definition.mask is None else leaves.broadcast_mask("mask", definition.mask, reference)
     )
     rule, after = advanced(definition, memory)
-    clock = Clock(memory.counts, definition.weights(after, weight_dtype(leaves, trained)), learning_rate)
+    clock = Clock(memory.counts, definition.corrections(after, weight_dtype(leaves, trained)), learning_rate)
     groups = None if definition.groups is None else definition.groups.per_leaf(reference)
     rules = rules_per_leaf(rule, clock, decays, groups)
     times = Times(_times(definition, after.steps), time, layer)

@@ -47,7 +47,7 @@ class Average(Rule):
             raise ValueError("average_params needs the parameters: call update(updates, state, params)")
         part = 1 / (clock.count.astype(p.dtype) + 1)
         if self.decay is not None:
-            part = one_minus(self.decay) / clock.weights[0]
+            part = one_minus(self.decay) * clock.corrections[0]
         average = slots["average"]
         return g, {"average": average + part * (p + g - average)}
 

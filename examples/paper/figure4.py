@@ -57,8 +57,8 @@ class PerhapsCorrected(adam_fn.Adam):
     def leaf(
         self, g: jax.Array, p: jax.Array | None, slots: Mapping[str, jax.Array], clock: adam_fn.Clock
     ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
-        weights = [jnp.where(self.corrected == 0, 1, weight) for weight in clock.weights]
-        return super().leaf(g, p, slots, dataclasses.replace(clock, weights=weights))
+        corrections = [jnp.where(self.corrected == 0, 1, x) for x in clock.corrections]
+        return super().leaf(g, p, slots, dataclasses.replace(clock, corrections=corrections))
 
 
 def optimizer(point: harness.Point) -> optax.GradientTransformation:

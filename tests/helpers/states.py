@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import adam_fn
-from adam_fn.algebra.bias import BiasWeights, Weight, advance_weights, is_kept, weights_of
+from adam_fn.algebra.bias import BiasWeights, Weight, advance_weights, corrections_of, is_kept
 from adam_fn.algebra.rule import Clock
 
 
@@ -39,20 +39,20 @@ def count_of(state: Any) -> Any:
 def clock_at(rule: adam_fn.Rule, count: int) -> Clock:
     """What a rule knows at a zero-based step: for one whose decay rates follow schedules too."""
     zero = jnp.zeros(())
-    weights: list[jax.Array] = []
+    corrections: list[jax.Array] = []
     for part in rule.parts():
         kept = [Weight(zero, zero)] * sum(map(is_kept, part.betas))
         for t in range(count + 1 if kept else 0):
             betas = part.at(jnp.int32(t)).betas
             kept = advance_weights(part.betas, [beta(jnp.int32(t)) if callable(beta) else beta for beta in betas], kept)
-        weights += weights_of(part.betas, kept, jnp.int32(count + 1), jnp.dtype(jnp.float32))
-    return Clock(jnp.int32(count), tuple(weights))
+        corrections += corrections_of(part.betas, kept, jnp.int32(count + 1), jnp.dtype(jnp.float32))
+    return Clock(jnp.int32(count), tuple(corrections))
 
 
 def bias_weights(tx: Any, state: Any) -> np.ndarray:
     """The bias weights of all decay rates, kept or computed from the count, as the last step had them."""
     spec = tx.update.definition
-    return np.asarray(spec.weights(spec.form.read(state), jnp.dtype(jnp.float32)), np.float64)
+    return 1 / np.asarray(spec.corrections(spec.form.read(state), jnp.dtype(jnp.float32)), np.float64)
 
 
 def kept_weights(state: Any) -> np.ndarray:
