@@ -7,6 +7,7 @@ from typing import NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 #: A hyperparameter while a rule computes, which is a number or a 0-d array.
 Scalar: TypeAlias = float | jax.Array
@@ -28,28 +29,43 @@ def beta_value(beta: "Scalar | OneMinus") -> Scalar:
     return 1 - beta.rest if isinstance(beta, OneMinus) else beta
 
 
+# The functions here use `lax`: functions of `jnp`, operators included, are traced anew for each transformation.
+
+
+def _like(x: jax.Array, value: Scalar) -> jax.Array | np.ndarray:
+    """A scalar in the dtype of `x`."""
+    return np.asarray(value, x.dtype) if isinstance(value, (int, float)) else lax.convert_element_type(value, x.dtype)
+
+
+def multiply(x: jax.Array, factor: Scalar) -> jax.Array:
+    """``x · factor``, in the dtype of `x`."""
+    return lax.mul(x, _like(x, factor))
+
+
 def ema(beta: Scalar | OneMinus, old: jax.Array, new: jax.Array | float) -> jax.Array:
     """One step of the moving average ``β·old + (1 - β)·new``, accurate for every β in [0, 1].
 
     It is computed from the nearer end, ``old + (1 - β)(new - old)`` or ``new - β(new - old)``: the rounding of β then
     scales with the small coefficient, and β = 0 gives `new` exactly.
     """
-    change = new - old
+    new = _like(old, new) if isinstance(new, (int, float)) else new
+    change = lax.sub(new, old)
     if isinstance(beta, (int, float)):
-        return old + one_minus(beta) * change if beta >= 0.5 else new - beta * change
+        late = beta >= 0.5
+        return lax.add(old, multiply(change, 1 - beta)) if late else lax.sub(new, multiply(change, beta))
     late = one_minus(beta) <= 0.5
     return jnp.where(late, old, new) + jnp.where(late, one_minus(beta), -beta_value(beta)) * change
 
 
 def incremented(count: jax.Array) -> jax.Array:
     """The next step count, an int32; it stops at 2³¹ - 1."""
-    return jax.lax.add(jax.lax.min(count, np.int32(2**31 - 2)), np.int32(1))
+    return lax.add(lax.min(count, np.int32(2**31 - 2)), np.int32(1))
 
 
 @jax.custom_jvp
 def safe_sqrt(x: jax.Array) -> jax.Array:
     """``√x`` whose derivative at 0 is 0, so that gradients through an optimizer stay finite at g = 0."""
-    return jnp.sqrt(x)
+    return lax.sqrt(x)
 
 
 @safe_sqrt.defjvp
@@ -62,7 +78,7 @@ def quotient(numerator: jax.Array, denominator: jax.Array, eps: Scalar) -> jax.A
     """``numerator/(denominator + ε)``; the numerator itself where the sum is 0 (all gradients so far were 0)."""
     denominator = add_constant(denominator, eps)
     if isinstance(eps, float) and eps > 0:
-        return numerator / denominator
+        return lax.div(numerator, denominator)
     return numerator / jnp.where(denominator == 0, 1, denominator)
 
 
@@ -73,7 +89,7 @@ def clip_finite(x: jax.Array, times: float) -> jax.Array:
     """
     exponent = jnp.finfo(x.dtype).maxexp - 2
     bound = np.asarray(2.0 ** (exponent // 2) / times if times else 2.0**exponent, x.dtype)
-    return jax.lax.clamp(-bound, x, bound) + (x - x)
+    return lax.add(lax.clamp(-bound, x, bound), lax.sub(x, x))
 
 
 def largest_ratio(b1: object, b2: object) -> float | None:
@@ -115,4 +131,4 @@ def largest_ratios_of_adan(b1: float, b2: float, b3: float) -> tuple[float | Non
 
 def add_constant(x: jax.Array, constant: Scalar) -> jax.Array:
     """``x + constant``, without the addition where the constant is the number 0 (XLA has to keep ``x + 0``)."""
-    return x if isinstance(constant, float) and constant == 0 else x + constant
+    return x if isinstance(constant, float) and constant == 0 else lax.add(x, _like(x, constant))

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import jax
 
+from adam_fn.algebra.arithmetic import multiply
 from adam_fn.algebra.hyper import NonNegative
 from adam_fn.algebra.rule import Clock, Rule, Side
 from adam_fn.algebra.slots import Slots
@@ -76,4 +77,4 @@ class Rate(Rule):
         return "rate"
 
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
-        return -clock.rate(self.learning_rate) * g, slots
+        return multiply(g, -clock.rate(self.learning_rate)), slots

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Unpack
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jax.typing import DTypeLike
 
 from adam_fn.algebra.arithmetic import (
@@ -16,6 +17,7 @@ from adam_fn.algebra.arithmetic import (
     ema,
     incremented,
     largest_ratio,
+    multiply,
     one_minus,
     quotient,
     safe_sqrt,
@@ -69,7 +71,7 @@ class Moments(Rule):
 
     def square(self, g: jax.Array) -> jax.Array:
         """The square of g; with `magnitude`, its sum over both parts of a complex g, which are stacked in front."""
-        squared = g * g
+        squared = lax.square(g)
         return squared + jnp.flip(squared, 0) if self.magnitude else squared
 
     def second_moment(self, nu: jax.Array, g: jax.Array, mu: jax.Array) -> jax.Array:
@@ -127,7 +129,7 @@ class Adam(Moments):
         """The corrected first moment m̂."""
         correction = clock.corrections[0]
         if not self.nesterov:
-            return mu * correction
+            return multiply(mu, correction)
         steps = (clock.count, incremented(clock.count))
         now, ahead = (beta_value(self.momentum(jnp.asarray(count))) for count in steps)
         if not isinstance(now, (int, float)) and not isinstance(ahead, (int, float)):
@@ -138,7 +140,7 @@ class Adam(Moments):
         """The direction, divided by √(v̂ + ε_root) + ε."""
         correction = clock.corrections[1]
         eps = self.eps * jnp.sqrt(correction) if self.eps_hat else self.eps
-        return quotient(direction, safe_sqrt(add_constant(nu * correction, self.eps_root)), eps)
+        return quotient(direction, safe_sqrt(add_constant(multiply(nu, correction), self.eps_root)), eps)
 
     def leaf(self, g: jax.Array, p: jax.Array | None, slots: Slots, clock: Clock) -> tuple[jax.Array, Slots]:
         mu, stored = self.first_moment(slots, g)
