@@ -106,9 +106,13 @@ def _corrections(betas: Sequence[float], count: jax.Array, dtype: DTypeLike) -> 
     if 0 in betas:
         found[0] = 1 / jnp.minimum(count, 1).astype(dtype)
     if positive := [beta for beta in betas if beta]:
-        weights, _ = _powers(np.asarray(positive), jax.lax.broadcast(count, (len(positive),)), dtype)
+        counts = jax.lax.broadcast(count, (len(positive),))
         # The division comes before the slices: XLA for CPUs would compute all weights anew for each of them.
-        corrections = jax.lax.div(np.asarray(1, dtype), weights)
+        if dtype == jnp.float64:  # (1 + coth(y/2))/2 compiles in less time than 1/(1 - exp(-y)).
+            half = jax.lax.mul(jax.lax.convert_element_type(counts, dtype), -np.log(positive) / 2)
+            corrections = jax.lax.add(0.5, jax.lax.div(0.5, jax.lax.tanh(half)))
+        else:
+            corrections = jax.lax.div(np.float32(1), _powers(np.asarray(positive), counts, dtype)[0])
         for i, beta in enumerate(positive):
             found[beta] = jax.lax.index_in_dim(corrections, i, keepdims=False)
     return found
