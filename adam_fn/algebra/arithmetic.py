@@ -46,9 +46,9 @@ def ema(beta: Scalar | OneMinus, old: jax.Array, new: jax.Array | float) -> jax.
     """One step of the moving average ``β·old + (1 - β)·new``, accurate for every β in [0, 1].
 
     It is computed from the nearer end, ``old + (1 - β)(new - old)`` or ``new - β(new - old)``: the rounding of β then
-    scales with the small coefficient, and β = 0 gives `new` exactly.
+    scales with the small coefficient, and β = 0 gives `new` exactly. The result has the dtype of `old`.
     """
-    new = _like(old, new) if isinstance(new, (int, float)) else new
+    new = jnp.asarray(_like(old, new))
     change = lax.sub(new, old)
     if isinstance(beta, (int, float)):
         late = beta >= 0.5

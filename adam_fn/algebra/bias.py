@@ -52,8 +52,10 @@ def _is_number(beta: Beta) -> TypeGuard[float]:
     return isinstance(beta, (int, float))
 
 
-def corrections_of(betas: Sequence[Beta], kept: Sequence[Weight], count: jax.Array, dtype: DTypeLike) -> list[jax.Array]:
-    """The bias corrections, 1 divided by the weight, after `count` steps; `kept` are the weights that the state keeps."""
+def corrections_of(
+    betas: Sequence[Beta], kept: Sequence[Weight], count: jax.Array, dtype: DTypeLike
+) -> list[jax.Array]:
+    """The bias corrections after `count` steps, 1 divided by each weight; `kept` are the weights in the state."""
     of_constant = _corrections(tuple(dict.fromkeys(beta for beta in betas if _is_number(beta))), count, dtype)
     left = list(kept)
     found: list[jax.Array] = []

@@ -64,7 +64,7 @@ def decode(codecs: Codecs, stored: Stored, dtype: DTypeLike) -> dict[str, jax.Ar
                 plain[slot] = x
             else:
                 measured[slot] = x, unit
-    return plain | {slot: x * _unit(unit, plain) for slot, (x, unit) in measured.items()}
+    return plain | {slot: jax.lax.mul(x, _unit(unit, plain)) for slot, (x, unit) in measured.items()}
 
 
 def encode(codecs: Codecs, slots: Slots, lattice: Lattice, times: Slots) -> dict[str, jax.Array]:
@@ -73,7 +73,7 @@ def encode(codecs: Codecs, slots: Slots, lattice: Lattice, times: Slots) -> dict
     def measured(slot: str, unit: Unit | None) -> jax.Array:
         if unit is None:
             return slots[slot]
-        return slots[slot] / positive(_unit(unit, slots))
+        return jax.lax.div(slots[slot], positive(_unit(unit, slots)))
 
     found = {}
     for name, codec in codecs.items():

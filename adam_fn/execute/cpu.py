@@ -5,7 +5,9 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from adam_fn.algebra.arithmetic import add_constant, multiply
 from adam_fn.algebra.dtypes import compute_dtype
 from adam_fn.algebra.rule import Clock, Rule
 from adam_fn.execute.body import Codecs, LeafResult, Times, body
@@ -63,9 +65,8 @@ def in_passes(
 def _times_one(one: jax.Array, x: jax.Array) -> jax.Array:
     """Multiplies floats by 1; narrow ones are widened first, so that this is exact. Adds ``one - 1`` to integers."""
     if jnp.issubdtype(x.dtype, jnp.floating):
-        x = x.astype(compute_dtype(x.dtype))
-        return x * jnp.reshape(one.astype(x.dtype), (1,) * x.ndim)
-    return x + jnp.reshape((one - 1).astype(x.dtype), (1,) * x.ndim)
+        return multiply(jax.lax.convert_element_type(x, compute_dtype(x.dtype)), one)
+    return add_constant(x, jax.lax.sub(one, np.float32(1)))
 
 
 def _order(
