@@ -1,6 +1,6 @@
 """What the Adam paper says of its updates (arXiv 1412.6980, sections 2, 3, 5 and 7.1), on given gradients.
 
-Each claim is set against a formula or an independent implementation, and beside a competitor for which it fails.
+Each claim stands against a formula or an independent implementation, and beside a competitor for which it fails.
 """
 
 import inspect
@@ -24,8 +24,6 @@ def updates64(grads: Array, *txs: optax.GradientTransformation) -> Array:
     with jax.enable_x64(True):
         return trajectories(txs, grads, np.zeros(grads.shape[1]), jnp.float64)[1]
 
-
-# Section 2.1: invariance to diagonal rescaling.
 
 SIZE = 64
 GRADS = random_gradients(80, SIZE)  # RAdam with threshold 50 starts at step 51.
@@ -75,19 +73,14 @@ def test_rotated_gradients_do_not_rotate_the_updates() -> None:
         assert low <= relative_error(rotated, plain @ rotation.T) <= high
 
 
-# Section 2.1: the bound of the step, and where the paper's form of it is not strict.
-
 BETAS = ((0.9, 0.999), (0.9, 0.99), (0.9, 0.95), (0.99, 0.999), (0.5, 0.9999))
-
-
-def _paper_bound(b1: float, b2: float) -> float:
-    return max(1.0, (1 - b1) / math.sqrt(1 - b2))
 
 
 def test_strict_step_bound_is_reached_at_every_step() -> None:
     """One sequence for each t that is extremal there, ``g_i = (β₁/β₂)^(t-i)``, and random, sparse and wild ones.
 
-    Cauchy-Schwarz: ``|Σ a_i g_i| ≤ √(Σ a_i²/b_i) √(Σ b_i g_i²)``, a and b the weights of m̂ and v̂.
+    Cauchy-Schwarz: ``|Σ a_i g_i| ≤ √(Σ a_i²/b_i) √(Σ b_i g_i²)``, a and b the weights of m̂ and v̂. The paper's bounds,
+    ``(1-β₁)/√(1-β₂)`` where ``1-β₁ > √(1-β₂)`` and α elsewhere, are exceeded in all of its three cases.
     """
     steps = 120
     t = np.arange(1, steps + 1)
@@ -103,6 +96,8 @@ def test_strict_step_bound_is_reached_at_every_step() -> None:
         bound = step_bound(b1, b2, steps)
         assert (found <= bound[:, None] * (1 + 1e-12)).all()
         np.testing.assert_allclose(np.diagonal(found, i * steps), bound, rtol=1e-9)
+    for b1, b2 in BETAS[:3]:  # 1-β₁ above, equal to and below √(1-β₂).
+        assert step_bound(b1, b2, 500)[-1] > 1.15 * max(1.0, (1 - b1) / math.sqrt(1 - b2))
 
 
 def test_spike_after_zeros_approaches_the_papers_bound() -> None:
@@ -111,22 +106,9 @@ def test_spike_after_zeros_approaches_the_papers_bound() -> None:
     grads = np.zeros((10_000, 4))
     grads[spikes - 1, np.arange(4)] = [1e-3, -1.0, 1e3, -7.0]
     found = np.abs(updates64(grads, adam_fn.adam(1.0, eps=0.0)))[0, spikes - 1, np.arange(4)]
-    np.testing.assert_allclose(found, [0.484, 0.976, 2.515, 3.1622], rtol=1e-3)
     expected = 0.1 / (1 - 0.9**spikes) * np.sqrt((1 - 0.999**spikes) / (1 - 0.999))
     np.testing.assert_allclose(found, expected, rtol=1e-9)
-    assert found[-1] < _paper_bound(0.9, 0.999)
-
-
-def test_growing_gradients_exceed_the_papers_bounds() -> None:
-    """``(1-β₁)/√(1-β₂)`` where ``1-β₁ > √(1-β₂)`` and α elsewhere are no strict bounds, in any of the three cases."""
-    betas = BETAS[:3]  # Above, equal and below.
-    growing = np.concatenate(
-        [((b1 / b2) ** np.arange(500)[::-1])[:, None] * np.asarray([[1.0, -1e-4]]) for b1, b2 in betas], axis=1
-    )
-    found = np.abs(updates64(growing, *(adam_fn.adam(1.0, b1, b2, eps=0.0) for b1, b2 in betas)))[:, -1]
-    for i, (b1, b2) in enumerate(betas):
-        assert (found[i, 2 * i : 2 * i + 2] > 1.15 * _paper_bound(b1, b2)).all()
-    np.testing.assert_allclose(found[0, :2], 4.561, rtol=1e-3)
+    assert found[-1] == pytest.approx(0.1 / math.sqrt(1 - 0.999), rel=1e-4)
 
 
 def test_strict_bound_of_adamax() -> None:
@@ -140,9 +122,6 @@ def test_strict_bound_of_adamax() -> None:
     assert (found <= bound[:, None] * (1 + 1e-12)).all()
     np.testing.assert_allclose(found[:, :2], np.stack([bound, bound], axis=1), rtol=1e-9)
     assert found[-1, 0] == pytest.approx(1.00909, abs=1e-5)
-
-
-# Section 2.1: the signal-to-noise ratio.
 
 
 def test_steps_follow_the_signal_to_noise_ratio() -> None:
@@ -168,12 +147,9 @@ def test_steps_follow_the_signal_to_noise_ratio() -> None:
     assert (np.diff(folded) > 0).all()
 
 
-# Section 3: the bias of the moving averages and its correction.
-
-
 @pytest.mark.parametrize("b2", [0.9, 0.999, 0.99999])
 def test_corrected_second_moment_is_unbiased_from_the_first_step(b2: float) -> None:
-    """``E[v̂_t] = E[g²]`` where g is stationary, else the weighted mean of the ``E[g_i²]``; ``E[v_t] = E[g²](1-β₂ᵗ)``.
+    """``E[v̂_t] = E[g²]`` where g is stationary, else the weighted mean of the ``E[g_i²]``.
 
     v̂ is read off the updates: with β₁ = 0 and ε = 0 they are ``g/√v̂``. The tolerance is 5 standard errors.
     """
@@ -183,20 +159,17 @@ def test_corrected_second_moment_is_unbiased_from_the_first_step(b2: float) -> N
     noise = 0.5 + 2.0 * rng.standard_normal((steps, size))  # E[g²] = 4.25, Var(g²) = 2·16 + 4·4·0.25 = 36.
     ramp = (t / steps)[:, None]
     grads = np.concatenate([noise, noise * ramp], axis=1)
-    second = (grads / updates64(grads, adam_fn.adam(1.0, 0.0, b2, 0.0), uncorrected(1.0, 0.0, b2))) ** 2
-    corrected, raw = (np.split(v, 2, axis=1) for v in second)
+    second = (grads / updates64(grads, adam_fn.adam(1.0, 0.0, b2, 0.0))[0]) ** 2
+    stationary, ramped = np.split(second, 2, axis=1)
 
     lag = t[:, None] - t[None, :]
     weights = np.where(lag >= 0, (1 - b2) * b2 ** np.maximum(lag, 0.0), 0.0)  # [t, i]
     normal = weights / weights.sum(1, keepdims=True)
-    for v, power in ((corrected[0], np.ones(steps)), (corrected[1], ramp[:, 0])):
+    for v, power in ((stationary, np.ones(steps)), (ramped, ramp[:, 0])):
         error = np.sqrt(normal**2 @ (36 * power**4) / size)
         assert (np.abs(v.mean(1) - 4.25 * normal @ power**2) < 5 * error).all()
-    np.testing.assert_allclose(raw[0].mean(1) / corrected[0].mean(1), 1 - b2**t, rtol=1e-6)
-    assert raw[0].mean(1)[0] < 1.05 * 4.25 * (1 - b2)
     # ζ of the paper: where g is not stationary, v̂ lags behind E[g_t²], the more the nearer β₂ is to 1.
-    lagging = corrected[1].mean(1)[-1] / 4.25
-    assert lagging == pytest.approx({0.9: 0.834, 0.999: 0.346, 0.99999: 0.338}[b2], abs=0.02)
+    assert ramped.mean(1)[-1] / 4.25 == pytest.approx({0.9: 0.834, 0.999: 0.346, 0.99999: 0.338}[b2], abs=0.02)
 
 
 @pytest.mark.parametrize("b1", [0.5, 0.9, 0.999])
@@ -205,20 +178,9 @@ def test_corrected_first_moment_is_unbiased_from_the_first_step(b1: float) -> No
     steps, size = 50, 20_000
     t = np.arange(1, steps + 1)
     grads = 1.0 + 2.0 * np.random.default_rng(7).standard_normal((steps, size))
-    updates = updates64(grads, adam_fn.adam(1.0, b1, 0.0, 0.0), uncorrected(1.0, b1, 0.0))
-    corrected, raw = -updates * np.abs(grads)
+    first = -updates64(grads, adam_fn.adam(1.0, b1, 0.0, 0.0))[0] * np.abs(grads)
     squares = (1 - b1) ** 2 * (1 - b1 ** (2 * t)) / (1 - b1**2) / (1 - b1**t) ** 2
-    assert (np.abs(corrected.mean(1) - 1) < 5 * np.sqrt(4 * squares / size)).all()
-    np.testing.assert_allclose(raw.mean(1), corrected.mean(1) * (1 - b1**t), rtol=1e-9)
-
-
-def test_first_step_has_the_size_of_the_rate() -> None:
-    """With both corrections ``|Δ_1| = α``, whatever the gradient and the betas."""
-    aliases = adam_fn.adam, adam_fn.adamax, adam_fn.amsgrad
-    txs = [alias(0.25, b1, b2, eps=0.0) for alias in aliases for b1 in (0.0, 0.9) for b2 in (0.9, 0.999, 0.999999)]
-    expected = -0.25 * np.sign(GRADS[:1])
-    for found in updates64(GRADS[:1], *txs):
-        np.testing.assert_allclose(found, expected)
+    assert (np.abs(first.mean(1) - 1) < 5 * np.sqrt(4 * squares / size)).all()
 
 
 def test_without_correction_the_first_steps_are_too_large() -> None:
@@ -234,40 +196,20 @@ def test_without_correction_the_first_steps_are_too_large() -> None:
         assert factor.max() > 1.8 * first
 
 
-# Section 5: RMSProp and AdaGrad are limits of Adam.
-
-
-SPARSE = np.float64(random_gradients(200, SIZE)) * (np.random.default_rng(8).random((200, SIZE)) < 0.3)
-
-
-@pytest.mark.parametrize(("double", "tolerance"), [(False, 2e-6), (True, 1e-14)])
-def test_adagrad_is_adam_with_the_mean_as_second_moment(double: bool, tolerance: float) -> None:
-    """β₁ = 0, ``v = mean(g²)`` and the rate ``α/√t``: ``α g_t/√(Σ g_i²)``."""
-    with jax.enable_x64(double):
-        txs = adam_fn.adam(inverse_sqrt(0.1), 0.0, mean_decay, eps=0.0), optax.adagrad(0.1, 0.0, eps=0.0)
-        dtype = jnp.float64 if double else jnp.float32
-        found, peer = trajectories(txs, SPARSE, np.zeros(SIZE), dtype)[1]
-    total = np.sqrt(np.cumsum(SPARSE**2, axis=0))
-    expected = -0.1 * SPARSE / np.where(total == 0, 1, total)
-    for updates in (found, peer):
-        np.testing.assert_allclose(updates, expected, rtol=0, atol=0.1 * tolerance)
-    assert (found[0] != 0).any()
-
-
-def test_adagrad_is_the_limit_of_adam_as_beta2_goes_to_1() -> None:
-    """The distance to AdaGrad falls like 1 - β₂; without bias correction the step grows like ``1/√((1-β₂)t)``."""
-    t = np.arange(1, len(SPARSE) + 1)
-    rate, gaps = inverse_sqrt(1.0), np.asarray([1e-2, 1e-4, 1e-6])
-    corrected = [adam_fn.adam(rate, 0.0, 1 - gap, eps=0.0) for gap in gaps]
-    plain = [uncorrected(rate, 0.0, 1 - gap) for gap in gaps[1:]]
-    adagrad, *updates = updates64(SPARSE, optax.adagrad(1.0, 0.0, eps=0.0), *corrected, *plain)
-    distance = [relative_error(found, adagrad) for found in updates[:3]]
-    assert distance[0] > 0.02
-    assert distance[1] / distance[2] == pytest.approx(100, rel=0.02)
-    assert distance[2] < 2e-5
-    for gap, raw in zip(gaps[1:], updates[3:], strict=True):
-        factor = np.sqrt(1 / (gap * t))[:, None]
-        np.testing.assert_allclose(raw, adagrad * factor, rtol=200 * gap, atol=1e-12)
+def test_adagrad_is_a_limit_of_adam() -> None:
+    """β₁ = 0 and the rate ``α/√t``: ``α g_t/√(Σ g_i²)`` where v is ``mean(g²)``; else off by something like 1 - β₂."""
+    rng = np.random.default_rng(8)
+    grads = np.float64(random_gradients(200, SIZE)) * (rng.random((200, SIZE)) < 0.3)
+    rate, betas = inverse_sqrt(0.1), (mean_decay, 1 - 1e-2, 1 - 1e-4, 1 - 1e-6)
+    ours = [adam_fn.adam(rate, 0.0, b2, eps=0.0) for b2 in betas]
+    adagrad, exact, *limits = updates64(grads, optax.adagrad(0.1, 0.0, eps=0.0), *ours)
+    total = np.sqrt(np.cumsum(grads**2, axis=0))
+    for updates in (adagrad, exact):
+        np.testing.assert_allclose(updates, -0.1 * grads / np.where(total == 0, 1, total), rtol=0, atol=1e-15)
+    far, near, nearest = (relative_error(found, adagrad) for found in limits)
+    assert far > 0.02
+    assert near / nearest == pytest.approx(100, rel=0.02)
+    assert nearest < 2e-5
 
 
 @pytest.mark.parametrize("b2", [0.9, 0.999])
