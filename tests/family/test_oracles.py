@@ -33,16 +33,14 @@ def test_follows_its_paper_for_1000_steps() -> None:
 
 
 def test_follows_its_paper_and_optax_in_float64() -> None:
-    rate = optax.warmup_cosine_decay_schedule(1e-5, 1e-3, 20, 80)
     peers = [case for case in CASES if case.peer]
     with jax.enable_x64(True):
-        rates = np.asarray(jax.vmap(rate)(jnp.arange(100)))
-        txs = *(case.make(rate) for case in CASES), *(case.make_peer(rate) for case in peers)
+        txs = *(case.make() for case in CASES), *(case.make_peer() for case in peers)
         _, updates = trajectories(txs, GRADS[:100], PARAMS, jnp.float64)
     assert updates.dtype == np.float64
     ours = dict(zip([case.name for case in CASES], updates, strict=False))
     for case in CASES:
-        expected = case.oracle(np.float64(GRADS[:100]), np.float64(PARAMS), rates, **case.options)
+        expected = case.oracle(np.float64(GRADS[:100]), np.float64(PARAMS), 1e-3, **case.options)
         np.testing.assert_allclose(ours[case.name], expected.updates, rtol=1e-9, atol=1e-15, err_msg=case.name)
     for case, theirs in zip(peers, updates[len(CASES) :], strict=True):
         np.testing.assert_allclose(ours[case.name], theirs, rtol=1e-9, atol=1e-15, err_msg=case.name)

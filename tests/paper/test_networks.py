@@ -207,17 +207,12 @@ class TestFigure4:
         assert found.item() == pytest.approx((divergence - likelihood).mean(), rel=1e-5)
 
     def test_losses_stand_where_the_grid_has_them(self) -> None:
-        first = [
-            1000 * figure4.B1.index(b1) + 100 * figure4.B2.index(b2) + 10 * corrected + figure4.RATES.index(rate)
-            for b1, b2, corrected, rate in zip(
-                *(figure4.GRID[name] for name in ("b1", "b2", "corrected", "rate")), strict=True
-            )
-        ]
-        costs = np.array([first, first, first], np.float64).T
+        weights = {"b1": 1.0, "b2": 1e2, "corrected": 1e4, "rate": 1e6}
+        first = sum(weight * np.array(figure4.GRID[name]) for name, weight in weights.items())
+        costs = np.stack([first] * 3, 1)
         costs[17, 1] = np.nan
         sweep = harness.Sweep("", {}, costs, {})
-        found = figure4.losses(sweep, 1)
-        assert found[1, 2, 1, 3] == 1213
-        assert found[0, 1, 0, 4] == 104
+        b1, b2, corrected, rate = np.ix_(figure4.B1, figure4.B2, figure4.CORRECTED, figure4.RATES)
+        np.testing.assert_allclose(figure4.losses(sweep, 1), b1 + 1e2 * b2 + 1e4 * corrected + 1e6 * rate)
         assert np.isinf(figure4.losses(sweep, 3).ravel()[17]), "what diverged once stays diverged"
         assert np.isfinite(figure4.losses(sweep, 3)).sum() == 59
