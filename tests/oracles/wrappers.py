@@ -15,6 +15,7 @@ from oracles import family
 
 Leaves: TypeAlias = list[NDArray[np.float64]]
 Gradients: TypeAlias = Callable[[int, Leaves], Leaves]
+Schedule: TypeAlias = Callable[[int], float]
 each: Callable[..., Leaves] = jax.tree.map
 
 
@@ -47,20 +48,13 @@ class Switch(NamedTuple):
 
 
 def swats(
-    grads: Gradients,
-    theta: Leaves,
-    steps: int,
-    alpha: Callable[[int], float],
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-9,
-    tolerance: float = 1e-9,
+    grads: Gradients, theta: Leaves, steps: int, alpha: Schedule, b1: float = 0.9, *, b2: float, tolerance: float
 ) -> tuple[list[Leaves], Switch]:
     """SWATS, Algorithm 1 of arXiv 1712.07628, with one phase and one lambda for all parameters, and k > 1.
 
     After the switch the schedule of the rate goes on: Lambda alpha_t / alpha_switch.
     """
-    adam, momentum = _adam(theta, b1, b2, eps), each(np.zeros_like, theta)
+    adam, momentum = _adam(theta, b1, b2, 1e-9), each(np.zeros_like, theta)
     lam, found, path = 0.0, Switch(0, 0.0), []
     for t in range(1, steps + 1):
         g = grads(t, theta)
@@ -86,12 +80,12 @@ def lamb(
     theta: Leaves,
     steps: int,
     alpha: float,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-6,
-    weight_decay: float = 0.0,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
     *,
-    outside: bool = False,
+    outside: bool,
 ) -> list[Leaves]:
     """LAMB, Algorithm 2 of arXiv 1904.00962 with phi(z) = z; ratio 1 where a norm is 0. `outside`: Keras's decay."""
 
@@ -106,44 +100,28 @@ def lamb(
 
 
 def cautious_adamw(
-    grads: Gradients,
-    theta: Leaves,
-    steps: int,
-    alpha: float,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    floor: float = 1e-3,
+    grads: Gradients, theta: Leaves, steps: int, alpha: float, b1: float, b2: float, weight_decay: float
 ) -> list[Leaves]:
-    """C-AdamW of arXiv 2411.16085: the mask (u g > 0) over its mean, at least `floor`; decay outside of the mask."""
+    """C-AdamW of arXiv 2411.16085: the mask (u g > 0) over its mean, at least 0.001; decay outside of the mask."""
 
     def step(x: NDArray[np.float64], u: NDArray[np.float64], g: NDArray[np.float64]) -> NDArray[np.float64]:
         mask = (u * g > 0).astype(float)
-        return x - alpha * u * mask / max(mask.mean(), floor) - alpha * weight_decay * x
+        return x - alpha * u * mask / max(mask.mean(), 1e-3) - alpha * weight_decay * x
 
-    adam = _adam(theta, b1, b2, eps)
+    adam = _adam(theta, b1, b2, 1e-8)
     return _path(lambda g, theta: each(step, theta, adam(g), g), grads, theta, steps)
 
 
 def schedule_free_adamw(
-    grads: Gradients,
-    theta: Leaves,
-    steps: int,
-    alpha: float,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    warmup: int = 0,
+    grads: Gradients, theta: Leaves, steps: int, alpha: float, *, b2: float, weight_decay: float, warmup: int
 ) -> tuple[list[Leaves], list[Leaves]]:
     """Schedule-Free AdamW, Algorithm 1 of arXiv 2405.15682 with the authors' weights: the paths of y and of x.
 
-    y = (1 - b1) z + b1 x; z -= a_t (g(y) / (sqrt(v_hat) + eps) + lambda y); x = (1 - c) x + c z with
+    b1 = 0.9; y = (1 - b1) z + b1 x; z -= a_t (g(y) / (sqrt(v_hat) + eps) + lambda y); x = (1 - c) x + c z with
     c_t = w_t / (w_1 + ... + w_t), w = (the largest rate so far)^2; the rate rises linearly, a_t = a t / warmup.
     """
     x = y = z = theta
-    scaled, total, largest = _adam(theta, 0.0, b2, eps), 0.0, 0.0
+    scaled, total, largest = _adam(theta, 0.0, b2, 1e-8), 0.0, 0.0
     ys, xs = [], []
     for t in range(1, steps + 1):
         rate = alpha * min(1.0, t / warmup) if warmup else alpha
@@ -152,7 +130,7 @@ def schedule_free_adamw(
         c = largest**2 / total
         z = each(lambda z, u, y, rate=rate: z - rate * (u + weight_decay * y), z, scaled(grads(t, y)), y)
         x = each(lambda x, z, c=c: (1 - c) * x + c * z, x, z)
-        y = each(lambda x, z: (1 - b1) * z + b1 * x, x, z)
+        y = each(lambda x, z: 0.1 * z + 0.9 * x, x, z)
         ys.append(y)
         xs.append(x)
     return ys, xs
