@@ -24,23 +24,6 @@ STORED: dict[str, Any] = {
 }
 
 
-def _params(dtype: Any = jnp.float32) -> dict[str, Any]:
-    w = jnp.linspace(-1, 1, 64 * 128, dtype=dtype).reshape(64, 128)
-    return {"w": w, "frozen": jnp.ones(3, dtype), "none": None, "whole": jnp.arange(3)}
-
-
-def _grads(params: Any, scale: Any = 1.0) -> Any:
-    return {**jax.tree.map(lambda p: scale * p, params), "whole": np.zeros(3, jax.dtypes.float0)}
-
-
-def _switched(tx: Any, params: Any) -> Any:
-    state = tx.init(params)
-    for _ in range(4):
-        _, state = tx.update(_grads(params), state, params)
-    assert bool(state.switched)
-    return state
-
-
 @pytest.mark.parametrize(
     ("stored", "dtype"),
     [
@@ -51,10 +34,15 @@ def _switched(tx: Any, params: Any) -> Any:
 def test_after_the_switch_all_of_adam_but_the_momentum_stays(stored: str, dtype: str) -> None:
     """Bit for bit, v and the bias weights that are kept; m goes on, of everything that is trained."""
     with jax.enable_x64(dtype == "float64"):
-        params = _params(jnp.dtype(dtype))
+        w = jnp.linspace(-1, 1, 64 * 128, dtype=dtype).reshape(64, 128)
+        params = {"w": w, "frozen": jnp.ones(3, dtype), "none": None, "whole": jnp.arange(3)}
+        grads = {**params, "whole": np.zeros(3, jax.dtypes.float0)}
         tx: Any = adam_fn.swats(1e-2, tolerance=1e3, frozen=adam_fn.masks.path("frozen"), **STORED[stored])
-        before = _switched(tx, params)
-        updates, after = tx.update(_grads(params, 3.0), before, params)
+        before = tx.init(params)
+        for _ in range(4):
+            _, before = tx.update(grads, before, params)
+        assert bool(before.switched)
+        updates, after = tx.update({**grads, "w": 3.0 * w}, before, params)
         assert int(count_of(after.adam)) == int(count_of(before.adam)) + 1
         assert isinstance(after.adam[-1], BiasWeights) == (stored == "scheduled")
         kept, old = ((slots_of(x.adam)["nu"], x.adam[-1]) for x in (after, before))
@@ -62,7 +50,7 @@ def test_after_the_switch_all_of_adam_but_the_momentum_stays(stored: str, dtype:
             np.testing.assert_array_equal(one, other, strict=True)
         decoded = tx.init.owner.adam.update.decoded
         old, new = (decoded(each.adam, params)["mu"]["w"] for each in (before, after))
-        g, u = (as_real(x).astype(old.dtype) for x in (3 * params["w"], updates["w"]))
+        g, u = (as_real(x).astype(old.dtype) for x in (3 * w, updates["w"]))
         expected = 0.9 * old + 0.1 * g
         # The momentum has no bound: any narrow storage keeps it in bfloat16.
         np.testing.assert_allclose(new, expected, rtol=2**-7 if stored == "16bit" else 1e-5, atol=1e-7)
@@ -106,57 +94,38 @@ def test_the_step_needs_no_more_memory_for_the_choice(stored: str) -> None:
     assert sizes.alias_size_in_bytes > sizes.output_size_in_bytes - 1000
 
 
+def _trained(scale: jax.Array, start: jax.Array) -> tuple[jax.Array, Any]:
+    """The loss after 12 steps; the parameters, and after which steps there was a switch."""
+    tx: Any = adam_fn.swats(1e-2, b2=0.9, tolerance=1e-4)
+    grads = jnp.asarray(1 + random_gradients(12, 5, 0.5))
+
+    def step(carry: Any, g: jax.Array) -> Any:
+        p, state = carry
+        updates, state = tx.update(p + scale * g, state, p)
+        return (p + updates, state), state.switched
+
+    carry, first = step((start, tx.init(start)), grads[0])  # In `shard_map`, only a step knows what devices differ in.
+    (p, _), switched = jax.lax.scan(step, carry, grads[1:])
+    return jnp.sum(p**2), (p, jnp.append(switched, first))
+
+
 def test_members_switch_on_their_own() -> None:
-    """Under `vmap`, some before and some after the switch; each as it would alone, derivatives included."""
-    tx: Any = adam_fn.swats(1e-2, b2=0.9, tolerance=1e-4)
-    grads = jnp.asarray(1 + random_gradients(12, 5, 0.5))
-
-    def run(scale: jax.Array, start: jax.Array) -> tuple[jax.Array, Any]:
-        def step(carry: Any, g: jax.Array) -> Any:
-            p, state = carry
-            updates, state = tx.update(p + scale * g, state, p)
-            return (p + updates, state), state.switched
-
-        (p, _), switched = jax.lax.scan(step, (start, tx.init(start)), grads)
-        return jnp.sum(p**2), switched
-
-    scales, start = jnp.asarray([0.3, 3.0]), jnp.linspace(-1.0, 2.0, 5)
-    both = jax.jit(jax.vmap(jax.value_and_grad(run, argnums=1, has_aux=True), in_axes=(0, None)))
-    (found, switched), slopes = both(scales, start)
-    assert len({int(x.sum()) for x in switched}) > 1
-    alone = jax.jit(jax.value_and_grad(run, argnums=1, has_aux=True))
-    for i, scale in enumerate(scales):
-        (one, when), slope = alone(scale, start)
-        np.testing.assert_array_equal(when, switched[i])
-        np.testing.assert_allclose(found[i], one, rtol=1e-6)
-        np.testing.assert_allclose(slopes[i], slope, rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(jax.jit(run)(scale, start)[0], one, rtol=1e-6)  # By loops, and by a conditional.
-
-
-def test_devices_of_a_shard_map_switch_on_their_own() -> None:
-    """Each with parameters and a state of its own, which JAX has to know as different from the first step on."""
-    tx: Any = adam_fn.swats(1e-2, b2=0.9, tolerance=1e-4)
-    grads = jnp.asarray(1 + random_gradients(12, 5, 0.5))
-
-    def run(scale: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
-        def step(carry: Any, g: jax.Array) -> Any:
-            p, state = carry
-            updates, state = tx.update(p + scale * g, state, p)
-            return (p + updates, state), state.switched
-
-        carry, now = step((start, tx.init(start)), grads[0])  # A scan wants the state of a step, not that of `init`.
-        (p, _), switched = jax.lax.scan(step, carry, grads[1:])
-        return p, now + switched.sum()
-
+    """Under `vmap`, derivatives included, and on the devices of a `shard_map`: each as it would alone."""
     scales, starts = jnp.asarray([0.3, 3.0]), jnp.broadcast_to(jnp.linspace(-1.0, 2.0, 5), (2, 5))
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with_slopes = jax.value_and_grad(_trained, argnums=1, has_aux=True)
+    (losses, (params, switched)), slopes = jax.jit(jax.vmap(with_slopes))(scales, starts)
+    assert len({int(x.sum()) for x in switched}) > 1
 
     def member(scale: jax.Array, start: jax.Array) -> Any:
-        return jax.tree.map(lambda x: x[None], run(scale[0], start[0]))
+        return jax.tree.map(lambda x: x[None], _trained(scale[0], start[0])[1])
 
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("data")
-    found = jax.jit(jax.shard_map(member, mesh=mesh, in_specs=spec, out_specs=spec))(scales, starts)
-    alone = [jax.jit(run)(*each) for each in zip(scales, starts, strict=True)]
-    np.testing.assert_allclose(found[0], jnp.stack([p for p, _ in alone]), rtol=1e-6)
-    assert found[1].tolist() == [int(switched) for _, switched in alone]
-    assert len(set(found[1].tolist())) == 2
+    sharded = jax.jit(jax.shard_map(member, mesh=mesh, in_specs=spec, out_specs=spec))(scales, starts)
+    alone, plain = jax.jit(with_slopes), jax.jit(_trained)  # By loops, and by a conditional.
+    for i, each in enumerate(zip(scales, starts, strict=True)):
+        (loss, (p, when)), slope = alone(*each)
+        np.testing.assert_allclose([losses[i], plain(*each)[0]], loss, rtol=1e-6)
+        np.testing.assert_allclose(slopes[i], slope, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose([params[i], sharded[0][i]], [p, p], rtol=1e-6)
+        np.testing.assert_array_equal([switched[i], sharded[1][i]], [when, when])

@@ -97,8 +97,17 @@ def _look_ahead(m: Array, g: Array, b1: Hyper, t: int, momentum_decay: float | N
     return mu[t] * m / (1 - np.prod(mu)) + (1 - mu[t - 1]) * g / (1 - np.prod(mu[:t]))
 
 
-@optimizer
-def adam(
+def _over_root(top: Array, v: Array, correction: float, eps: float, eps_root: float, eps_hat: bool) -> Array:
+    """The direction of a corrected first moment and a raw v; `eps_hat` adds eps to the raw root, without an eps_root.
+
+    The end of section 2 of arXiv 1412.6980 has it: alpha sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps).
+    """
+    if eps_hat:
+        return np.sqrt(correction) * top / (np.sqrt(v) + eps)
+    return top / (np.sqrt(v / correction + eps_root) + eps)
+
+
+def adam_directions(
     zeros: Array,
     b1: Hyper = 0.9,
     b2: Hyper = 0.999,
@@ -110,12 +119,9 @@ def adam(
 ) -> Directions:
     """Adam, Algorithm 1 of arXiv 1412.6980: theta -= alpha m_hat / (sqrt(v_hat) + eps).
 
-    `eps_hat` is the form at the end of its section 2: alpha sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps).
     `eps_root` is not in the paper: optax adds it to v_hat under the root.
     `nesterov` is NAdam: with m_hat looking one step ahead.
     """
-    if eps_hat and np.any(eps_root):
-        raise ValueError("the epsilon-hat form has no eps_root")
     m = v = u = zeros
     for t in count(1):
         g = yield u
@@ -123,12 +129,10 @@ def adam(
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g**2
         m_hat = _look_ahead(m, g, b1, t, momentum_decay) if nesterov else m / (1 - power(b1, t))
-        if eps_hat:
-            u = np.sqrt(1 - power(b2, t)) * m_hat / (np.sqrt(v) + at(eps, t))
-        else:
-            u = m_hat / (np.sqrt(v / (1 - power(b2, t)) + at(eps_root, t)) + at(eps, t))
+        u = _over_root(m_hat, v, 1 - power(b2, t), at(eps, t), at(eps_root, t), eps_hat)
 
 
+adam = optimizer(adam_directions)
 #: Algorithm 2 of arXiv 1711.05101 with `decay="independent"`; the frameworks' form is "scaled", its other branch "l2".
 adamw = adam
 #: Dozat, "Incorporating Nesterov momentum into Adam", ICLR 2016 workshop. Constant momentum without `momentum_decay`
@@ -172,8 +176,6 @@ def amsgrad(
     The paper corrects neither moment (both flags False). torch and Keras take the maximum of the raw v and then
     correct it for the present step. (optax takes the maximum of the corrected v: other numbers, and not transcribed.)
     """
-    if eps_hat and (np.any(eps_root) or not bias_correction_nu):
-        raise ValueError("the epsilon-hat form has no eps_root, and without correction it is no form of its own")
     m = v = v_max = u = zeros
     for t in count(1):
         g = yield u
@@ -182,11 +184,8 @@ def amsgrad(
         v = beta2 * v + (1 - beta2) * g**2
         v_max = np.maximum(v_max, v)
         top = m / (1 - power(b1, t)) if bias_correction_mu else m
-        if eps_hat:
-            u = np.sqrt(1 - power(b2, t)) * top / (np.sqrt(v_max) + at(eps, t))
-        else:
-            v_hat = v_max / (1 - power(b2, t)) if bias_correction_nu else v_max
-            u = top / (np.sqrt(v_hat + at(eps_root, t)) + at(eps, t))
+        correction = 1 - power(b2, t) if bias_correction_nu else 1.0
+        u = _over_root(top, v_max, correction, at(eps, t), at(eps_root, t), eps_hat)
 
 
 @optimizer
@@ -208,8 +207,6 @@ def radam(
     the un-rectified step m_hat (paper, optax, torch), or no step at all (the official code's default).
     `eps_hat`: the official code and torch add eps to sqrt(v) before they correct it; optax afterwards.
     """
-    if eps_hat and np.any(eps_root):
-        raise ValueError("the epsilon-hat form has no eps_root")
     m = v = u = zeros
     rho_inf = 2 / (1 - b2) - 1
     for t in count(1):
@@ -223,10 +220,7 @@ def radam(
             u = m_hat if degenerated_to_sgd else zeros
             continue
         r = np.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
-        if eps_hat:
-            u = r * np.sqrt(1 - b2_t) * m_hat / (np.sqrt(v) + at(eps, t))
-        else:
-            u = r * m_hat / (np.sqrt(v / (1 - b2_t) + at(eps_root, t)) + at(eps, t))
+        u = r * _over_root(m_hat, v, 1 - b2_t, at(eps, t), at(eps_root, t), eps_hat)
 
 
 @optimizer

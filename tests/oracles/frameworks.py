@@ -1,15 +1,18 @@
-"""The frameworks' own updates in float64 NumPy, each in its framework's arguments, defaults and order of operations.
+"""The frameworks' own updates in float64 NumPy, each with its framework's arguments and defaults.
 
-An oracle is a generator of parameters: `next` gives the first ones, `send(gradients)` those after a step. Nothing here
-is taken from adam_fn, nor from a paper: a preset that agrees has that framework's rate, betas, ε and decay. The sources
-are those that the docstrings of `adam_fn.presets` name.
+Those of torch and Keras 3 are recorded instead (`recorded`). An oracle is a generator of parameters: `next` gives the
+first ones, `send(gradients)` those after a step. Nothing here is taken from adam_fn, nor from a paper: a preset that
+agrees has that framework's rate, betas, ε and decay. The sources are those that the docstrings of `adam_fn.presets`
+name. What several of them compute is written once.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Generator
 from itertools import count
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy import sqrt
@@ -25,51 +28,56 @@ def run(oracle: Oracle, gradient: Callable[[int, Array], Array], steps: int) -> 
     return np.stack([p := oracle.send(gradient(t, p)) for t in range(1, steps + 1)])
 
 
-def tensorflow1_adam(
-    var: Array, learning_rate: float = 0.001, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8
-) -> Oracle:
-    """The kernel ApplyAdam; the powers of beta are variables that `_finish` multiplies."""
-    m, v, beta1_power, beta2_power = np.zeros_like(var), np.zeros_like(var), beta1, beta2
-    while True:
-        grad = yield var
-        lr = learning_rate * sqrt(1 - beta2_power) / (1 - beta1_power)
-        m = m + (grad - m) * (1 - beta1)
-        v = v + (grad * grad - v) * (1 - beta2)
-        var = var - lr * m / (sqrt(v) + epsilon)
-        beta1_power, beta2_power = beta1_power * beta1, beta2_power * beta2
+def named(update: Callable[..., Oracle], **defaults: float) -> Callable[..., Oracle]:
+    """The update under a framework's names for its first arguments, with their defaults; the others keep their names.
+
+    An argument that the framework wants to be given has the default nan.
+    """
+
+    def oracle(p: Array, **given: Any) -> Oracle:
+        first = [given.pop(name, default) for name, default in defaults.items()]
+        return update(p, *first, **given)
+
+    return oracle
 
 
-def keras2_adam(
+def raw_adam(
     p: Array,
-    lr: float = 0.001,
-    beta_1: float = 0.9,
-    beta_2: float = 0.999,
-    epsilon: float = 1e-7,
-    decay: float = 0.0,
+    rate: float,
+    b1: float,
+    b2: float,
+    eps: float,
+    wd: float = 0.0,
+    *,
     amsgrad: bool = False,
+    decay: float = 0.0,
+    eta: float = 1.0,
+    weight_decay_rate: float = 0.0,
 ) -> Oracle:
-    """`get_updates`: `iterations` is the number of steps before this one."""
-    m, v, vhat = np.zeros_like(p), np.zeros_like(p), np.zeros_like(p)
-    for iterations in count():
+    """Adds ε to the root of the raw v. `wd` is L2 (Caffe, MXNet), `decay` of the rate (Keras 2), η Chainer's."""
+    m = v = v_max = np.zeros_like(p)
+    for t in count(1):
         g = yield p
-        t = iterations + 1
-        lr_t = lr * (1.0 / (1.0 + decay * iterations)) * (sqrt(1.0 - beta_2**t) / (1.0 - beta_1**t))
-        m = beta_1 * m + (1.0 - beta_1) * g
-        v = beta_2 * v + (1.0 - beta_2) * np.square(g)
-        vhat = np.maximum(vhat, v)
-        p = p - lr_t * m / (sqrt(vhat if amsgrad else v) + epsilon)
+        g = g + wd * p
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * g**2
+        v_max = np.maximum(v_max, v)
+        rate_t = rate / (1 + decay * (t - 1)) * sqrt(1 - b2**t) / (1 - b1**t)
+        p = p - eta * (rate_t * m / (sqrt(v_max if amsgrad else v) + eps) + weight_decay_rate * p)
 
 
-def keras2_adamax(
-    p: Array, lr: float = 0.002, beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-7, decay: float = 0.0
+def raw_adamax(
+    p: Array, rate: float, b1: float, b2: float, eps: float = 0.0, *, wd: float = 0.0, decay: float = 0.0
 ) -> Oracle:
-    m, u = np.zeros_like(p), np.zeros_like(p)
-    for iterations in count():
+    """Adds ε to the raw u. MXNet has none: its 0/0 is nan; here no step."""
+    m = u = np.zeros_like(p)
+    for t in count(1):
         g = yield p
-        lr_t = lr * (1.0 / (1.0 + decay * iterations)) / (1.0 - beta_1 ** (iterations + 1))
-        m = beta_1 * m + (1.0 - beta_1) * g
-        u = np.maximum(beta_2 * u, np.abs(g))
-        p = p - lr_t * m / (u + epsilon)
+        g = g + wd * p
+        m = b1 * m + (1 - b1) * g
+        u = np.maximum(b2 * u, abs(g))
+        bottom = u + eps
+        p = p - rate / (1 + decay * (t - 1)) / (1 - b1**t) * m / np.where(bottom == 0, 1, bottom)
 
 
 def keras2_nadam(
@@ -92,159 +100,6 @@ def keras2_nadam(
         v = beta_2 * v + (1.0 - beta_2) * np.square(g)
         m_bar = (1.0 - momentum_cache_t) * g_prime + momentum_cache_t_1 * m_prime
         p = p - lr * m_bar / (sqrt(v / (1.0 - beta_2**t)) + epsilon)
-
-
-def keras3_adam(
-    variable: Array,
-    learning_rate: float = 0.001,
-    beta_1: float = 0.9,
-    beta_2: float = 0.999,
-    epsilon: float = 1e-7,
-    amsgrad: bool = False,
-    weight_decay: float = 0.0,
-) -> Oracle:
-    """`BaseOptimizer.apply` decays the variables before `update_step`, with the gradients of before."""
-    m, v, v_hat = np.zeros_like(variable), np.zeros_like(variable), np.zeros_like(variable)
-    for local_step in count(1):
-        gradient = yield variable
-        variable = variable - variable * weight_decay * learning_rate
-        alpha = learning_rate * sqrt(1 - beta_2**local_step) / (1 - beta_1**local_step)
-        m = m + (gradient - m) * (1 - beta_1)
-        v = v + (np.square(gradient) - v) * (1 - beta_2)
-        v_hat = np.maximum(v_hat, v)
-        variable = variable - m * alpha / (sqrt(v_hat if amsgrad else v) + epsilon)
-
-
-def keras3_adamax(
-    variable: Array,
-    learning_rate: float = 0.001,
-    beta_1: float = 0.9,
-    beta_2: float = 0.999,
-    epsilon: float = 1e-7,
-    weight_decay: float = 0.0,
-) -> Oracle:
-    m, u = np.zeros_like(variable), np.zeros_like(variable)
-    for local_step in count(1):
-        gradient = yield variable
-        variable = variable - variable * weight_decay * learning_rate
-        m = m + (gradient - m) * (1 - beta_1)
-        u = np.maximum(beta_2 * u, np.abs(gradient))
-        variable = variable - (learning_rate * m) / ((1 - beta_1**local_step) * (u + epsilon))
-
-
-def keras3_nadam(
-    variable: Array,
-    learning_rate: float = 0.001,
-    beta_1: float = 0.9,
-    beta_2: float = 0.999,
-    epsilon: float = 1e-7,
-    weight_decay: float = 0.0,
-) -> Oracle:
-    m, v, u_product = np.zeros_like(variable), np.zeros_like(variable), 1.0
-    for local_step in count(1):
-        gradient = yield variable
-        variable = variable - variable * weight_decay * learning_rate
-        u_t = beta_1 * (1.0 - 0.5 * 0.96**local_step)
-        u_t_1 = beta_1 * (1.0 - 0.5 * 0.96 ** (local_step + 1))
-        u_product = u_product * u_t
-        m = m + (gradient - m) * (1 - beta_1)
-        v = v + (np.square(gradient) - v) * (1 - beta_2)
-        m_hat = u_t_1 * m / (1 - u_product * u_t_1) + (1 - u_t) * gradient / (1 - u_product)
-        variable = variable - m_hat * learning_rate / (sqrt(v / (1 - beta_2**local_step)) + epsilon)
-
-
-def blocks_adam(
-    parameter: Array, learning_rate: float = 0.002, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8
-) -> Oracle:
-    """With `decay_factor` = 1, its default."""
-    mean, variance = np.zeros_like(parameter), np.zeros_like(parameter)
-    for t1 in count(1):
-        previous_step = yield parameter
-        rate = learning_rate * sqrt(1.0 - beta2**t1) / (1.0 - beta1**t1)
-        mean = beta1 * mean + (1.0 - beta1) * previous_step
-        variance = beta2 * variance + (1.0 - beta2) * np.square(previous_step)
-        parameter = parameter - rate * mean / (sqrt(variance) + epsilon)
-
-
-def lasagne_adam(
-    param: Array,
-    learning_rate: float = 0.001,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
-    epsilon: float = 1e-8,
-    amsgrad: bool = False,
-) -> Oracle:
-    """`adam` and `amsgrad`, which are two functions there."""
-    m, v, v_hat = np.zeros_like(param), np.zeros_like(param), np.zeros_like(param)
-    for t in count(1):
-        g_t = yield param
-        a_t = learning_rate * sqrt(1 - beta2**t) / (1 - beta1**t)
-        m = beta1 * m + (1 - beta1) * g_t
-        v = beta2 * v + (1 - beta2) * g_t**2
-        v_hat = np.maximum(v_hat, v)
-        param = param - a_t * m / (sqrt(v_hat if amsgrad else v) + epsilon)
-
-
-def lasagne_adamax(
-    param: Array, learning_rate: float = 0.002, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8
-) -> Oracle:
-    m, u = np.zeros_like(param), np.zeros_like(param)
-    for t in count(1):
-        g_t = yield param
-        a_t = learning_rate / (1 - beta1**t)
-        m = beta1 * m + (1 - beta1) * g_t
-        u = np.maximum(beta2 * u, abs(g_t))
-        param = param - a_t * m / (u + epsilon)
-
-
-def caffe_adam(
-    data: Array,
-    base_lr: float,
-    momentum: float,
-    momentum2: float = 0.999,
-    delta: float = 1e-8,
-    weight_decay: float = 0.0,
-) -> Oracle:
-    """`SGDSolver::Regularize` (L2), then `AdamSolver::ComputeUpdateValue`; delta is its eps_hat."""
-    val_m, val_v = np.zeros_like(data), np.zeros_like(data)
-    for t in count(1):
-        diff = yield data
-        diff = diff + weight_decay * data
-        correction = sqrt(1 - momentum2**t) / (1 - momentum**t)
-        val_m = (1 - momentum) * diff + momentum * val_m
-        val_v = (1 - momentum2) * (diff * diff) + momentum2 * val_v
-        data = data - base_lr * correction * (val_m / (val_v**0.5 + delta))
-
-
-def mxnet_adam(
-    weight: Array,
-    learning_rate: float = 0.001,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
-    epsilon: float = 1e-8,
-    wd: float = 0.0,
-) -> Oracle:
-    mean, var = np.zeros_like(weight), np.zeros_like(weight)
-    for t in count(1):
-        grad = yield weight
-        grad = grad + wd * weight
-        lr = learning_rate * sqrt(1.0 - beta2**t) / (1.0 - beta1**t)
-        mean = mean * beta1 + (1.0 - beta1) * grad
-        var = var * beta2 + (1.0 - beta2) * np.square(grad)
-        weight = weight - lr * (mean / (sqrt(var) + epsilon))
-
-
-def mxnet_adamax(
-    weight: Array, learning_rate: float = 0.002, beta1: float = 0.9, beta2: float = 0.999, wd: float = 0.0
-) -> Oracle:
-    """MXNet's 0/0 is nan; here no step."""
-    mean, var = np.zeros_like(weight), np.zeros_like(weight)
-    for t in count(1):
-        grad = yield weight
-        grad = grad + wd * weight
-        mean = mean * beta1 + (1.0 - beta1) * grad
-        var = np.maximum(beta2 * var, abs(grad))
-        weight = weight - learning_rate / (1.0 - beta1**t) * (mean / np.where(var == 0, 1.0, var))
 
 
 def cntk_adam(
@@ -274,120 +129,6 @@ def cntk_adam(
         val = val - smooth_mom * (ada_mul / (sqrt(smooth_ada) + epsilon)) * lr
 
 
-def chainer_adam(
-    param: Array,
-    alpha: float = 0.001,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
-    eps: float = 1e-8,
-    eta: float = 1.0,
-    weight_decay_rate: float = 0.0,
-    amsgrad: bool = False,
-) -> Oracle:
-    """The GPU kernel."""
-    m, v, vhat = np.zeros_like(param), np.zeros_like(param), np.zeros_like(param)
-    for t in count(1):
-        grad = yield param
-        alpha_t = alpha * sqrt(1.0 - beta2**t) / (1.0 - beta1**t)
-        m = m + (1 - beta1) * (grad - m)
-        v = v + (1 - beta2) * (grad * grad - v)
-        vhat = np.maximum(vhat, v)
-        param = param - eta * (alpha_t * m / (sqrt(vhat if amsgrad else v) + eps) + weight_decay_rate * param)
-
-
-def _torch_decay(param: Array, grad: Array, lr: float, weight_decay: float, decoupled: bool) -> tuple[Array, Array]:
-    return (param * (1 - lr * weight_decay), grad) if decoupled else (param, grad + weight_decay * param)
-
-
-def torch_adam(
-    param: Array,
-    lr: float = 1e-3,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    amsgrad: bool = False,
-    decoupled_weight_decay: bool = False,
-) -> Oracle:
-    """`_single_tensor_adam`; AdamW is its decoupled decay."""
-    beta1, beta2 = betas
-    exp_avg, exp_avg_sq, max_exp_avg_sq = np.zeros_like(param), np.zeros_like(param), np.zeros_like(param)
-    for step in count(1):
-        grad = yield param
-        param, grad = _torch_decay(param, grad, lr, weight_decay, decoupled_weight_decay)
-        exp_avg = exp_avg + (1 - beta1) * (grad - exp_avg)
-        exp_avg_sq = exp_avg_sq * beta2 + (1 - beta2) * grad * grad
-        max_exp_avg_sq = np.maximum(max_exp_avg_sq, exp_avg_sq)
-        bias_correction2_sqrt = (1 - beta2**step) ** 0.5
-        denom = sqrt(max_exp_avg_sq if amsgrad else exp_avg_sq) / bias_correction2_sqrt + eps
-        param = param - lr / (1 - beta1**step) * exp_avg / denom
-
-
-def torch_adamax(
-    param: Array,
-    lr: float = 2e-3,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-) -> Oracle:
-    beta1, beta2 = betas
-    exp_avg, exp_inf = np.zeros_like(param), np.zeros_like(param)
-    for step in count(1):
-        grad = yield param
-        grad = grad + weight_decay * param
-        exp_avg = exp_avg + (1 - beta1) * (grad - exp_avg)
-        exp_inf = np.maximum(exp_inf * beta2, abs(grad) + eps)
-        param = param - lr / (1 - beta1**step) * exp_avg / exp_inf
-
-
-def torch_nadam(
-    param: Array,
-    lr: float = 2e-3,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    momentum_decay: float = 4e-3,
-    decoupled_weight_decay: bool = False,
-) -> Oracle:
-    beta1, beta2 = betas
-    exp_avg, exp_avg_sq, mu_product = np.zeros_like(param), np.zeros_like(param), 1.0
-    for step in count(1):
-        grad = yield param
-        param, grad = _torch_decay(param, grad, lr, weight_decay, decoupled_weight_decay)
-        mu = beta1 * (1.0 - 0.5 * 0.96 ** (step * momentum_decay))
-        mu_next = beta1 * (1.0 - 0.5 * 0.96 ** ((step + 1) * momentum_decay))
-        mu_product = mu_product * mu
-        exp_avg = exp_avg + (1 - beta1) * (grad - exp_avg)
-        exp_avg_sq = exp_avg_sq * beta2 + (1 - beta2) * grad * grad
-        denom = sqrt(exp_avg_sq / (1 - beta2**step)) + eps
-        param = param - lr * (1.0 - mu) / (1.0 - mu_product) * grad / denom
-        param = param - lr * mu_next / (1.0 - mu_product * mu_next) * exp_avg / denom
-
-
-def torch_radam(
-    param: Array,
-    lr: float = 1e-3,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    decoupled_weight_decay: bool = False,
-) -> Oracle:
-    beta1, beta2 = betas
-    exp_avg, exp_avg_sq = np.zeros_like(param), np.zeros_like(param)
-    rho_inf = 2 / (1 - beta2) - 1
-    for step in count(1):
-        grad = yield param
-        param, grad = _torch_decay(param, grad, lr, weight_decay, decoupled_weight_decay)
-        exp_avg = exp_avg + (1 - beta1) * (grad - exp_avg)
-        exp_avg_sq = exp_avg_sq * beta2 + (1 - beta2) * grad * grad
-        bias_correction2 = 1 - beta2**step
-        update = exp_avg / (1 - beta1**step) * lr
-        rho_t = rho_inf - 2 * step * beta2**step / bias_correction2
-        if rho_t > 5.0:
-            rect = ((rho_t - 4) * (rho_t - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho_t)) ** 0.5
-            update = update * (bias_correction2**0.5 / (sqrt(exp_avg_sq) + eps)) * rect
-        param = param - update
-
-
 def autograd_adam(x: Array, step_size: float = 0.001, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Oracle:
     m, v = np.zeros_like(x), np.zeros_like(x)
     for i in count():
@@ -397,3 +138,16 @@ def autograd_adam(x: Array, step_size: float = 0.001, b1: float = 0.9, b2: float
         mhat = m / (1 - b1 ** (i + 1))
         vhat = v / (1 - b2 ** (i + 1))
         x = x - step_size * mhat / (sqrt(vhat) + eps)
+
+
+tensorflow1_adam = named(raw_adam, learning_rate=0.001, beta1=0.9, beta2=0.999, epsilon=1e-8)
+keras2_adam = named(raw_adam, lr=0.001, beta_1=0.9, beta_2=0.999, epsilon=1e-7)
+keras2_adamax = named(raw_adamax, lr=0.002, beta_1=0.9, beta_2=0.999, epsilon=1e-7)
+blocks_adam = named(raw_adam, learning_rate=0.002, beta1=0.9, beta2=0.999, epsilon=1e-8)
+lasagne_adam = named(raw_adam, learning_rate=0.001, beta1=0.9, beta2=0.999, epsilon=1e-8)
+lasagne_amsgrad = functools.partial(lasagne_adam, amsgrad=True)
+lasagne_adamax = named(raw_adamax, learning_rate=0.002, beta1=0.9, beta2=0.999, epsilon=1e-8)
+caffe_adam = named(raw_adam, base_lr=math.nan, momentum=math.nan, momentum2=0.999, delta=1e-8, weight_decay=0.0)
+mxnet_adam = named(raw_adam, learning_rate=0.001, beta1=0.9, beta2=0.999, epsilon=1e-8)
+mxnet_adamax = named(raw_adamax, learning_rate=0.002, beta1=0.9, beta2=0.999)
+chainer_adam = named(raw_adam, alpha=0.001, beta1=0.9, beta2=0.999, eps=1e-8)

@@ -1,12 +1,15 @@
-"""The paper's experiments: the harness of examples/paper, figures 1 and 2, and section 7."""
+"""The paper's experiments: the harness of examples/paper, figures 1 and 2, section 7, and when claims hold."""
 
 import math
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import figure1
 import figure2
+import figure3
+import figure4
 import harness
 import jax
 import jax.numpy as jnp
@@ -21,6 +24,7 @@ from helpers.runs import Array
 from helpers.scripts import assert_png, quick_figure, read_json
 from loaders import mnist
 from matplotlib.figure import Figure
+from support import report
 
 import adam_fn
 
@@ -51,12 +55,15 @@ def stepped(
     return np.stack(costs, 1), np.stack(path, 1)
 
 
-def seen_by(cost: Callable[..., jax.Array], label: str = "Adam", seed: int = 0, epochs: int = 2) -> Any:
-    """The costs of a `cost` that tells what the harness handed to it."""
-    optimizers = {"Adam": adam_fn.adam(1.0), "AdaGrad": optax.adagrad(1.0)}
-    problem = Problem(np.zeros(2, np.float32), np.arange(60.0, dtype=np.float32), cost, 60, batch=7)
-    grid = {"rate": (0.1, 0.2)}
-    return harness.sweep(label, lambda point: optimizers[label], grid, problem, epochs=epochs, seed=seed).costs
+def swept(*costs: Sequence[float] | Array, **metrics: float) -> Sweep:
+    """A sweep of Adam at the rates 1, 10, 100, … with these costs, and metrics that are the same throughout."""
+    shape = len(costs), len(costs[0])
+    numbers = {name: np.full(shape, value) for name, value in metrics.items()}
+    return Sweep("Adam", {"rate": np.logspace(0, len(costs) - 1, len(costs))}, np.array(costs, np.float64), numbers)
+
+
+def holds(claims: Sequence[Claim]) -> list[bool | None]:
+    return [claim.holds for claim in claims]
 
 
 class TestSweep:
@@ -89,47 +96,41 @@ class TestSweep:
         paths = [stepped(optax.scale_by_adam(b1), rates, 6)[1] for b1 in (0.0, 0.9)]
         np.testing.assert_allclose(run.metrics["first"], np.concatenate(paths)[:, [2, 5], 0], rtol=1e-5)
 
-    def test_same_minibatches_for_all(self) -> None:
+    @pytest.mark.parametrize("kind", ["minibatch", "noise"])
+    def test_same_minibatches_and_noise_for_all_but_new_in_every_step(self, kind: str) -> None:
         def cost(params: jax.Array, data: jax.Array, rows: jax.Array, key: jax.Array) -> jax.Array:
-            return data[rows].sum() + 0 * params.sum()
+            return (data[rows].sum() if kind == "minibatch" else jax.random.normal(key)) + 0 * params.sum()
 
-        seen = seen_by(cost)
-        np.testing.assert_array_equal(seen[0], seen[1])
-        np.testing.assert_array_equal(seen, seen_by(cost, "AdaGrad"))
-        assert seen[0, 0] != seen[0, 1], "every epoch shuffles anew"
-        assert (seen != seen_by(cost, seed=1)).all()
+        def seen(tx: optax.GradientTransformation, seed: int = 0) -> Array:
+            data: Any = np.random.default_rng(0).standard_normal(60, np.float32)
+            problem = Problem(jnp.zeros(2), data, cost, 60, batch=7)
+            return harness.sweep("", lambda point: tx, {"rate": (0.1, 0.2)}, problem, epochs=100, seed=seed).costs
 
-    def test_same_noise_for_all_but_new_in_every_step(self) -> None:
-        def cost(params: jax.Array, data: jax.Array, rows: jax.Array, key: jax.Array) -> jax.Array:
-            return jax.random.normal(key) + 0 * params.sum()
-
-        seen = seen_by(cost, epochs=100)
-        np.testing.assert_array_equal(seen[0], seen[1])
-        np.testing.assert_array_equal(seen, seen_by(cost, "AdaGrad", epochs=100))
-        # Means of 8 steps: of independent noise they scatter by 1/√8, of one draw an epoch by 1.
-        assert seen[0].std() == pytest.approx(1 / math.sqrt(8), rel=0.3)
+        found = seen(adam_fn.adam(1.0))
+        np.testing.assert_array_equal(found[0], found[1])
+        np.testing.assert_array_equal(found, seen(optax.adagrad(1.0)))
+        assert (found != seen(adam_fn.adam(1.0), seed=1)).all()
+        assert len(set(found[0])) == 100, "every epoch shuffles anew"
+        if kind == "noise":  # Means of 8 steps: of independent noise they scatter by 1/√8, of one draw an epoch by 1.
+            assert found[0].std() == pytest.approx(1 / math.sqrt(8), rel=0.3)
 
 
 class TestBest:
-    @staticmethod
-    def run(*costs: tuple[float, ...]) -> Sweep:
-        return Sweep("Adam", {"rate": np.array([10.0**i for i in range(len(costs))])}, np.array(costs), {})
-
     def test_lowest_final_cost(self) -> None:
-        runs = self.run((1, 5), (9, 2), (3, 3))
+        runs = swept((1, 5), (9, 2), (3, 3))
         assert harness.best(runs) == (1, 10.0, 2.0, "")
         assert harness.best(runs, "mean") == (0, 1.0, 3.0, "the lowest rate tried")
 
     def test_says_where_the_grid_ends(self) -> None:
-        assert harness.best(self.run((9, 1), (1, 2))).note == "the lowest rate tried"
-        assert harness.best(self.run((9, 2), (1, 1))).note == "the highest rate tried"
-        assert harness.best(self.run((9, 2))).note == ""
+        assert harness.best(swept((9, 1), (1, 2))).note == "the lowest rate tried"
+        assert harness.best(swept((9, 2), (1, 1))).note == "the highest rate tried"
+        assert harness.best(swept((9, 2))).note == ""
 
     def test_never_a_run_that_diverged(self) -> None:
-        runs = self.run((math.nan, math.nan), (math.inf, 1), (2, 4), (1, -math.inf))
+        runs = swept((math.nan, math.nan), (math.inf, 1), (2, 4), (1, -math.inf))
         assert harness.best(runs).point == harness.best(runs, "mean").point == 2
         with pytest.raises(ValueError, match="Adam: every run diverged"):
-            harness.best(self.run((math.nan, 1), (1, math.inf)))
+            harness.best(swept((math.nan, 1), (1, math.inf)))
 
 
 class TestReport:
@@ -173,57 +174,40 @@ class TestReport:
         assert harness.folder("data", "imdb") == str(Path("data") / "imdb")
 
 
-class TestFigure1:
-    def test_dropout_of_half_the_features(self) -> None:
-        features = np.random.default_rng(0).uniform(1, 2, (200, 1003)).astype(np.float32)
-        drop = jax.jit(figure1.dropped)
-        dropped = np.asarray(drop(features, jax.random.key(0)))
-        kept = dropped != 0
-        np.testing.assert_array_equal(dropped[kept], 2 * features[kept])
-        assert kept.mean() == pytest.approx(0.5, abs=0.01)
-        assert np.ptp(kept.mean(0)) < 0.3 and np.ptp(kept.mean(1)) < 0.2, "no column and no row of its own"
-        assert (kept != (np.asarray(drop(features, jax.random.key(1))) != 0)).mean() > 0.4
+@pytest.mark.parametrize(
+    ("drop", "share"), [(figure1.dropped, 0.5), (lambda x, key: figure3.dropout(x, 0.2, key), 0.2)]
+)
+def test_dropout_of_single_features(drop: Callable[..., jax.Array], share: float) -> None:
+    features = np.random.default_rng(0).uniform(1, 2, (200, 1003)).astype(np.float32)
+    dropped, other = (np.asarray(jax.jit(drop)(features, jax.random.key(seed))) for seed in (0, 1))
+    kept = dropped != 0
+    np.testing.assert_allclose(dropped[kept], features[kept] / (1 - share), rtol=1e-6)
+    assert kept.mean() == pytest.approx(1 - share, abs=0.01)
+    assert np.ptp(kept.mean(0)) < 0.3 and np.ptp(kept.mean(1)) < 0.2, "no column and no row of its own"
+    assert (kept != (other != 0)).mean() > 0.3
 
+
+class TestFigure1:
     def test_costs(self) -> None:
         """At random parameters, against NumPy."""
         rng = np.random.default_rng(0)
-        rows, key = np.arange(5), jax.random.key(0)
+
+        def cost(problem: Problem[Any, Any], w: Array, b: Array) -> float:
+            params = {"w": np.float32(w), "b": np.float32(b)}
+            return float(jax.jit(problem.cost)(params, problem.data, np.arange(5), jax.random.key(0)))
+
         _, problem = figure1.mnist_problem("standin", None)
         images, labels = (np.asarray(array)[:5] for array in problem.data)
-        w, b = np.float32(rng.normal(size=(64, 10))), np.float32(rng.normal(size=10))
+        w, b = rng.normal(size=(64, 10)), rng.normal(size=10)
         logits = images / 255 @ w + b
         expected = np.mean(np.log(np.exp(logits).sum(1)) - logits[np.arange(5), labels])
-        found = jax.jit(problem.cost)({"w": w, "b": b}, problem.data, rows, key)
-        assert float(found) == pytest.approx(expected, rel=1e-5)
+        assert cost(problem, w, b) == pytest.approx(expected, rel=1e-5)
         _, problems = figure1.imdb_problem("standin", None)
         counts, liked = (np.asarray(array)[:5].astype(float) for array in problems[False].data)
-        w, b = np.float32(0.1 * rng.normal(size=1000)), np.float32(0.3)
+        w, b = 0.1 * rng.normal(size=1000), np.array(0.3)
         expected = np.mean(np.log1p(np.exp(-(2 * liked - 1) * (counts @ w + b))))
-        plain, dropped = (
-            float(jax.jit(problems[dropout].cost)({"w": w, "b": b}, problems[dropout].data, rows, key))
-            for dropout in (False, True)
-        )
-        assert plain == pytest.approx(expected, rel=1e-5)
-        assert dropped != pytest.approx(expected, rel=1e-3)
-
-    def test_claims_of_figure_1_follow_the_costs(self) -> None:
-        def panel(**costs: float) -> figure1.Panel:
-            values = {"Adam": 1.0, "SGD, Nesterov": 1.0, "AdaGrad": 1.0, figure1.CONSTANT: 1.0, **costs}
-            return figure1.Panel("", {
-                label: Sweep(label, {"rate": np.array([0.1])}, np.array([[2 * cost, 0.0]]), {})
-                for label, cost in values.items()
-            })  # fmt: skip
-
-        faster = panel(AdaGrad=2.0, **{figure1.CONSTANT: 2.0})
-        slower = panel(**{"SGD, Nesterov": 2.0})
-        held = figure1.claims(faster, slower, slower, undecided=False)
-        assert [claim.holds for claim in held] == [True] * 7
-        assert "AdaGrad 2.0000 (0.0000)" in held[1].measured
-        broken = figure1.claims(slower, slower, panel(), undecided=False)
-        assert [claim.holds for claim in broken] == [False, False, False, True, False, False, True]
-        slow = panel(Adam=2.0)
-        assert [claim.holds for claim in figure1.claims(slow, slow, slow, undecided=False)][3::3] == [False, False]
-        assert {claim.holds for claim in figure1.claims(slow, slow, slow, undecided=True)} == {None}
+        assert cost(problems[False], w, b) == pytest.approx(expected, rel=1e-5)
+        assert cost(problems[True], w, b) != pytest.approx(expected, rel=1e-3)
 
     def test_a_quick_run_writes_figure_1(self, tmp_path: Path) -> None:
         panels = quick_figure(figure1, tmp_path)["panels"]
@@ -237,37 +221,17 @@ class TestFigure1:
 
 class TestFigure2:
     def test_a_quick_run_writes_figure_2(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        train, trained = mnist_mlp.train, []
-
-        def kept(*arguments: Any) -> mnist_mlp.Run:
-            trained.append(train(*arguments))
-            return trained[-1]
-
-        monkeypatch.setattr(mnist_mlp, "train", kept)
+        monkeypatch.setattr(report, "POINTS_PER_EPOCH", 11)  # Every step.
         runs = quick_figure(figure2, tmp_path)["runs"]
         assert [(run["dropout"], run["optimizer"]) for run in runs] == [
             (dropout, name) for dropout in (0.5, 0.0) for name in figure2.NAMES
         ]
         assert {run["schedule"] for run in runs} == {"constant"}
-        assert all(len(run["curve"]["costs"]) == 20 and len(run["epochs"]) == 2 for run in runs)
+        assert all(len(run["curve"]["costs"]) == 22 and len(run["epochs"]) == 2 for run in runs)
         # The same masks for all optimizers, and masks only where there is dropout.
-        dropped, *others = (run.step_costs[0] for run in trained)
-        assert others[:4] == pytest.approx([dropped] * 4, rel=1e-6)
+        dropped, *others = (run["curve"]["costs"][0] for run in runs)
+        assert others[:4] == pytest.approx([dropped] * 4, rel=1e-5)
         assert others[4] != pytest.approx(dropped, rel=1e-4)
-
-    def test_claims_of_figure_2_follow_the_costs(self) -> None:
-        def runs(**costs: float) -> list[figure2.Run]:
-            epoch = mnist_mlp.Epoch(1, 0, 0, 0, 0, 1, 1)
-            return [
-                figure2.Run(
-                    name, name, 0.1, 0.0, "constant", epochs=[mnist_mlp.Epoch(**{**vars(epoch), "train_cost": cost})]
-                )
-                for name, cost in costs.items()
-            ]
-
-        better, worse = runs(adam=1.0, adagrad=2.0, sgd=math.nan), runs(adam=math.nan, adagrad=2.0)
-        assert [claim.holds for claim in figure2.claims({0.5: better, 0.0: worse}, False)] == [True, False]
-        assert "adam 1.0000, adagrad 2.0000, sgd inf" in figure2.claims({0.5: better, 0.0: worse}, True)[0].measured
 
     def test_dropout_of_hidden_units(self) -> None:
         """A net of ones counts the hidden units that are kept: of the first layer at most, of the second exactly."""
@@ -296,53 +260,97 @@ class TestSection7:
             assert 0.999 < metrics["largest_step"][0][0] / section7.RATES[run["label"]] < section7.BOUND + 0.5
 
     def test_metrics_are_those_of_the_averages(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """One epoch of 3 steps with β₂ = 0.5 for the average, against averages taken by hand."""
+        """After 3 steps with β₂ = 0.5 for the average, against averages taken by hand."""
         monkeypatch.setattr(section7, "DECAY", 0.5)
+        monkeypatch.setitem(section7.RATES, "Adam", 0.1)
         digits = mnist.digits()
-        task = section7.problem(digits, 8, 3, seed=0)
-        run = harness.sweep("Adam", lambda point: section7.optimizer("Adam"), {"rate": (1.0,)}, task, epochs=1, seed=0)
-        rows = mnist_mlp.shuffled(jax.random.fold_in(jax.random.key(0), 0), size=1437, batch=128, steps=3)
-        tx = optax.adam(1e-3)
-        gradient, update = jax.jit(jax.grad(task.cost)), jax.jit(tx.update)
-        params, state, seen = task.params, tx.init(task.params), []
-        for i in range(3):
-            updates, state = update(gradient(params, task.data, rows[i], jax.random.key(0)), state)
+        task, tx = section7.problem(digits, 8, 3, seed=0), section7.optimizer("Adam")
+        params, state, seen, update = task.params, tx.init(task.params), [], jax.jit(tx.update)
+        for scale in (1.0, -2.0, 3.0):
+            updates, state = update(jax.tree.map(lambda p, scale=scale: scale * p, params), state, params)
             params = jax.tree.map(np.add, params, updates)
             seen.append(params)
-        weights = {"last": (0, 0, 1), "mean": (1, 1, 1), "average": (0.25, 0.5, 1)}
+        found = jax.jit(task.evaluate)(params, state, task.data)
         graph = nnx.split(mnist_mlp.MLP(64, 8, rngs=nnx.Rngs(0)), nnx.Param)[0]
-        for kind, parts in weights.items():
-            average: Any = jax.tree.map(lambda *p, parts=parts: np.average(p, 0, parts).astype(np.float32), *seen)
+        for kind, weights in {"last": (0, 0, 1), "mean": (1, 1, 1), "average": (0.25, 0.5, 1)}.items():
+            average: Any = jax.tree.map(lambda *p, w=weights: np.average(p, 0, w).astype(np.float32), *seen)
             expected = mnist_mlp.evaluate(
                 average, jnp.asarray(digits.test_images), jnp.asarray(digits.test_labels), graph=graph
             )
-            assert run.metrics[f"{kind}_cost"][0, 0] == pytest.approx(float(expected.cost), rel=1e-5)
+            assert float(found[f"{kind}_cost"]) == pytest.approx(float(expected.cost), rel=1e-5)
 
-    def test_claims_follow_the_numbers(self) -> None:
+
+class TestClaims:
+    def test_figure_1(self) -> None:
+        def panel(**costs: float) -> figure1.Panel:
+            labels = "Adam", "SGD, Nesterov", "AdaGrad", figure1.CONSTANT
+            return figure1.Panel("", {label: swept([2 * costs.get(label, 1.0), 0.0]) for label in labels})
+
+        faster = panel(AdaGrad=2.0, **{figure1.CONSTANT: 2.0})
+        slower, slow = panel(**{"SGD, Nesterov": 2.0}), panel(Adam=2.0)
+        held = figure1.claims(faster, slower, slower, undecided=False)
+        assert holds(held) == [True] * 7
+        assert "AdaGrad 2.0000 (0.0000)" in held[1].measured
+        between = panel(AdaGrad=1.5, **{figure1.CONSTANT: 1.5, "SGD, Nesterov": 2.0})
+        broken = figure1.claims(between, slower, panel(), undecided=False)
+        assert holds(broken) == [False, False, False, True, False, False, True]
+        assert holds(figure1.claims(slow, slow, slow, undecided=False))[3::3] == [False, False]
+        assert holds(figure1.claims(slow, slow, slow, undecided=True)) == [None] * 7
+
+    def test_figure_2(self) -> None:
+        def runs(**costs: float) -> list[figure2.Run]:
+            epochs = {name: [report.Epoch(1, cost, 0, 0, 0, 1, 1)] for name, cost in costs.items()}
+            return [figure2.Run(name, name, 0.1, 0.0, "constant", epochs=epochs[name]) for name in costs]
+
+        both = {0.5: runs(adam=1.0, adagrad=2.0, sgd=math.nan), 0.0: runs(adam=math.nan, adagrad=2.0)}
+        assert holds(figure2.claims(both, False)) == [True, False]
+        assert "adam 1.0000, adagrad 2.0000, sgd inf" in figure2.claims(both, True)[0].measured
+
+    def test_figure_3(self) -> None:
+        falling = 2.0 ** -np.arange(10.0)
+
+        def held(adagrad: Array, noisy: Array, below: float, quick: bool = False) -> list[bool | None]:
+            moments = {"root below eps": below, "below eps": 0.6}
+            plain = {
+                "Adam": swept(0.9 * falling, **moments),
+                "SGD, Nesterov": swept(falling),
+                "AdaGrad": swept(adagrad),
+            }
+            dropout = {"Adam": swept(noisy), "SGD, Nesterov": swept(falling), "AdaGrad": swept(falling**0.5)}
+            return holds(figure3.claims(figure3.Runs({}, plain, dropout), quick=quick))
+
+        # AdaGrad's square root is slow at first as well.
+        assert held(0.8 * falling**0.5, 0.9 * falling, 0.1) == [False, True, False, True]
+        fast_first = np.minimum(0.8 * falling**0.5, 0.4)
+        assert held(fast_first, 1.1 * falling, 0.6) == [True, True, True, False]
+        assert held(fast_first, 1.1 * falling, 0.6, quick=True) == [None] * 4
+
+    def test_figure_4(self) -> None:
+        shape = len(figure4.B1), len(figure4.B2), len(figure4.CORRECTED), len(figure4.RATES)
+        cost = np.full((*shape, 10), 100.0)
+        cost[:, 1, 1, 2, -1] = 90.0  # the best: corrected, 1 - β₂ small
+        cost[:, 2, 0, 3, 0] = np.inf
+
+        def held(cost: Array, quick: bool = False) -> list[bool | None]:
+            return holds(figure4.claims(swept(*cost.reshape(60, 10)), 1, Namespace(quick=quick)))
+
+        assert held(cost) == [True, True, True, True]
+        assert held(cost[:, :, ::-1]) == [False, False, False, False]
+        assert held(cost[:, ::-1]) == [False, True, True, True], "the first claim is about the largest β₂"
+        assert held(np.roll(cost, -1, 1)) == [False, True, False, True], "the third about the smallest"
+        late = cost[..., ::-1]
+        assert held(late) == [False, False, False, True], "it diverges late, and the best result is an early one"
+        assert held(cost, quick=True) == [None] * 4
+
+    def test_section_7(self) -> None:
         def runs(adamax: float, step: float, average: float) -> dict[str, Sweep]:
-            found: dict[str, Sweep] = {}
-            for label, cost in (("Adam", 1.0), ("AdaMax", adamax)):
-                numbers = {
-                    "last_cost": 1.0,
-                    "average_cost": average,
-                    "mean_cost": 1.0,
-                    "largest_step": step * section7.RATES[label],
-                }
-                accuracies = dict.fromkeys(("last_accuracy", "average_accuracy", "mean_accuracy"), 0.5)
-                metrics = {name: np.array([[value]]) for name, value in {**numbers, **accuracies}.items()}
-                found[label] = Sweep(label, {"rate": np.ones(1)}, np.array([[cost]]), metrics)
-            return found
+            names = (f"{kind}_{what}" for kind in section7.KINDS for what in ("cost", "accuracy"))
+            metrics = dict.fromkeys(names, 1.0) | {"average_cost": average}
+            return {
+                label: swept([cost], **metrics, largest_step=step * section7.RATES[label])
+                for label, cost in (("Adam", 1.0), ("AdaMax", adamax))
+            }
 
-        assert [claim.holds for claim in section7.claims(runs(1.0, 1.0, 0.9), False)] == [True] * 4
-        assert [claim.holds for claim in section7.claims(runs(2.0, 1.005, 1.1), False)] == [False] * 4
+        assert holds(section7.claims(runs(1.0, 1.0, 0.9), False)) == [True] * 4
+        assert holds(section7.claims(runs(2.0, 1.005, 1.1), False)) == [False] * 4
         assert "1.0050 α" in section7.claims(runs(2.0, 1.005, 1.1), True)[1].measured
-
-    def test_largest_step(self) -> None:
-        tx = section7.largest_step()
-        state = tx.init({})
-        for a, b in ((1.0, -3.0), (2.0, 0.5)):
-            updates = {"a": np.array([0.0, a], np.float32), "b": np.float32(b)}
-            passed, state = tx.update(updates, state)
-            assert passed is updates
-        assert isinstance(state, section7.Steps)
-        assert float(state.largest) == 3.0

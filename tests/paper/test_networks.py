@@ -1,7 +1,6 @@
-"""The surfaces and the networks: their arithmetic against NumPy, what they write and claim."""
+"""The surfaces and the networks: their arithmetic against NumPy, and what they write."""
 
 import math
-from argparse import Namespace
 from pathlib import Path
 
 import cnn
@@ -105,11 +104,6 @@ class TestCnn:
         np.testing.assert_allclose(cnn.test(model, images, labels), whole, rtol=1e-5)
 
 
-def runs(costs: Array, **metrics: Array) -> harness.Sweep:
-    """One run of a grid of one rate."""
-    return harness.Sweep("", {"rate": np.array([1.0])}, np.array([costs], np.float64), metrics)
-
-
 class TestFigure3:
     def test_a_quick_run_writes_figure_3(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         written = quick_figure(figure3, tmp_path)
@@ -144,12 +138,6 @@ class TestFigure3:
         expected = nnx.max_pool(x, (3, 3), (2, 2), "SAME")
         np.testing.assert_array_equal(np.asarray(figure3.max_pool(x)), np.asarray(expected))
 
-    def test_dropout_keeps_the_mean(self) -> None:
-        x = jnp.full((100, 100), 2.0)
-        found = np.asarray(figure3.dropout(x, 0.2, jax.random.key(0)))
-        assert set(np.unique(found)) == {0.0, 2.5}
-        assert (found == 0).mean() == pytest.approx(0.2, abs=0.02)
-
     @pytest.mark.parametrize("label", figure3.OPTIMIZERS)
     def test_training_is_that_of_the_harness(self, label: str) -> None:
         rng = np.random.default_rng(0)
@@ -181,26 +169,6 @@ class TestFigure3:
         assert found["root below eps"].item() == pytest.approx(1 / 4)
         assert found["below eps"].item() == pytest.approx(2 / 4)
 
-    def test_claims_of_figure_3_follow_the_costs(self) -> None:
-        falling = 2.0 ** -np.arange(10.0)
-        moments = {name: np.full((1, 10), value) for name, value in (("root below eps", 0.1), ("below eps", 0.6))}
-        paper = figure3.Runs(
-            {},
-            {
-                "Adam": runs(0.9 * falling, **moments),
-                "SGD, Nesterov": runs(falling),
-                "AdaGrad": runs(0.8 * falling**0.5),
-            },
-            {"Adam": runs(0.9 * falling), "SGD, Nesterov": runs(falling), "AdaGrad": runs(falling**0.5)},
-        )
-        # AdaGrad's square root is slow at first as well.
-        assert [claim.holds for claim in figure3.claims(paper, quick=False)] == [False, True, False, True]
-        paper.without["AdaGrad"] = runs(np.minimum(0.8 * falling**0.5, 0.4))
-        moments["root below eps"][:] = 0.6
-        paper.dropout["Adam"] = runs(1.1 * falling)
-        assert [claim.holds for claim in figure3.claims(paper, quick=False)] == [True, True, True, False]
-        assert [claim.holds for claim in figure3.claims(paper, quick=True)] == [None] * 4
-
 
 class TestFigure4:
     def test_the_script_writes_figure_4(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,17 +178,12 @@ class TestFigure4:
         (written,) = read_json(tmp_path / "figure4.json")["runs"]
         assert np.shape(written["costs"]) == (60, 2)
 
-    def test_uncorrected_moments_against_numpy(self) -> None:
-        b1, b2, eps = 0.9, 0.999, 1e-8
-        grads = random_gradients(20, 7)
-        m, v, expected = np.zeros(7), np.zeros(7), []
-        for g in grads.astype(np.float64):
-            m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
-            expected.append(-m / (np.sqrt(v) + eps))
+    def test_uncorrected_moments_lack_the_bias_weights(self) -> None:
+        b1, b2, t = 0.9, 0.999, np.arange(1.0, 21)[:, None]
         points = ({"b1": jnp.float32(b1), "b2": jnp.float32(b2), "corrected": jnp.float32(x)} for x in (0, 1))
         txs = *map(figure4.optimizer, points), adam_fn.adam(1.0, b1, b2)
-        raw, corrected, adam = trajectories(txs, grads, np.zeros(7))[1]
-        assert relative_error(raw, np.array(expected)) < 1e-5
+        raw, corrected, adam = trajectories(txs, random_gradients(20, 7), np.zeros(7))[1]
+        assert relative_error(raw, adam * (1 - b1**t) / np.sqrt(1 - b2**t)) < 1e-5
         assert relative_error(corrected, adam) < 1e-5
 
     def test_negative_bound_against_numpy(self) -> None:
@@ -244,35 +207,12 @@ class TestFigure4:
         assert found.item() == pytest.approx((divergence - likelihood).mean(), rel=1e-5)
 
     def test_losses_stand_where_the_grid_has_them(self) -> None:
-        first = [
-            1000 * figure4.B1.index(b1) + 100 * figure4.B2.index(b2) + 10 * corrected + figure4.RATES.index(rate)
-            for b1, b2, corrected, rate in zip(
-                *(figure4.GRID[name] for name in ("b1", "b2", "corrected", "rate")), strict=True
-            )
-        ]
-        costs = np.array([first, first, first], np.float64).T
+        weights = {"b1": 1.0, "b2": 1e2, "corrected": 1e4, "rate": 1e6}
+        first = sum(weight * np.array(figure4.GRID[name]) for name, weight in weights.items())
+        costs = np.stack([first] * 3, 1)
         costs[17, 1] = np.nan
         sweep = harness.Sweep("", {}, costs, {})
-        found = figure4.losses(sweep, 1)
-        assert found[1, 2, 1, 3] == 1213
-        assert found[0, 1, 0, 4] == 104
+        b1, b2, corrected, rate = np.ix_(figure4.B1, figure4.B2, figure4.CORRECTED, figure4.RATES)
+        np.testing.assert_allclose(figure4.losses(sweep, 1), b1 + 1e2 * b2 + 1e4 * corrected + 1e6 * rate)
         assert np.isinf(figure4.losses(sweep, 3).ravel()[17]), "what diverged once stays diverged"
         assert np.isfinite(figure4.losses(sweep, 3)).sum() == 59
-
-    def test_claims_of_figure_4_follow_the_losses(self) -> None:
-        shape = len(figure4.B1), len(figure4.B2), len(figure4.CORRECTED), len(figure4.RATES)
-        cost = np.full((*shape, 10), 100.0)
-        cost[:, 1, 1, 2, -1] = 90.0  # the best: corrected, 1 - β₂ small
-        cost[:, 2, 0, 3, 0] = np.inf
-
-        def holds(cost: Array, quick: bool = False) -> list[bool | None]:
-            sweep = harness.Sweep("", {}, cost.reshape(60, 10), {})
-            return [claim.holds for claim in figure4.claims(sweep, 1, Namespace(quick=quick))]
-
-        assert holds(cost) == [True, True, True, True]
-        assert holds(cost[:, :, ::-1]) == [False, False, False, False]
-        assert holds(cost[:, ::-1]) == [False, True, True, True], "the first claim is about the largest β₂"
-        assert holds(np.roll(cost, -1, 1)) == [False, True, False, True], "the third about the smallest"
-        late = cost[..., ::-1]
-        assert holds(late) == [False, False, False, True], "it diverges late, and the best result is an early one"
-        assert holds(cost, quick=True) == [None] * 4
