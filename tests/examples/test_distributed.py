@@ -1,5 +1,6 @@
 """Training on real processes: the course of one process, the end when one is lost, and the way on from there."""
 
+import functools
 import os
 import re
 import socket
@@ -116,46 +117,40 @@ def test_the_launcher_names_the_process_that_was_lost_and_ends_the_others(
 
 
 def test_rows_that_fill_up_the_test_images_do_not_count() -> None:
-    graph = nnx.graphdef(nnx.eval_shape(lambda: mnist_mlp.MLP(64, 8, rngs=nnx.Rngs(0))))
-    rng = np.random.default_rng(0)
-    sizes = {"hidden1": (64, 8), "hidden2": (8, 8), "out": (8, 10)}
-    params = {
-        name: {"kernel": jnp.asarray(rng.standard_normal(shape), jnp.float32), "bias": jnp.zeros(shape[1])}
-        for name, shape in sizes.items()
-    }
+    graph, params = nnx.split(mnist_mlp.MLP(64, 8, rngs=nnx.Rngs(0)), nnx.Param)
     images, labels = (jnp.asarray(x[:5]) for x in mnist.digits()[3:])
-    expected = mnist_mlp.evaluate(params, images, labels, graph=graph)
+    expected = mnist_mlp.evaluate(nnx.to_pure_dict(params), images, labels, graph=graph)
     filled = jnp.pad(images, [(0, 3), (0, 0)]), jnp.pad(labels, (0, 3), constant_values=-1)
-    np.testing.assert_allclose(distributed_mnist.evaluate(params, *filled, graph=graph), expected, rtol=1e-6)
+    found = distributed_mnist.evaluate(nnx.to_pure_dict(params), *filled, graph=graph)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_processes_with_other_options_data_or_checkpoints_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What they send one another differs where it matters, and only there."""
-    sent: list[int] = []
-    data = mnist.digits()
+    sent: list[np.uint32] = []
+    digits = mnist.digits()
+    job = ("--coordinator", "h:1", "--processes", "2", "--checkpoint", str(tmp_path), "--process")
 
-    def gather(x: np.uint32) -> np.ndarray:
-        sent.append(int(x))
-        return np.array([x, x])
+    def gather(own: np.uint32) -> np.ndarray:
+        """What the first process sent, and what this one sends."""
+        sent.append(own)
+        return np.array([sent[0], own])
 
-    def digest(*options: str, data: mnist.Dataset = data) -> int:
-        distributed_mnist.check_same(data, distributed_mnist.parse([*OPTIONS, *options]))
-        return sent[-1]
+    def check(*options: str, data: mnist.Dataset = digits) -> None:
+        distributed_mnist.check_same(data, distributed_mnist.parse([*OPTIONS, *job, *options]))
 
     monkeypatch.setattr(distributed_mnist.multihost_utils, "process_allgather", gather)
-    saved = ("--checkpoint", str(tmp_path))
-    assert digest() == digest("--out", "elsewhere")
-    a, b = (digest("--coordinator", "h:1", "--processes", "2", "--process", str(i)) for i in range(2))
-    assert a == b
-    others = [digest(), digest("--batch", "64"), digest(data=data._replace(name="another")), digest(*saved)]
+    check("0")
+    check("1", "--out", "elsewhere")
+    refused = functools.partial(pytest.raises, ValueError, match=r"processes \[1\] have other options or data")
+    with refused():
+        check("1", "--batch", "64")
+    with refused():
+        check("1", data=digits._replace(name="another"))
     (tmp_path / "3").mkdir()
-    others.append(digest(*saved))
-    assert len(set(others)) == 5
-    monkeypatch.setattr(distributed_mnist.multihost_utils, "process_allgather", lambda x: np.array([x, x + 1, x]))
-    with pytest.raises(ValueError, match=r"processes \[1\] have other options or data than process 0"):
-        digest()
+    with refused():
+        check("1")
 
 
 def test_a_step_that_fails_waits_for_the_runtime_to_name_the_lost_process(

@@ -3,16 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax.numpy as jnp
 import new_optimizer
-import numpy as np
 import pytest
 from new_optimizer import QHAdam
 from sybil import Document
 from sybil.parsers.myst import CodeBlockParser
-
-import adam_fn
-from adam_fn import Rate
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,17 +24,6 @@ def test_qhadam_follows_its_paper(monkeypatch: pytest.MonkeyPatch) -> None:
     assert new_optimizer.largest_error(100) < 1e-6
     monkeypatch.setattr(new_optimizer, "QHAdam", OneWeight)
     assert new_optimizer.largest_error(10) > 1e-2
-
-
-def test_without_its_own_terms_it_is_adam() -> None:
-    ours = adam_fn.transform(QHAdam(0.9, 0.99, 1.0, 1.0) >> Rate(1e-3))
-    adam = adam_fn.adam(1e-3, 0.9, 0.99)
-    params = jnp.zeros(64)
-    states = [ours.init(params), adam.init(params)]
-    for i in range(3):
-        grads = jnp.cos(jnp.arange(64.0) * (i + 1))
-        (a, states[0]), (b, states[1]) = ours.update(grads, states[0]), adam.update(grads, states[1])
-        np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
 def test_the_guide_shows_the_whole_file() -> None:
