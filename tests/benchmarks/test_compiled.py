@@ -1,11 +1,9 @@
 """What is read from compiled programs, and the limits that hold them; no compiler is needed."""
 
-import importlib.metadata
 import math
 import sys
 import types
 
-import compiled
 import jax
 import pytest
 import tables
@@ -194,12 +192,6 @@ def test_what_is_compiled() -> None:
     assert [math.prod(steps.GPT2["wte"]), workloads.size(steps.GPT2)] == [50257 * 768, 124_439_808]
     assert workloads.size(steps.llama(32)) == 6_738_415_616
     assert {*targets.GPUS} == {*limits.GPU}
-
-
-def test_requirements_are_pinned_to_what_is_installed() -> None:
-    jax_, optax = (importlib.metadata.version(name) for name in ("jax", "optax"))
-    assert compiled.requirements("tpu") == [f"jax[tpu]=={jax_}", f"optax=={optax}"]
-    assert f"jax-cuda12-plugin=={jax_}" in compiled.requirements("gpu")
 
 
 def test_the_documentation_shows_the_results(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,3 +74,13 @@ def test_index_names_every_page() -> None:
     trees = re.findall(r"^```{toctree}\n(.*?)^```", index, re.DOTALL | re.MULTILINE)
     assert listed == [line for tree in trees for line in tree.splitlines() if line and line[0] != ":"]
     assert {page.stem for page in PAGES} == {"index", *listed} - {"api/index"}
+
+
+def test_the_guide_to_a_new_optimizer_shows_the_whole_file() -> None:
+    def lines(text: str) -> list[str]:
+        return [line for line in text.splitlines() if line]
+
+    page = Document.parse(str(ROOT / "docs/new_optimizer.md"), CodeBlockParser("python", lambda example: None))
+    shown = "\n".join(example.parsed for example in page.examples())
+    file = lines((ROOT / "examples/new_optimizer.py").read_text())
+    assert lines(shown)[: len(file)] == file

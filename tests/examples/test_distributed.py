@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import chex
 import distributed_mnist
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import compiling
-from helpers.scripts import SERVER
+from helpers.scripts import SERVER, running
 from helpers.states import slots_of
 from loaders import mnist
 
@@ -56,24 +57,11 @@ def test_a_job_that_loses_a_process_ends_and_goes_on_as_one_process_would(
     each = ("--coordinator", coordinator, "--processes", "2", *saved)
     logs = [tmp_path / "process 0", tmp_path / "process 1"]
     job = [SERVER.Process(target=process, args=(log, *each, "--process", str(i))) for i, log in enumerate(logs)]
-    for log, run in zip(logs, job, strict=True):
-        log.touch()
-        run.start()
-    log = logs[0]
-    try:
-        deadline = time.monotonic() + 120
-        while "ZeRO-1 1/4:" not in log.read_text():
-            assert time.monotonic() < deadline, log.read_text()
-            assert all(run.is_alive() for run in job), log.read_text()
-            time.sleep(0.02)
+    with running(logs[0], "ZeRO-1 1/4:", 1, *job):
         job[1].kill()
         job[0].join(timeout=120)
         assert job[0].exitcode not in (None, 0)
-    finally:
-        for run in job:
-            run.kill()
-            run.join()
-    said = log.read_text()
+    said = logs[0].read_text()
     assert re.search(r"tasks are unhealthy[^\n]*:\n1\n", said), said
     assert "wrote" not in said
 
@@ -92,7 +80,7 @@ def test_a_job_that_loses_a_process_ends_and_goes_on_as_one_process_would(
     assert alone.run.step_costs[-1] < 0.9 * alone.run.step_costs[0]
     np.testing.assert_allclose(both.run.step_costs, alone.run.step_costs, rtol=3e-6)
     # After 44 steps of up to 1e-3 they differ by 3e-8.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), both.params, alone.params)
+    chex.assert_trees_all_close(both.params, alone.params, rtol=1e-5, atol=1e-6)
     state: Any = both.state
     moment = slots_of(state)["mu"]["hidden1"]["kernel"]
     assert moment.addressable_shards[0].data.size == moment.size // 8
