@@ -50,6 +50,21 @@ def flashoptim(x: Array, *, signed: bool) -> Array:
 
 EIGHT = [peers.dynamic(8, 7, signed=signed) for signed in (True, False)]
 FOUR = [peers.dynamic(4, 3, signed=True), [i / 16 for i in range(1, 17)]]
+
+
+def test_dynamic_maps() -> None:
+    """The maps of bitsandbytes, 8 bits, and torchao, 4: as published, by their counts and some of their values."""
+    signed, unsigned = map(np.array, EIGHT)
+    assert len(np.unique(signed)) == len(np.unique(unsigned)) == 256
+    np.testing.assert_allclose(-signed[:127], signed[254:127:-1], rtol=1e-15)  # Symmetric but for the 1.
+    np.testing.assert_allclose(signed[-2:], [0.99296875, 1], rtol=1e-15)
+    np.testing.assert_allclose(signed[127:131], [0, 5.5e-7, 3.25e-6, 7.75e-6])
+    np.testing.assert_allclose(unsigned[[0, 1, 2, -1]], [0, 3.25e-7, 7.75e-7, 1])
+    # Table 1 of arXiv 2309.01507 and torchao's list of 16.
+    positive = [0.0055, 0.0325, 0.0775, 0.2125, 0.4375, 0.6625, 0.8875]
+    np.testing.assert_allclose(FOUR[0], [*np.negative(positive[::-1]), 0, *positive, 1])
+
+
 STORED: dict[str, tuple[float, Callable[..., Array]]] = {
     "plain bfloat16": (4, lambda x, *, signed: np.asarray(jnp.asarray(x, jnp.bfloat16), float)),
     "bitsandbytes 8 bits": (2 + 8 / 256, functools.partial(nearest, 256, 0.0, EIGHT)),

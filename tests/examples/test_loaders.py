@@ -232,7 +232,7 @@ def with_last(content: bytes) -> tuple[Data, Files]:
 
 
 PIXELS = idx(np.zeros((2, 3), np.uint8))
-UNEVEN = {f"{part}_{name}": np.zeros(2, int) for part in ("train", "test") for name in imdb.Bags._fields}
+UNEVEN = {f"{part}_{name}": np.zeros(2 * (name == "indptr"), int) for part in PARTS for name in imdb.Bags._fields}
 REFUSED: list[tuple[Data, Files, str]] = [
     *(
         (MNIST, files | {name: damaged}, altered(name, files[name], damaged))

@@ -98,14 +98,14 @@ class TestMnistMlp:
         log.touch()
         for _ in range(KILLS):
             process = SERVER.Process(target=train, args=(digits, mnist_mlp.parse(saving), log))
-            with running(log, "accuracy", log.read_text().count("accuracy") + 1, process):
+            with running(log, "test accuracy", log.read_text().count("test accuracy") + 2, process):
                 time.sleep(chance.random() / 10)
             assert process.exitcode == -signal.SIGKILL
         capsys.readouterr()
         for last in (False, True):
             run = mnist_mlp.train(digits, "adam", mnist_mlp.parse(saving))
             resumed, *lines = capsys.readouterr().out.splitlines()
-            done = EPOCHS - sum("accuracy" in line for line in lines)
+            done = EPOCHS - sum("test accuracy" in line for line in lines)
             assert resumed == f"Adam: resumed from {tmp_path / 'run' / 'adam'} after epoch {done}/{EPOCHS}"
             assert (done == EPOCHS) == last
             assert run.step_costs == expected.step_costs
