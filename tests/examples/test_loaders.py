@@ -1,6 +1,5 @@
 """The examples' data sets: folders, the user's cache, downloads from servers on the loopback, and stand-ins."""
 
-import contextlib
 import gzip
 import hashlib
 import io
@@ -38,36 +37,6 @@ class Mirror(NamedTuple):
 Serve = Callable[..., Mirror]
 
 
-@contextlib.contextmanager
-def mirror(files: Files, cut: str = "") -> Iterator[Mirror]:
-    """A server of `files`; of the file `cut` only the first half arrives."""
-    fetched: list[str] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            name = self.path.removeprefix("/")
-            content = files.get(name, b"")
-            self.send_response(200 if name in files else 404)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            if self.command == "GET":
-                fetched.append(name)
-                self.wfile.write(content[: len(content) // 2] if name == cut else content)
-
-        def do_GET(self) -> None:
-            self.do_HEAD()
-
-        def log_message(self, format: str, *args: object) -> None:
-            """Say nothing."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield Mirror(f"http://127.0.0.1:{server.server_address[1]}/", fetched)
-        server.shutdown()
-        thread.join()
-
-
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No data but what a test names, and no proxy before the loopback."""
@@ -78,9 +47,37 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def serve() -> Iterator[Serve]:
-    """Starts mirrors, which the end of the test closes."""
-    with contextlib.ExitStack() as mirrors:
-        yield lambda *args: mirrors.enter_context(mirror(*args))
+    """Starts servers of some files; of the file `cut` only the first half arrives."""
+    servers: list[ThreadingHTTPServer] = []
+
+    def start(files: Files, cut: str = "") -> Mirror:
+        fetched: list[str] = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_HEAD(self) -> None:
+                name = self.path.removeprefix("/")
+                content = files.get(name, b"")
+                self.send_response(200 if name in files else 404)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                if self.command == "GET":
+                    fetched.append(name)
+                    self.wfile.write(content[: len(content) // 2] if name == cut else content)
+
+            def do_GET(self) -> None:
+                self.do_HEAD()
+
+            def log_message(self, format: str, *args: object) -> None:
+                """Say nothing."""
+
+        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=servers[-1].serve_forever, kwargs={"poll_interval": 0.01}).start()
+        return Mirror(f"http://127.0.0.1:{servers[-1].server_address[1]}/", fetched)
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
 
 
 def sha256(content: bytes) -> str:
