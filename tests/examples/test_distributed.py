@@ -6,6 +6,7 @@ import re
 import socket
 import sys
 import time
+import unittest.mock
 from pathlib import Path
 from typing import Any
 
@@ -145,19 +146,13 @@ def test_a_step_that_fails_waits_for_the_runtime_to_name_the_lost_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     waited: list[float] = []
-
-    def fail(*_: object) -> None:
-        raise jax.errors.JaxRuntimeError("connection closed by peer")
-
-    monkeypatch.setattr(distributed_mnist, "train", fail)
+    error = jax.errors.JaxRuntimeError("connection closed by peer")
+    monkeypatch.setattr(distributed_mnist, "train", unittest.mock.Mock(side_effect=error))
+    monkeypatch.setattr(distributed_mnist, "check_same", unittest.mock.Mock())
     monkeypatch.setattr(time, "sleep", waited.append)
-    options = [*OPTIONS, "--out", str(tmp_path)]
-    with pytest.raises(jax.errors.JaxRuntimeError):
-        distributed_mnist.main(options)
-    assert not waited  # There is no other process.
-    monkeypatch.setattr(distributed_mnist, "check_same", lambda *_: None)
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(jax.errors.JaxRuntimeError):
-        distributed_mnist.main(options)
-    assert waited == [12]
+    for processes, waits in ((1, []), (2, [12])):  # Alone there is none to be lost.
+        monkeypatch.setattr(jax, "process_count", unittest.mock.Mock(return_value=processes))
+        with pytest.raises(jax.errors.JaxRuntimeError):
+            distributed_mnist.main([*OPTIONS, "--out", str(tmp_path)])
+        assert waited == waits
     assert "error: process 0 of 2: connection closed by peer" in capsys.readouterr().err
