@@ -1,7 +1,9 @@
 """The storages that the benchmark emulates are those that the other libraries publish; ours keep to the bars."""
 
+import functools
 import pathlib
 import sys
+from collections.abc import Callable, Sequence
 
 import codes
 import jax
@@ -13,14 +15,13 @@ from emulation import peers
 from measure import scripts
 
 Array = npt.NDArray[np.float64]
-PEERS = {peer.name: peer for peer in peers.peers()}
 
 
 def values(*, signed: bool) -> Array:
-    """Normal numbers with zeros and a row of them; squares if unsigned."""
+    """Normal numbers with zeros, a row of them and one of tiny numbers; squares if unsigned."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((8, 256)) * np.exp(0.7 * rng.standard_normal((8, 256))) * (rng.random((8, 256)) > 0.05)
-    x[3] = 0
+    x[3], x[4] = 0, 1e-9 * x[4]
     return x if signed else x * x
 
 
@@ -30,69 +31,56 @@ def stored(moment: peers.Moment, x: Array) -> Array:
         return np.asarray(jax.jit(moment.stored)(jnp.asarray(x)))
 
 
+def nearest(group: int, floor: float, tables: Sequence[Sequence[float]], x: Array, *, signed: bool) -> Array:
+    """The nearest value of a table, in units of the largest magnitude of a block."""
+    blocks, table = x.reshape(-1, group), np.array(tables[not signed])
+    scale = np.maximum(np.abs(blocks).max(-1, keepdims=True), floor)
+    z = blocks / np.where(scale > 0, scale, 1)
+    return table[np.abs(table - z[..., None]).argmin(-1)] * np.float64(np.float32(scale))
+
+
+def flashoptim(x: Array, *, signed: bool) -> Array:
+    """2z/(1 + |z|) in 127 codes a side, or √v in 256, with scales in float16."""
+    blocks = (x if signed else np.sqrt(x)).reshape(-1, 32)
+    scale = np.maximum(np.abs(blocks).max(-1, keepdims=True), 1e-12)
+    z, rounded = blocks / scale, np.float64(np.float16(scale))
+    y = np.round(127 * 2 * z / (1 + np.abs(z))) / 127
+    return y / (2 - np.abs(y)) * rounded if signed else (np.round(255 * z) / 255 * rounded) ** 2
+
+
+EIGHT = [peers.dynamic(8, 7, signed=signed) for signed in (True, False)]
+FOUR = [peers.dynamic(4, 3, signed=True), [i / 16 for i in range(1, 17)]]
+
+
 def test_dynamic_maps() -> None:
     """The maps of bitsandbytes, 8 bits, and torchao, 4: as published, by their counts and some of their values."""
-    signed, unsigned, four = (np.array(peers.dynamic(*sizes, signed=sign)) for sizes, sign in
-                              (((8, 7), True), ((8, 7), False), ((4, 3), True)))  # fmt: skip
-    for table, count in ((signed, 256), (unsigned, 256), (four, 16)):
-        assert len(set(table)) == count
-        assert (np.diff(table) > 0).all()
-        assert {0.0, 1.0} <= set(table)
+    signed, unsigned = map(np.array, EIGHT)
+    assert len(np.unique(signed)) == len(np.unique(unsigned)) == 256
     np.testing.assert_allclose(-signed[:127], signed[254:127:-1], rtol=1e-15)  # Symmetric but for the 1.
-    assert signed[0] > -1 < four[0]
     np.testing.assert_allclose(signed[-2:], [0.99296875, 1], rtol=1e-15)
-    np.testing.assert_allclose(signed[128:131], [5.5e-7, 3.25e-6, 7.75e-6])
-    assert unsigned[0] == 0
-    np.testing.assert_allclose(unsigned[1:3], [3.25e-7, 7.75e-7])
+    np.testing.assert_allclose(signed[127:131], [0, 5.5e-7, 3.25e-6, 7.75e-6])
+    np.testing.assert_allclose(unsigned[[0, 1, 2, -1]], [0, 3.25e-7, 7.75e-7, 1])
     # Table 1 of arXiv 2309.01507 and torchao's list of 16.
     positive = [0.0055, 0.0325, 0.0775, 0.2125, 0.4375, 0.6625, 0.8875]
-    np.testing.assert_allclose(four, [*np.negative(positive[::-1]), 0, *positive, 1])
+    np.testing.assert_allclose(FOUR[0], [*np.negative(positive[::-1]), 0, *positive, 1])
 
 
-def test_tables_round_to_the_nearest() -> None:
-    z, signed = np.random.default_rng(0).uniform(-1, 1, 999), np.array(peers.dynamic(8, 7, signed=True))
-    with jax.enable_x64(True):
-        found = peers.table([*signed[::-1]])(jnp.asarray(z))
-    np.testing.assert_allclose(found, signed[np.abs(signed - z[:, None]).argmin(1)], rtol=1e-15)
+STORED: dict[str, tuple[float, Callable[..., Array]]] = {
+    "plain bfloat16": (4, lambda x, *, signed: np.asarray(jnp.asarray(x, jnp.bfloat16), float)),
+    "bitsandbytes 8 bits": (2 + 8 / 256, functools.partial(nearest, 256, 0.0, EIGHT)),
+    "torchao 8 bits": (2 + 8 / 256, functools.partial(nearest, 256, 1e-12, EIGHT)),
+    "torchao 4 bits": (1 + 8 / 128, functools.partial(nearest, 128, 1e-12, FOUR)),
+    "FlashOptim 8 bits": (2.125, flashoptim),
+}
 
 
-def test_peers_bytes() -> None:
-    assert {name: peer.mu.bytes + peer.nu.bytes for name, peer in PEERS.items()} == {
-        "plain bfloat16": 4,
-        "bitsandbytes 8 bits": 2 + 8 / 256,
-        "torchao 8 bits": 2 + 8 / 256,
-        "torchao 4 bits": 1 + 8 / 128,
-        "FlashOptim 8 bits": 2.125,
-    }
-
-
-def test_flashoptim() -> None:
-    """Its formulas 2z/(1 + |z|) and √v, with scales in float16."""
-    m, v, flash = values(signed=True), values(signed=False), PEERS["FlashOptim 8 bits"]
-    groups = m.reshape(8, 8, 32)
-    scale = np.maximum(np.abs(groups).max(-1, keepdims=True), 1e-12)
-    y = np.round(127 * 2 * groups / scale / (1 + np.abs(groups / scale))) / 127
-    decoded = y / (2 - np.abs(y)) * np.float64(np.float16(scale))
-    np.testing.assert_allclose(stored(flash.mu, m), decoded.reshape(m.shape), rtol=1e-12)
-    groups = np.sqrt(v.reshape(8, 8, 32))
-    scale = np.maximum(groups.max(-1, keepdims=True), 1e-12)
-    decoded = (np.round(255 * groups / scale) / 255 * np.float64(np.float16(scale))) ** 2
-    np.testing.assert_allclose(stored(flash.nu, v), decoded.reshape(v.shape), rtol=1e-12)
-    assert (stored(flash.nu, v * 1e-18) == 0).all(), "float16 scales underflow"
-
-
-@pytest.mark.parametrize(("name", "group"), [("bitsandbytes 8 bits", 256), ("torchao 4 bits", 128)])
-def test_the_largest_of_a_block_is_kept(name: str, group: int) -> None:
-    v = values(signed=False)
-    decoded, largest = (x.reshape(-1, group).max(-1) for x in (stored(PEERS[name].nu, v), v))
-    np.testing.assert_allclose(decoded, largest, rtol=1e-7, atol=1e-12)  # 1e-12 is torchao's least scale.
-
-
-def test_plain_bfloat16() -> None:
-    m = values(signed=True)
-    np.testing.assert_array_equal(
-        stored(PEERS["plain bfloat16"].mu, m), np.asarray(jnp.asarray(m, jnp.bfloat16), float)
-    )
+@pytest.mark.parametrize("peer", peers.peers(), ids=lambda peer: peer.name)
+def test_moments_are_stored_as_published(peer: peers.Peer) -> None:
+    size, expected = STORED[peer.name]
+    assert peer.mu.bytes + peer.nu.bytes == size
+    for moment, signed in ((peer.mu, True), (peer.nu, False)):
+        x = values(signed=signed)
+        np.testing.assert_allclose(stored(moment, x), expected(x, signed=signed).reshape(x.shape), rtol=1e-12)
 
 
 def test_emulated_adam_is_that_of_numpy() -> None:
@@ -108,14 +96,6 @@ def test_emulated_adam_is_that_of_numpy() -> None:
         expected = m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
         np.testing.assert_allclose(found[t - 1], expected, rtol=1e-12)
         m = stored(coarse, m)
-
-
-def test_a_peer_that_keeps_everything_is_exact() -> None:
-    """The measures of no error."""
-    scenario = next(own for own in codes.scenarios(codes.QUICK) if own.name == "sparse")
-    (row,) = codes.compared([codes.emulated(peers.Peer("exact", peers.EXACT, peers.EXACT))], scenario, codes.QUICK)
-    assert row == {"storage": "exact", "bytes": 16, "ours": False, "scenario": "sparse", "case": ""} | row
-    np.testing.assert_allclose([row["error"], row["rms"], row["largest"]], [0, 1, 1], atol=1e-6)
 
 
 def test_misses_lists_every_bar_that_is_not_kept() -> None:

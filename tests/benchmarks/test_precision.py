@@ -2,10 +2,8 @@
 
 import dataclasses
 import pathlib
-import types
-import typing
+import unittest.mock
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,44 +17,30 @@ TEXT = char_model.split(shakespeare.Text(np.random.default_rng(0).integers(0, 10
 MODEL = dataclasses.replace(char_model.TINY, vocabulary=TEXT.vocabulary)
 
 
-def _flax_logits(params: char_model.Params, tokens: jax.Array) -> jax.Array:
-    """The same network of flax's layers, block by block."""
-    width, time = MODEL.width, tokens.shape[1]
+def expected_logits(params: char_model.Params, tokens: jax.Array) -> jax.Array:
+    """The same network of JAX's own layers, block by block."""
 
     def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
-        found = nn.LayerNorm(epsilon=1e-5, use_bias=False).apply({"params": {"scale": scale}}, x)
-        return typing.cast(jax.Array, found)
+        return jax.nn.standardize(x, epsilon=1e-5) * scale[None, None]
 
-    def attention(x: jax.Array, qkv: jax.Array, out: jax.Array) -> jax.Array:
-        heads = (width, MODEL.heads, width // MODEL.heads)
-        names = ("query", "key", "value")
-        kernels = {
-            name: {"kernel": part.reshape(heads)} for name, part in zip(names, jnp.split(qkv, 3, 1), strict=True)
-        }
-        kernels["out"] = {"kernel": out.reshape(*heads[1:], width)}
-        layer = nn.MultiHeadDotProductAttention(MODEL.heads, use_bias=False)
-        return typing.cast(jax.Array, layer.apply({"params": kernels}, x, mask=nn.make_causal_mask(tokens)))
-
-    x = params["embedding"][tokens] + params["positions"][None, :time]
+    x = params["embedding"][tokens] + params["positions"][None, : tokens.shape[1]]
     for block in range(MODEL.blocks):
         own = {name: params[f"block{block}.{name}"] for name in ("norm1", "qkv", "out", "norm2", "up", "down")}
-        x = x + attention(norm(x, own["norm1"]), own["qkv"], own["out"])
-        x = x + nn.gelu(norm(x, own["norm2"]) @ own["up"]) @ own["down"]
+        parts = jnp.split(norm(x, own["norm1"]) @ own["qkv"], 3, -1)
+        q, k, v = (part.reshape(*tokens.shape, MODEL.heads, -1) for part in parts)
+        x = x + jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape) @ own["out"]
+        x = x + jax.nn.gelu(norm(x, own["norm2"]) @ own["up"]) @ own["down"]
     return norm(x, params["norm"]) @ params["head"].T
 
 
-def test_the_transformer_is_flax_s() -> None:
-    params = MODEL.init(0)
+def test_the_transformer_is_that_of_jax_s_layers() -> None:
     random = np.random.default_rng(1)
-    params = {name: leaf + jnp.array(random.normal(0, 0.2, leaf.shape), jnp.float32) for name, leaf in params.items()}
+    params = {name: leaf + 0.2 * random.standard_normal(leaf.shape) for name, leaf in MODEL.init(0).items()}
     tokens = char_model.sample(jnp.array(TEXT.train), 0, 0, 3, MODEL.context)[:, :-1]
-    expected = jax.jit(_flax_logits)(params, tokens).reshape(-1, TEXT.vocabulary)
+    expected = jax.jit(expected_logits)(params, tokens).reshape(-1, TEXT.vocabulary)
     np.testing.assert_allclose(jax.jit(MODEL.logits)(params, tokens), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_the_model_has_the_stated_number_of_parameters() -> None:
     assert char_model.Model().parameters == 1_017_472
-    assert MODEL.parameters == sum(leaf.size for leaf in MODEL.init(0).values())
+    assert MODEL.parameters == sum(leaf.size for leaf in params.values())
 
 
 def test_split_and_windows() -> None:
@@ -82,7 +66,6 @@ def test_recorded_gradients() -> None:
 
 
 def test_characters() -> None:
-    """The losses of a batch and of the validation part are numbers; the training itself would be slow here."""
     workload = precision.characters(quick=True, text=TEXT)
     params = jax.eval_shape(lambda: workload.init(0))
     batch = jax.eval_shape(workload.batch, workload.data, jnp.int32(0), jnp.int32(0))
@@ -111,27 +94,23 @@ def test_runs_are_kept(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) 
     precision.plot(path)
     assert path.with_suffix(".png").stat().st_size > 10_000
 
-    made = list[str]()
-
-    def instead(workload: precision.Workload, configuration: precision.Configuration) -> object:
-        made.append(configuration.dtype)
-        return types.SimpleNamespace(run=lambda seed: (None, {"loss": 0.0}))
-
-    monkeypatch.setattr(precision, "Program", instead)
+    program = unittest.mock.Mock()
+    program.return_value.run.return_value = None, {"loss": 0.0}
+    monkeypatch.setattr(precision, "Program", program)
     for seeds, again, new, kept in ((1, False, 0, 2), (2, False, 2, 4), (1, True, 2, 4)):
-        made.clear()
+        program.reset_mock()
         precision.measure(digits, LABELS, seeds, path, again)
-        assert (len(made), len(scripts.read(path)["runs"])) == (new, kept)
+        assert (program.call_count, len(scripts.read(path)["runs"])) == (new, kept)
     fewer = dataclasses.replace(digits, settings=dataclasses.replace(digits.settings, steps=24))
     precision.measure(fewer, LABELS[:1], 1, path)
     assert len(scripts.read(path)["runs"]) == 1
 
 
 def test_selected() -> None:
-    assert scripts.selected(precision.CONFIGURATIONS, ["bfloat16"]) == ["bfloat16"]
-    assert scripts.selected(precision.CONFIGURATIONS, ["24-bit", "6-bit s"]) == [
-        label for label in precision.CONFIGURATIONS if "24-bit" in label or "6-bit s" in label
-    ]
-    assert scripts.selected(precision.CONFIGURATIONS, []) == list(precision.CONFIGURATIONS)
+    labels = list(precision.CONFIGURATIONS)
+    assert scripts.selected(labels, ["bfloat16"]) == ["bfloat16"]
+    both = [label for label in labels if "24-bit" in label or "6-bit s" in label]
+    assert scripts.selected(labels, ["24-bit", "6-bit s"]) == both
+    assert scripts.selected(labels, []) == labels
     with pytest.raises(SystemExit, match="nothing is named nowhere"):
-        scripts.selected(precision.CONFIGURATIONS, ["nowhere"])
+        scripts.selected(labels, ["nowhere"])

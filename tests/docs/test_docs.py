@@ -13,6 +13,7 @@ from sybil.parsers.myst import CodeBlockParser
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 OTHERS = [ROOT / "README.md", ROOT / "examples/README.md", ROOT / "CONTRIBUTING.md"]
+EVERY_PAGE = pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=lambda page: str(page.relative_to(ROOT)))
 
 
 class Printed:
@@ -41,7 +42,7 @@ def _anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=lambda page: str(page.relative_to(ROOT)))
+@EVERY_PAGE
 def test_code_runs_and_prints_what_is_shown(page: Path) -> None:
     """The blocks of a page in order, in one namespace."""
     printed = Printed()
@@ -52,7 +53,7 @@ def test_code_runs_and_prints_what_is_shown(page: Path) -> None:
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=lambda page: str(page.relative_to(ROOT)))
+@EVERY_PAGE
 def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -73,3 +74,13 @@ def test_index_names_every_page() -> None:
     trees = re.findall(r"^```{toctree}\n(.*?)^```", index, re.DOTALL | re.MULTILINE)
     assert listed == [line for tree in trees for line in tree.splitlines() if line and line[0] != ":"]
     assert {page.stem for page in PAGES} == {"index", *listed} - {"api/index"}
+
+
+def test_the_guide_to_a_new_optimizer_shows_the_whole_file() -> None:
+    def lines(text: str) -> list[str]:
+        return [line for line in text.splitlines() if line]
+
+    page = Document.parse(str(ROOT / "docs/new_optimizer.md"), CodeBlockParser("python", lambda example: None))
+    shown = "\n".join(example.parsed for example in page.examples())
+    file = lines((ROOT / "examples/new_optimizer.py").read_text())
+    assert lines(shown)[: len(file)] == file

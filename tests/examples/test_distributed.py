@@ -1,13 +1,16 @@
 """Training on real processes: the course of one process, the end when one is lost, and the way on from there."""
 
+import functools
 import os
 import re
 import socket
 import sys
 import time
+import unittest.mock
 from pathlib import Path
 from typing import Any
 
+import chex
 import distributed_mnist
 import jax
 import jax.numpy as jnp
@@ -16,7 +19,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import compiling
-from helpers.scripts import SERVER
+from helpers.scripts import SERVER, running
 from helpers.states import slots_of
 from loaders import mnist
 
@@ -55,24 +58,11 @@ def test_a_job_that_loses_a_process_ends_and_goes_on_as_one_process_would(
     each = ("--coordinator", coordinator, "--processes", "2", *saved)
     logs = [tmp_path / "process 0", tmp_path / "process 1"]
     job = [SERVER.Process(target=process, args=(log, *each, "--process", str(i))) for i, log in enumerate(logs)]
-    for log, run in zip(logs, job, strict=True):
-        log.touch()
-        run.start()
-    log = logs[0]
-    try:
-        deadline = time.monotonic() + 120
-        while "ZeRO-1 1/4:" not in log.read_text():
-            assert time.monotonic() < deadline, log.read_text()
-            assert all(run.is_alive() for run in job), log.read_text()
-            time.sleep(0.02)
+    with running(logs[0], "ZeRO-1 1/4:", 1, *job):
         job[1].kill()
         job[0].join(timeout=120)
         assert job[0].exitcode not in (None, 0)
-    finally:
-        for run in job:
-            run.kill()
-            run.join()
-    said = log.read_text()
+    said = logs[0].read_text()
     assert re.search(r"tasks are unhealthy[^\n]*:\n1\n", said), said
     assert "wrote" not in said
 
@@ -91,7 +81,7 @@ def test_a_job_that_loses_a_process_ends_and_goes_on_as_one_process_would(
     assert alone.run.step_costs[-1] < 0.9 * alone.run.step_costs[0]
     np.testing.assert_allclose(both.run.step_costs, alone.run.step_costs, rtol=3e-6)
     # After 44 steps of up to 1e-3 they differ by 3e-8.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), both.params, alone.params)
+    chex.assert_trees_all_close(both.params, alone.params, rtol=1e-5, atol=1e-6)
     state: Any = both.state
     moment = slots_of(state)["mu"]["hidden1"]["kernel"]
     assert moment.addressable_shards[0].data.size == moment.size // 8
@@ -116,65 +106,53 @@ def test_the_launcher_names_the_process_that_was_lost_and_ends_the_others(
 
 
 def test_rows_that_fill_up_the_test_images_do_not_count() -> None:
-    graph = nnx.graphdef(nnx.eval_shape(lambda: mnist_mlp.MLP(64, 8, rngs=nnx.Rngs(0))))
-    rng = np.random.default_rng(0)
-    sizes = {"hidden1": (64, 8), "hidden2": (8, 8), "out": (8, 10)}
-    params = {
-        name: {"kernel": jnp.asarray(rng.standard_normal(shape), jnp.float32), "bias": jnp.zeros(shape[1])}
-        for name, shape in sizes.items()
-    }
+    graph, params = nnx.split(mnist_mlp.MLP(64, 8, rngs=nnx.Rngs(0)), nnx.Param)
     images, labels = (jnp.asarray(x[:5]) for x in mnist.digits()[3:])
-    expected = mnist_mlp.evaluate(params, images, labels, graph=graph)
+    expected = mnist_mlp.evaluate(nnx.to_pure_dict(params), images, labels, graph=graph)
     filled = jnp.pad(images, [(0, 3), (0, 0)]), jnp.pad(labels, (0, 3), constant_values=-1)
-    np.testing.assert_allclose(distributed_mnist.evaluate(params, *filled, graph=graph), expected, rtol=1e-6)
+    found = distributed_mnist.evaluate(nnx.to_pure_dict(params), *filled, graph=graph)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_processes_with_other_options_data_or_checkpoints_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What they send one another differs where it matters, and only there."""
-    sent: list[int] = []
-    data = mnist.digits()
+    sent: list[np.uint32] = []
+    digits = mnist.digits()
+    job = ("--coordinator", "h:1", "--processes", "2", "--checkpoint", str(tmp_path), "--process")
 
-    def gather(x: np.uint32) -> np.ndarray:
-        sent.append(int(x))
-        return np.array([x, x])
+    def gather(own: np.uint32) -> np.ndarray:
+        """What the first process sent, and what this one sends."""
+        sent.append(own)
+        return np.array([sent[0], own])
 
-    def digest(*options: str, data: mnist.Dataset = data) -> int:
-        distributed_mnist.check_same(data, distributed_mnist.parse([*OPTIONS, *options]))
-        return sent[-1]
+    def check(*options: str, data: mnist.Dataset = digits) -> None:
+        distributed_mnist.check_same(data, distributed_mnist.parse([*OPTIONS, *job, *options]))
 
     monkeypatch.setattr(distributed_mnist.multihost_utils, "process_allgather", gather)
-    saved = ("--checkpoint", str(tmp_path))
-    assert digest() == digest("--out", "elsewhere")
-    a, b = (digest("--coordinator", "h:1", "--processes", "2", "--process", str(i)) for i in range(2))
-    assert a == b
-    others = [digest(), digest("--batch", "64"), digest(data=data._replace(name="another")), digest(*saved)]
+    check("0")
+    check("1", "--out", "elsewhere")
+    refused = functools.partial(pytest.raises, ValueError, match=r"processes \[1\] have other options or data")
+    with refused():
+        check("1", "--batch", "64")
+    with refused():
+        check("1", data=digits._replace(name="another"))
     (tmp_path / "3").mkdir()
-    others.append(digest(*saved))
-    assert len(set(others)) == 5
-    monkeypatch.setattr(distributed_mnist.multihost_utils, "process_allgather", lambda x: np.array([x, x + 1, x]))
-    with pytest.raises(ValueError, match=r"processes \[1\] have other options or data than process 0"):
-        digest()
+    with refused():
+        check("1")
 
 
 def test_a_step_that_fails_waits_for_the_runtime_to_name_the_lost_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     waited: list[float] = []
-
-    def fail(*_: object) -> None:
-        raise jax.errors.JaxRuntimeError("connection closed by peer")
-
-    monkeypatch.setattr(distributed_mnist, "train", fail)
+    error = jax.errors.JaxRuntimeError("connection closed by peer")
+    monkeypatch.setattr(distributed_mnist, "train", unittest.mock.Mock(side_effect=error))
+    monkeypatch.setattr(distributed_mnist, "check_same", unittest.mock.Mock())
     monkeypatch.setattr(time, "sleep", waited.append)
-    options = [*OPTIONS, "--out", str(tmp_path)]
-    with pytest.raises(jax.errors.JaxRuntimeError):
-        distributed_mnist.main(options)
-    assert not waited  # There is no other process.
-    monkeypatch.setattr(distributed_mnist, "check_same", lambda *_: None)
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(jax.errors.JaxRuntimeError):
-        distributed_mnist.main(options)
-    assert waited == [12]
+    for processes, waits in ((1, []), (2, [12])):  # Alone there is none to be lost.
+        monkeypatch.setattr(jax, "process_count", unittest.mock.Mock(return_value=processes))
+        with pytest.raises(jax.errors.JaxRuntimeError):
+            distributed_mnist.main([*OPTIONS, "--out", str(tmp_path)])
+        assert waited == waits
     assert "error: process 0 of 2: connection closed by peer" in capsys.readouterr().err

@@ -1,9 +1,13 @@
 """Running a script as its users do, and reading what it wrote."""
 
+import contextlib
 import json
 import multiprocessing
 import runpy
 import sys
+import time
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -28,6 +32,23 @@ def script(name: str, *options: str) -> None:
         patch.setattr(sys, "path", [str(path.parent), *elsewhere])
         patch.setattr(sys, "argv", [name, *options])
         runpy.run_path(str(path), run_name="__main__")
+
+
+@contextlib.contextmanager
+def running(log: Path, text: str, times: int, *processes: BaseProcess) -> Iterator[None]:
+    """Starts the processes, waits until the log says the text so many times, and kills them at the end."""
+    try:
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + 120
+        while not log.exists() or log.read_text().count(text) < times:
+            assert time.monotonic() < deadline and all(process.is_alive() for process in processes), log.read_text()
+            time.sleep(0.01)
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
 
 
 def read_json(path: Path) -> dict[str, Any]:
