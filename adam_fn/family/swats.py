@@ -165,14 +165,14 @@ def _either(
 
 @_either.defjvp
 def _either_jvp(write: bool, primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]) -> tuple[PyTree, PyTree]:
-    """Differentiates `jax.lax.cond` instead: a while loop has no reverse-mode derivative."""
+    """Differentiates a choice between both steps instead: a while loop has no reverse-mode derivative.
+
+    `jax.lax.cond` would have none where a function of a `vmap` is differentiated: its batching rule stops gradients.
+    """
 
     def either(definition: Definition, rule: Adam, alpha: jax.Array, tolerance: ArrayLike, call: _Call) -> PyTree:
-        return jax.lax.cond(
-            call.state.switched,
-            lambda: _sgd(write, definition, rule, alpha, call),
-            lambda: _adam(write, definition, rule, alpha, tolerance, call),
-        )
+        sgd, adam = _sgd(write, definition, rule, alpha, call), _adam(write, definition, rule, alpha, tolerance, call)
+        return jax.tree.map(functools.partial(jnp.where, call.state.switched), sgd, adam)
 
     return jax.jvp(either, primals, tangents)
 
@@ -197,7 +197,7 @@ def _sgd(write: bool, definition: Definition, rule: Adam, alpha: jax.Array, call
     grads, state, params, _ = call
     codecs = tuple((name, codec) for name, codec in definition.codecs if name == "mu")
     sgd = Update(dataclasses.replace(definition, rule=Momentum(rule.b1) >> Rate(0.0), codecs=codecs))
-    # `adam_rate` is not 0 after the switch; but `vmap` runs both branches, and derivatives pass through both.
+    # `adam_rate` is not 0 after the switch; but `vmap` and derivatives compute this step before it as well.
     switched_at = jnp.where(state.switched, state.adam_rate, 1)
     memory, own = definition.form.read(state.adam), sgd.definition.form
     before = own.made(Memory((memory.steps, None), (), {"mu": memory.slots["mu"]}))
