@@ -24,7 +24,8 @@ from adam_fn import Group, backward, masks
 LAYERS, WIDTH, HIDDEN, BATCH, WORDS = 4, 8, 16, 8, 11
 
 
-def init(dtype: Any = jnp.float32, *, index: bool = True) -> Any:
+def init(dtype: Any = jnp.float32, *, index: bool = False, turn: bool = False) -> Any:
+    """The parameters; on request with an index of each layer, which is not trained, or with a complex leaf."""
     rng = np.random.default_rng(0)
 
     def normal(*shape: int) -> jax.Array:
@@ -32,6 +33,7 @@ def init(dtype: Any = jnp.float32, *, index: bool = True) -> Any:
 
     layers = {"w1": normal(LAYERS, WIDTH, HIDDEN), "b": normal(LAYERS, HIDDEN), "w2": normal(LAYERS, HIDDEN, WIDTH)}
     layers |= {"index": jnp.arange(LAYERS)} if index else {}
+    layers |= {"turn": jnp.exp(1j * normal(LAYERS, WIDTH))} if turn else {}
     return {"embed": normal(WORDS, WIDTH), "layers": layers, "norm": jnp.ones(WIDTH, dtype)}
 
 
@@ -41,6 +43,7 @@ def embed(params: Any, batch: Any) -> Any:
 
 def layer(p: Any, h: Any, batch: Any) -> Any:
     scale = 1 + 0.1 * p["index"].astype(h.dtype) if "index" in p else 1
+    h = (h * p["turn"][None]).real if "turn" in p else h
     return h + jax.nn.gelu(h @ p["w1"] + p["b"][None]) @ p["w2"] * scale
 
 
@@ -77,18 +80,6 @@ def ordinary(tx: Any, jit: Any = jax.jit) -> Callable[..., Any]:
     return jit(step)
 
 
-def one_step(step: Any, tx: Any, params: Any, whole: Callable[[Any, Any], Any]) -> Any:
-    """The result of a step and that of an ordinary one, whose loss is of the whole model."""
-
-    @jax.jit
-    def both(params: Any, batch: Any) -> Any:
-        state = tx.init(params)
-        value, grads = jax.value_and_grad(whole)(params, batch)
-        return step(params, state, batch), (value, *adam_fn.make_step(tx)(params, state, grads))
-
-    return both(params, BATCHES[0])
-
-
 def labels(params: Any) -> Any:
     return jax.tree.map(lambda chosen: "w1" if chosen else "rest", masks.path("layers/w1")(params))
 
@@ -116,6 +107,7 @@ SAME: dict[str, Any] = {
     ),
     "a partition": optax.partition({"w1": adam_fn.lion(1e-3), "rest": adam_fn.adan(1e-2)}, labels),
     "lamb, cautious": adam_fn.cautious(adam_fn.lamb(1e-2, weight_decay=0.1, layers="layers"), layers="layers"),
+    "guard": adam_fn.skip_nonfinite(adam_fn.adamw(1e-2, storage="16bit")),
     "optax": optax.adamw(1e-2),
 }
 SHORT = {"masters", "stochastic rounding"}  # The parameters are bfloat16.
@@ -174,6 +166,7 @@ class Options(NamedTuple):
 
 ADAM, ADAMW = adam_fn.adam(1e-2, eps=1e-2), adam_fn.adamw(1e-2)
 CLIPPED = optax.chain(optax.clip_by_global_norm(0.1), ADAM)
+TURNED = adam_fn.adam(1e-2, storage="24bit")
 GUARDED = adam_fn.skip_nonfinite(ADAM)
 FACTORED = optax.adafactor(1e-2, min_dim_size_to_factor=8, multiply_by_parameter_scale=False, clipping_threshold=None)
 OPTIONS = {
@@ -185,6 +178,8 @@ OPTIONS = {
     "microbatches": Options({"microbatches": 4}, ADAMW, ADAMW, 2e-4, 2e-6),
     "a guard and clipping": Options({"max_norm": 0.1}, GUARDED, CLIPPED),
     "a guard and microbatches": Options({"keep_every": 2, "microbatches": 2}, GUARDED, GUARDED),
+    # Of a complex leaf the moments have an axis of two before that of the layers.
+    "complex": Options({}, TURNED, TURNED, 1e-5),
     "factored moments": Options({}, FACTORED, FACTORED, 1e-3, 1e-4),  # Their first axis is that of the layers.
 }
 
@@ -192,7 +187,7 @@ OPTIONS = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_each_option_takes_the_ordinary_steps(name: str) -> None:
     options, tx, peer, rtol, atol = OPTIONS[name]
-    params = init(index=False)
+    params = init(turn=name == "complex")
     found = train(jax.jit(backward.value_and_step(tx, embed, layer, head, **options)), tx, params)
     compared = 3 if peer is tx else 2  # The state too.
     expected = train(ordinary(peer), peer, params)
@@ -203,51 +198,26 @@ def test_aux_of_microbatches() -> None:
     def more(params: Any, h: Any, batch: Any) -> Any:
         return head(params, h, batch), h.mean()
 
-    params = init()
+    params = init(index=True)
     step = backward.value_and_step(ADAMW, embed, layer, more, microbatches=4, has_aux=True)
     (value, aux), *_ = jax.jit(step)(params, ADAMW.init(params), BATCHES[0])
     np.testing.assert_allclose(value, loss(params, BATCHES[0]), rtol=1e-5)
     assert aux.shape == (4,)
 
 
-def test_complex_parameters() -> None:
-    """Their moments have an axis of two before that of the layers."""
-
-    def turn(p: Any, h: Any, batch: Any) -> Any:
-        return h * p["z"][None]
-
-    def ends(params: Any, h: Any, batch: Any) -> Any:
-        return jnp.mean(jnp.abs(h - 3 - 2j) ** 2) + params["w"] ** 2
-
-    z = jnp.exp(1j * jnp.linspace(0, 1, LAYERS * 3)).reshape(LAYERS, 3).astype(jnp.complex64)
-    params, tx = {"layers": {"z": z}, "w": jnp.ones(())}, adam_fn.adam(1e-2, storage="24bit")
-    h = jnp.ones((2, 3), jnp.complex64)
-
-    def whole(params: Any) -> Any:
-        return ends(params, jax.lax.scan(lambda h, p: (turn(p, h, None), None), h, params["layers"])[0], None)
-
-    step = backward.value_and_step(tx, lambda p, batch: h, turn, ends)
-    (_, found, state), (_, expected, after) = one_step(step, tx, params, lambda p, batch: whole(p))
-    chex.assert_trees_all_close(found, expected, rtol=1e-5)
-    chex.assert_trees_all_equal(state[0].mu, after[0].mu)
-
-
 def test_a_guard_skips_the_whole_step() -> None:
-    tx, params = adam_fn.skip_nonfinite(adam_fn.adamw(1e-2, storage="16bit")), init()
+    tx, params, *_ = expected_of("guard")
     step = jax.jit(backward.value_and_step(tx, embed, layer, head))
-    chex.assert_trees_all_equal(train(step, tx, params), train(ordinary(tx), tx, params))
-    broken = jax.tree.map(jnp.copy, params)
-    broken["layers"]["w1"] = broken["layers"]["w1"].at[1, 0, 0].set(jnp.nan)
-    _, after, state = step(broken, tx.init(params), BATCHES[0])
-    chex.assert_trees_all_equal(after, broken)
+    broken = {**params, "layers": {**params["layers"], "b": params["layers"]["b"].at[1, 0].set(jnp.nan)}}
+    start: Any = tx.init(params)
+    _, after, state = step(broken, start, BATCHES[0])
+    chex.assert_trees_all_equal((after, state.inner), (broken, start.inner))
     assert int(state.skipped) == int(state.consecutive) == 1
-    untouched: Any = tx.init(params)
-    chex.assert_trees_all_equal(state.inner, untouched.inner)
 
 
 def test_norms_are_those_of_layers() -> None:
     """`lamb` takes a norm of each layer, as of layers apart, also where it does not know of the stack."""
-    tx, params = adam_fn.lamb(1e-2), init(index=False)
+    tx, params = adam_fn.lamb(1e-2), init()
     with pytest.raises(ValueError, match="layers='blocks' names no parameters; there are embed"):
         adam_fn.lamb(1e-2, layers="blocks").update(params, tx.init(params), params)
 
@@ -264,35 +234,12 @@ def test_norms_are_those_of_layers() -> None:
     chex.assert_trees_all_close(*both(params), rtol=1e-5)
 
 
-class Root(eqx.Module):
-    decoder: Any
-    rest: Any
-
-
-def test_injected_hyperparameters_groups_and_nested_paths() -> None:
-    groups = adam_fn.Groups({"*": Group(rate=0.5)}, complete=True)
-    tx = optax.inject_hyperparams(lambda learning_rate: adam_fn.adam(learning_rate, groups=groups))(learning_rate=1e-2)
-    rest = init(index=False)
-    params = Root({"blocks": rest.pop("layers")}, rest)
-    step = backward.value_and_step(
-        tx,
-        lambda p, batch: embed(p.rest, batch),
-        layer,
-        lambda p, h, batch: head(p.rest, h, batch),
-        layers="decoder/blocks",
-    )
-
-    def whole(p: Any, batch: Any) -> Any:
-        return loss({**p.rest, "layers": p.decoder["blocks"]}, batch)
-
-    chex.assert_trees_all_close(*one_step(step, tx, params, whole), rtol=1e-4, atol=2e-6)
-
-
 def not_separate(tx: Any) -> tuple[str, dict[str, Any]]:
     return r"depends on the gradients of .*max_norm", {"tx": tx}
 
 
-FLAT = {**init(), "layers": {**init()["layers"], "b": jnp.ones((3, HIDDEN))}}
+PARAMS = init()
+SHORT_B = {**PARAMS, "layers": {**PARAMS["layers"], "b": jnp.ones((3, HIDDEN))}}
 FOUR = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
 
 
@@ -303,15 +250,15 @@ FOUR = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
         # Divided along the axis of the layers, a layer's state would be on one device.
         (
             "zero1 divides layers/b along the axis of the layers: give it layers=",
-            {"tx": adam_fn.zero1(ADAM, init(), FOUR)},
+            {"tx": adam_fn.zero1(ADAM, PARAMS, FOUR)},
         ),
         ("layers='blocks' names no parameters; there are embed, layers/b,", {"layers": "blocks"}),
-        (r"must have one length, got .*layers/b.*3", {"params": FLAT}),
+        (r"must have one length, got .*layers/b.*3", {"params": SHORT_B}),
         ("keep_every=3 does not divide the number of layers, 4", {"keep_every": 3}),
         ("must be at least 1, got 0 and 1", {"keep_every": 0}),
         ("3 microbatches do not divide a batch of shape", {"microbatches": 3}),
         ('clip must be "model" or "layer"', {"clip": "leaf"}),
-        (r"does not have the structure of tx.init\(params\)", {"state": adam_fn.lion(1e-2).init(init())}),
+        (r"does not have the structure of tx.init\(params\)", {"state": adam_fn.lion(1e-2).init(PARAMS)}),
         not_separate(optax.chain(optax.clip_by_global_norm(1.0), ADAM)),
         not_separate(optax.chain(adam_fn.clip_by_global_norm(1.0), ADAM)),
         not_separate(optax.apply_if_finite(ADAM, 3)),
@@ -322,7 +269,7 @@ FOUR = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
     ],
 )
 def test_errors_name_what_is_wrong(message: str, wrong: dict[str, Any]) -> None:
-    given: dict[str, Any] = {"tx": ADAM, "params": init(), "state": None, **wrong}
+    given: dict[str, Any] = {"tx": ADAM, "params": PARAMS, "state": None, **wrong}
     tx, params, state = (given.pop(key) for key in ("tx", "params", "state"))
     state = jax.eval_shape(tx.init, params) if state is None else state
     with pytest.raises(ValueError, match=message):
@@ -349,7 +296,7 @@ def assert_placed(found: Any, places: Any) -> None:
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_fully_sharded(kind: AxisType) -> None:
     """Parameters and state are divided over the mesh and stay so; the numbers are those of one device."""
-    tx, params = adam_fn.adamw(1e-2, storage="16bit"), init(index=False)
+    tx, params = adam_fn.adamw(1e-2, storage="16bit"), init()
     expected = train(ordinary(tx), tx, params)
     mesh, batches = on_mesh(kind)
     last: dict[str, Any] = {"embed": P(None, "data"), "norm": P("data")}
@@ -375,7 +322,7 @@ def test_zero1(dtype: Any, kind: AxisType) -> None:
     tx = adam_fn.adamw(1e-2, eps=1e-2, storage="16bit")
     tx = adam_fn.master_weights(tx) if dtype == jnp.bfloat16 else tx
     mesh, batches = on_mesh(kind)
-    params = jax.device_put(init(dtype), NamedSharding(mesh, P()))
+    params = jax.device_put(init(dtype, index=True), NamedSharding(mesh, P()))
     with jax.set_mesh(mesh):
         spread = adam_fn.zero1(tx, params, mesh, layers="layers")
         expected, (losses, found, state) = (
@@ -448,12 +395,37 @@ def equinox_filtered() -> tuple[Any, Callable[..., Any]]:
     return params, lambda p, h, batch: h + jax.vmap(eqx.combine(p, static))(h)
 
 
+class Root(eqx.Module):
+    decoder: Any
+    rest: Any
+
+
 @pytest.mark.parametrize("framework", [linen_scan, nnx_vmap, equinox_filtered])
 def test_layers_of_frameworks(framework: Callable[[], Any]) -> None:
-    tx, (layers, apply) = adam_fn.adamw(1e-2), framework()
-    step = backward.value_and_step(tx, embed, apply, head)
-    params = {**init(), "layers": layers}
-    chex.assert_trees_all_close(*one_step(step, tx, params, functools.partial(loss, layer=apply)), rtol=1e-4, atol=2e-6)
+    """In a nested tree, with injected hyperparameters and groups."""
+    groups = adam_fn.Groups({"*": Group(rate=0.5)}, complete=True)
+    tx = optax.inject_hyperparams(lambda learning_rate: adam_fn.adamw(learning_rate, groups=groups))(learning_rate=1e-2)
+    layers, apply = framework()
+    params = Root({"blocks": layers}, init() | {"layers": None})
+
+    def whole(params: Any, batch: Any) -> Any:
+        return loss({**params.rest, "layers": params.decoder["blocks"]}, batch, apply)
+
+    step = backward.value_and_step(
+        tx,
+        lambda p, batch: embed(p.rest, batch),
+        apply,
+        lambda p, h, batch: head(p.rest, h, batch),
+        layers="decoder/blocks",
+    )
+
+    @jax.jit
+    def both(params: Any, batch: Any) -> Any:
+        state = tx.init(params)
+        value, grads = jax.value_and_grad(whole)(params, batch)
+        return step(params, state, batch), (value, *adam_fn.make_step(tx)(params, state, grads))
+
+    chex.assert_trees_all_close(*both(params, BATCHES[0]), rtol=1e-4, atol=2e-6)
 
 
 def test_no_gradient_of_all_layers_is_stored() -> None:

@@ -80,6 +80,9 @@ def test_errors_say_what_to_do(message: str) -> None:
         with pytest.raises((TypeError, ValueError), match=message) as error:
             call()
         assert len(str(error.value)) < 400
+
+
+def test_pure_trees_of_flax_have_their_rate() -> None:
     assert rate_of_flax(pure_state=True, pure_params=True) == np.float32(1e-3)
 
 

@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +34,6 @@ TXS = {
     "accumulated": optax.MultiSteps(adam_fn.adam(1e-2, storage="24bit"), 2),
     "stored": adam_fn.stored(optax.adam(1e-2)),
 }
-EVERY = pytest.mark.parametrize("name", TXS)
 #: Rows 0 and 3 of the kernel and of the bias.
 DEAD = np.asarray([True, False, False, True, False, False])
 WHERE = {"kernel": DEAD[:, None], "bias": DEAD}
@@ -70,19 +70,20 @@ def edited() -> dict[str, Any]:
     return jax.device_get(jax.jit(lambda x: {name: edit(tx, x[name]) for name, tx in TXS.items()})(states()))
 
 
-def has_rows(x: Any) -> bool:
-    return x.shape[:1] == (6,)
-
-
-@EVERY
-def test_reset_forgets_what_is_chosen_and_nothing_else(name: str) -> None:
-    state, (found, _, fresh) = states()[name], edited()[name]
-    assert jax.tree.structure(found) == jax.tree.structure(state)
-    for x, new, old in zip(*map(jax.tree.leaves, (found, fresh, state)), strict=True):
-        if not has_rows(x):
-            np.testing.assert_array_equal(x, old)
+@pytest.mark.parametrize("name", TXS)
+def test_what_is_chosen_begins_again_or_moves_and_nothing_else_changes(name: str) -> None:
+    """Rows are forgotten, or kept, permuted, repeated, dropped and new."""
+    tx, state, (reset, moved, fresh) = TXS[name], states()[name], edited()[name]
+    assert jax.tree.structure(reset) == jax.tree.structure(state)
+    assert jax.tree.map(jnp.shape, moved) == jax.tree.map(jnp.shape, jax.eval_shape(tx.init, MOVED))
+    jax.eval_shape(tx.update, MOVED, moved, MOVED)
+    kept = SOURCE >= 0
+    for old, x, y, new in zip(*map(jax.tree.leaves, (state, reset, moved, fresh)), strict=True):
+        if old.shape[:1] != (6,):
+            chex.assert_trees_all_equal(old, x, y)
             continue
         np.testing.assert_array_equal(x[~DEAD], old[~DEAD])
+        np.testing.assert_array_equal(y[kept], old[SOURCE[kept]])
         if name != "chain":
             np.testing.assert_array_equal(x[DEAD], new[DEAD])
             assert (old[DEAD] != new[DEAD]).any()
@@ -130,30 +131,18 @@ def test_masters_and_averages_begin_at_the_parameters() -> None:
     np.testing.assert_array_equal(averages["bias"][DEAD], P["bias"][DEAD])
 
 
-@EVERY
-def test_resize_moves_rows(name: str) -> None:
-    """Kept, permuted, repeated, dropped and new."""
-    tx, state, (_, found, _) = TXS[name], states()[name], edited()[name]
-    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, jax.eval_shape(tx.init, MOVED))
-    kept = SOURCE >= 0
-    for x, old in zip(*map(jax.tree.leaves, (found, state)), strict=True):
-        np.testing.assert_array_equal(*((x[kept], old[SOURCE[kept]]) if has_rows(old) else (x, old)))
-    jax.eval_shape(tx.update, MOVED, found, MOVED)
-
-
 def test_resize_of_a_vocabulary_along_another_axis() -> None:
     tx = adam_fn.adam(1e-2, storage="24bit")
     old = {"embedding": P["kernel"], "head": P["kernel"].T, "norm": np.ones(4, np.float32)}
     new = {"embedding": jnp.ones((8, 4)), "head": jnp.ones((4, 8)), "norm": old["norm"]}
-    grown = [*range(6), -1, -1]
-    state = ran(tx, old)
-    rows = {"embedding": Rows(grown), "head": Rows(grown, axis=-1)}
-    found = jax.jit(lambda state: surgery.resize(tx, state, old, new, rows))(state)
-    for slot in ("mu", "nu"):
-        before, after = slots_of(state)[slot], slots_of(found)[slot]
-        np.testing.assert_array_equal(after["embedding"][:6], before["embedding"])
-        np.testing.assert_array_equal(after["head"][:, :6], before["head"])
-        np.testing.assert_array_equal(after["norm"], before["norm"])
+    rows, state = Rows([*range(6), -1, -1]), ran(tx, old)
+    moves = {"embedding": rows, "head": rows._replace(axis=-1)}
+    found = jax.jit(lambda state: surgery.resize(tx, state, old, new, moves))(state)
+    for slot, before in slots_of(state).items():
+        after = slots_of(found)[slot]
+        chex.assert_trees_all_equal(
+            {**after, "embedding": after["embedding"][:6], "head": after["head"][:, :6]}, before
+        )
     mean = np.mean(np.asarray(slots_of(state)["nu"]["head"], np.float32))
     np.testing.assert_allclose(np.asarray(slots_of(found)["nu"]["head"], np.float32)[:, 6:], mean, rtol=1e-2)
 
@@ -174,24 +163,20 @@ def test_adapt_keeps_begins_and_drops_leaves(name: str) -> None:
 
 
 def test_errors_of_surgery_name_what_is_wrong() -> None:
-    tx = adam_fn.adam(1e-2)
-    state = tx.init(P)
-    for where, message in (
-        ({"kernel": jnp.ones(6), "bias": False}, "where of kernel is float32, expected booleans"),
-        ({"kernel": DEAD, "bias": False}, r"where of kernel has shape \(6,\), which does not broadcast to \(6, 4\)"),
-        ("weights", "the pattern 'weights' matches no parameter"),
+    tx, factored = adam_fn.adam(1e-2), optax.adafactor(1e-2, min_dim_size_to_factor=2)
+    reset: Any = functools.partial(surgery.reset, tx, tx.init(P), P)
+    resize: Any = functools.partial(surgery.resize, tx, tx.init(P), P, P)
+    for call, argument, message in (
+        (reset, {"kernel": jnp.ones(6), "bias": False}, "where of kernel is float32, expected booleans"),
+        (reset, {"kernel": DEAD, "bias": False}, r"kernel has shape \(6,\), which does not broadcast to \(6, 4\)"),
+        (reset, "weights", "the pattern 'weights' matches no parameter"),
+        (functools.partial(reset, second="median"), "bias", 'second must be "mean" or "zero"'),
+        (resize, {"kernel": Rows([0, 1])}, r"new kernel has shape \(6, 4\), expected \(2, 4\) by its rows"),
+        (resize, {"kernel": Rows(range(6)), "k*": Rows(range(6))}, "several patterns of rows match kernel"),
+        (functools.partial(surgery.reset, factored, factored.init(P), P), WHERE, "reset the whole leaf"),
     ):
         with pytest.raises(ValueError, match=message):
-            surgery.reset(tx, state, P, where)
-    with pytest.raises(ValueError, match='second must be "mean" or "zero"'):
-        surgery.reset(tx, state, P, "bias", second="median")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=r"the new kernel has shape \(6, 4\), expected \(2, 4\) by its rows"):
-        surgery.resize(tx, state, P, P, {"kernel": Rows([0, 1])})
-    with pytest.raises(ValueError, match="several patterns of rows match kernel"):
-        surgery.resize(tx, state, P, P, {"kernel": Rows(range(6)), "k*": Rows(range(6))})
-    factored = optax.adafactor(1e-2, min_dim_size_to_factor=2)
-    with pytest.raises(ValueError, match="reset the whole leaf"):
-        surgery.reset(factored, factored.init(P), P, WHERE)
+            call(argument)
 
 
 def test_muon_and_adam_in_two_bytes() -> None:
