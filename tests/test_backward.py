@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers.layouts import KINDS, assert_placed, mesh_of
 from helpers.runs import full_jit, relative_error
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -240,7 +241,6 @@ def not_separate(tx: Any) -> tuple[str, dict[str, Any]]:
 
 PARAMS = init()
 SHORT_B = {**PARAMS, "layers": {**PARAMS["layers"], "b": jnp.ones((3, HIDDEN))}}
-FOUR = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ FOUR = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
         # Divided along the axis of the layers, a layer's state would be on one device.
         (
             "zero1 divides layers/b along the axis of the layers: give it layers=",
-            {"tx": adam_fn.zero1(ADAM, PARAMS, FOUR)},
+            {"tx": adam_fn.zero1(ADAM, PARAMS, mesh_of(shape=(4,)))},
         ),
         ("layers='blocks' names no parameters; there are embed, layers/b,", {"layers": "blocks"}),
         (r"must have one length, got .*layers/b.*3", {"params": SHORT_B}),
@@ -285,15 +285,11 @@ def test_of_a_single_leaf_only_the_state_tells() -> None:
 
 def on_mesh(kind: AxisType) -> tuple[Any, Any]:
     """A mesh of eight devices, and the batches on each of them."""
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    mesh = mesh_of(kind)
     return mesh, jax.device_put(BATCHES, NamedSharding(mesh, P()))
 
 
-def assert_placed(found: Any, places: Any) -> None:
-    jax.tree.map(lambda x, place: x.sharding.is_equivalent_to(place, x.ndim) or pytest.fail(str(x)), found, places)
-
-
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@KINDS
 def test_fully_sharded(kind: AxisType) -> None:
     """Parameters and state are divided over the mesh and stay so; the numbers are those of one device."""
     tx, params = adam_fn.adamw(1e-2, storage="16bit"), init()
@@ -330,7 +326,7 @@ def test_zero1(dtype: Any, kind: AxisType) -> None:
         )
     for x, y in zip(jax.tree.leaves((losses, found)), jax.tree.leaves(expected[:2]), strict=True):
         assert relative_error(np.asarray(x), np.asarray(y, np.float64)) <= (1e-5 if dtype == jnp.float32 else 1e-2)
-    assert_placed(found, jax.tree.map(lambda x: x.sharding, params))
+    assert_placed(found, params)
     assert_placed(state, adam_fn.state_shardings(spread, params))
     words = [x for x in jax.tree.leaves(state) if x.shape == (LAYERS, WIDTH, HIDDEN)]
     assert words and all(x.sharding.shard_shape(x.shape) == (LAYERS, 1, HIDDEN) for x in words)
@@ -340,7 +336,7 @@ def test_zero1(dtype: Any, kind: AxisType) -> None:
 def test_a_batch_divided_inside_shard_map_gives_the_ordinary_steps(divide: bool, max_norm: float | None) -> None:
     """Each device has a part of the batch; gradients are summed where `jax.grad` does, or where zero1 divides them."""
     tx, params = adam_fn.adam(1e-2, eps=1e-2, storage=None if divide else "24bit"), init(index=not divide)
-    mesh, _ = on_mesh(AxisType.Auto)
+    mesh = mesh_of()
     spread = adam_fn.zero1(tx, params, mesh, layers="layers") if divide else tx
     places = jax.tree.map(lambda x: x.spec, adam_fn.state_shardings(spread, params)) if divide else P()
 

@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 from cases import MEMBERS
 from flax import nnx
+from helpers.layouts import assert_placed, mesh_of
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import adam_fn
@@ -125,9 +126,8 @@ def test_a_sharded_run_goes_on_bit_for_bit_on_another_mesh(tmp_path: Path, kind:
     """Saved from eight devices; back on them, and on two by two laid out otherwise."""
     tx = adam_fn.master_weights(adam_fn.adamw(1e-2, storage=storage))
     train = adam_fn.make_step(tx)
-    one = jax.make_mesh((8,), ("a",), axis_types=(kind,))
-    two = jax.make_mesh((2, 2), ("a", "b"), axis_types=(kind, kind), devices=jax.devices()[:4])
-    places = [NamedSharding(one, PartitionSpec("a")), NamedSharding(two, PartitionSpec("b", "a"))]
+    one, two = mesh_of(kind), mesh_of(kind, (2, 2))
+    places = [NamedSharding(one, PartitionSpec("data")), NamedSharding(two, PartitionSpec("model", "data"))]
 
     def begun(place: NamedSharding) -> dict[str, Any]:
         params = {"w": jax.device_put(MATRIX.astype(jnp.bfloat16), place)}
@@ -149,11 +149,11 @@ def test_a_sharded_run_goes_on_bit_for_bit_on_another_mesh(tmp_path: Path, kind:
             like = begun(place)
             restored = checkpointer.restore(tmp_path / "saved", like)
             assert_same(jax.device_get(restored), kept)
-            jax.tree.map(lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim) or pytest.fail(), restored, like)
+            assert_placed(restored, like)
             checkpoint.check(restored["state"], tx, like["params"])
             found = go(**restored)
             assert_same(jax.device_get(found), expected)
-            assert found["params"]["w"].sharding.is_equivalent_to(place, 2)
+            assert_placed(found["params"], {"w": place})
 
 
 P: Any = {"w": jnp.ones((64, 128)), "b": [jnp.ones(3), jnp.ones(2)]}

@@ -139,16 +139,6 @@ def test_leaves_are_frozen_and_trained_again(wrap: Callable[[Any], Any], bytes_e
     freezes.update(GRADS, frozen, params)
 
 
-def test_frozen_leaves_have_no_remainders_on_a_mesh() -> None:
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
-    params = jax.device_put(SHORT, jax.NamedSharding(mesh, jax.P()))
-    tx = adam_fn.zero1(adam_fn.master_weights(FROZEN), params, mesh, "data")
-    state: Any = jax.jit(tx.init)(params)
-    assert state.remainder["embed"]["table"] == optax.MaskedNode()
-    assert state.remainder["layers"][0]["bias"].sharding.spec == jax.P("data")
-    adam_fn.make_step(tx)(jax.tree.map(jnp.copy, params), state, GRADS)
-
-
 OPTAX: Any = optax.adamw(1e-3).init(P)
 
 

@@ -1,7 +1,7 @@
 """Changes of a running state: what is chosen begins again, everything else goes on bit for bit."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -17,7 +17,12 @@ from adam_fn import surgery
 from adam_fn.surgery import Rows
 
 P = {"kernel": np.linspace(-1.0, 1.0, 24, dtype=np.float32).reshape(6, 4), "bias": np.ones(6, np.float32)}
-LABELS = {"kernel": "a", "bias": "b"}
+
+
+def labels(params: Any) -> Any:
+    return {name: "b" if name == "bias" else "a" for name in params}
+
+
 TXS = {
     "adam": adam_fn.adam(1e-2),
     "24 bits": adam_fn.adamw(1e-2, storage="24bit"),
@@ -29,8 +34,8 @@ TXS = {
     "optax": optax.adam(1e-2),
     "guarded": adam_fn.skip_nonfinite(adam_fn.adam(1e-2, storage="16bit")),
     "chain": optax.chain(optax.trace(0.9), adam_fn.adam(1e-2), adam_fn.average_params(0.9)),
-    "frozen": adam_fn.adam(1e-2, frozen={"kernel": False, "bias": True}),
-    "partition": optax.partition({"a": adam_fn.adam(1e-2), "b": optax.sgd(1e-2, momentum=0.9)}, LABELS),
+    "frozen": adam_fn.adam(1e-2, frozen=adam_fn.masks.path("bias")),
+    "partition": optax.partition({"a": adam_fn.adam(1e-2), "b": optax.sgd(1e-2, momentum=0.9)}, labels),
     "accumulated": optax.MultiSteps(adam_fn.adam(1e-2, storage="24bit"), 2),
     "stored": adam_fn.stored(optax.adam(1e-2)),
 }
@@ -38,6 +43,7 @@ TXS = {
 DEAD = np.asarray([True, False, False, True, False, False])
 WHERE = {"kernel": DEAD[:, None], "bias": DEAD}
 SOURCE = np.array([5, 3, 3, 0, -1, -1, 1])
+MORE = {**P, "adapter": np.ones((6, 2), np.float32)}
 MOVED = {name: p[SOURCE] for name, p in P.items()}
 NOISE = np.random.default_rng(0).standard_normal((400, 24)).astype(np.float32)
 
@@ -59,24 +65,38 @@ def states() -> dict[str, Any]:
     return jax.device_get(jax.jit(lambda params: {name: ran(tx, params) for name, tx in TXS.items()})(P))
 
 
-@functools.cache
-def edited() -> dict[str, Any]:
-    """All states with rows forgotten and with rows moved, and as they begin, in one program."""
+class Edited(NamedTuple):
+    """A state as it begins, with rows forgotten, with rows moved, for a leaf more, and without it again."""
 
-    def edit(tx: Any, state: Any) -> Any:
+    fresh: Any
+    reset: Any
+    moved: Any
+    more: Any
+    back: Any
+
+
+@functools.cache
+def edited() -> dict[str, Edited]:
+    """All states, in one program."""
+
+    def edit(tx: Any, state: Any) -> Edited:
         reset = surgery.reset(tx, state, P, WHERE, second="zero")
-        return reset, surgery.resize(tx, state, P, MOVED, {"*": Rows(SOURCE)}, second="zero"), tx.init(P)
+        moved = surgery.resize(tx, state, P, MOVED, {"*": Rows(SOURCE)}, second="zero")
+        more = surgery.adapt(tx, state, P, MORE)
+        return Edited(tx.init(P), reset, moved, more, surgery.adapt(tx, more, MORE, P))
 
     return jax.device_get(jax.jit(lambda x: {name: edit(tx, x[name]) for name, tx in TXS.items()})(states()))
 
 
 @pytest.mark.parametrize("name", TXS)
 def test_what_is_chosen_begins_again_or_moves_and_nothing_else_changes(name: str) -> None:
-    """Rows are forgotten, or kept, permuted, repeated, dropped and new."""
-    tx, state, (reset, moved, fresh) = TXS[name], states()[name], edited()[name]
+    """Rows are forgotten, or kept, permuted, repeated, dropped and new; leaves are kept, new and dropped."""
+    tx, state, (fresh, reset, moved, more, back) = TXS[name], states()[name], edited()[name]
     assert jax.tree.structure(reset) == jax.tree.structure(state)
-    assert jax.tree.map(jnp.shape, moved) == jax.tree.map(jnp.shape, jax.eval_shape(tx.init, MOVED))
-    jax.eval_shape(tx.update, MOVED, moved, MOVED)
+    chex.assert_trees_all_equal(back, state)
+    for params, found in ((MOVED, moved), (MORE, more)):
+        assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, jax.eval_shape(tx.init, params))
+        jax.eval_shape(tx.update, params, found, params)
     kept = SOURCE >= 0
     for old, x, y, new in zip(*map(jax.tree.leaves, (state, reset, moved, fresh)), strict=True):
         if old.shape[:1] != (6,):
@@ -147,21 +167,6 @@ def test_resize_of_a_vocabulary_along_another_axis() -> None:
     np.testing.assert_allclose(np.asarray(slots_of(found)["nu"]["head"], np.float32)[:, 6:], mean, rtol=1e-2)
 
 
-@pytest.mark.parametrize("name", ["adam", "16 bits", "swats", "guarded", "chain", "optax", "accumulated"])
-def test_adapt_keeps_begins_and_drops_leaves(name: str) -> None:
-    tx, state, more = TXS[name], states()[name], {**P, "adapter": np.ones((6, 2), np.float32)}
-
-    @jax.jit
-    def adapted(state: Any) -> Any:
-        found = surgery.adapt(tx, state, P, more)
-        return found, surgery.adapt(tx, found, more, P)
-
-    found, back = adapted(state)
-    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, jax.eval_shape(tx.init, more))
-    jax.tree.map(np.testing.assert_array_equal, back, state)
-    jax.eval_shape(tx.update, more, found, more)
-
-
 def test_errors_of_surgery_name_what_is_wrong() -> None:
     tx, factored = adam_fn.adam(1e-2), optax.adafactor(1e-2, min_dim_size_to_factor=2)
     reset: Any = functools.partial(surgery.reset, tx, tx.init(P), P)
@@ -183,7 +188,7 @@ def test_muon_and_adam_in_two_bytes() -> None:
     """`stored` narrows the momentum of any transformation; training goes as with float32."""
 
     def muon(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-        return optax.partition({"a": tx, "b": adam_fn.adam(1e-2, storage="16bit")}, LABELS)
+        return optax.partition({"a": tx, "b": adam_fn.adam(1e-2, storage="16bit")}, labels)
 
     wide, narrow = muon(optax.contrib.muon(1e-2)), muon(adam_fn.stored(optax.contrib.muon(1e-2)))
     kinds = {x.dtype for x in jax.tree.leaves(jax.eval_shape(narrow.init, P)) if x.size >= 6}
