@@ -20,7 +20,7 @@ P = {"kernel": np.linspace(-1.0, 1.0, 24, dtype=np.float32).reshape(6, 4), "bias
 
 
 def labels(params: Any) -> Any:
-    return {name: "b" if name == "bias" else "a" for name in params}
+    return jax.tree.map_with_path(lambda keys, _: "b" if "bias" in str(keys) else "a", params)
 
 
 TXS = {

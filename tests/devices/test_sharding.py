@@ -20,7 +20,7 @@ TXS: dict[str, optax.GradientTransformation] = {
     "24bit": adam_fn.adam(1e-3, storage="24bit", frozen=adam_fn.masks.path("last", "both")),
     "rounding": adam_fn.stochastic_rounding(adam_fn.adam(1e-3)),
     "masters": adam_fn.master_weights(adam_fn.cautious(adam_fn.adam(1e-3, frozen=adam_fn.masks.path("complex")))),
-    "chain": optax.chain(optax.clip(1.0), adam_fn.adam(1e-3), adam_fn.average_params(0.9)),
+    "chain": optax.chain(optax.clip_by_global_norm(1.0), adam_fn.adam(1e-3), adam_fn.average_params(0.9)),
     "lamb": adam_fn.lamb(1e-2, weight_decay=0.1),
     "swats": adam_fn.swats(1e-2, tolerance=1e3),
 }
