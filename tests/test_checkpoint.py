@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 from cases import MEMBERS
 from flax import nnx
+from helpers.layouts import assert_placed, mesh_of
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import adam_fn
@@ -77,10 +79,16 @@ def trained(runs: Any, start: int, steps: int) -> Any:
 
 
 def by_orbax(runs: Any, folder: Path) -> Any:
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder / "saved", runs)
-        checkpointer.wait_until_finished()
-        return checkpointer.restore(folder / "saved", jax.eval_shape(begin))
+    """As the documentation has it: descriptions, and Orbax's own shapes, are checked before anything is restored."""
+    about: Any = {name: checkpoint.describe(tx, runs[name]["params"]) for name, tx in TXS.items()}
+    with ocp.CheckpointManager(folder / "run", item_handlers=ocp.StandardCheckpointHandler()) as manager:
+        manager.save(7, args=ocp.args.StandardSave(runs), custom_metadata=about)
+        manager.wait_until_finished()
+        about, shapes = manager.metadata(7).custom_metadata, manager.item_metadata(7)
+        for name, tx in TXS.items():
+            checkpoint.check(about[name], tx, runs[name]["params"])
+            checkpoint.check(shapes[name]["state"], tx, runs[name]["params"])
+        return manager.restore(7, args=ocp.args.StandardRestore(jax.eval_shape(begin)))
 
 
 def by_flax(runs: Any, folder: Path) -> Any:
@@ -115,48 +123,44 @@ def test_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "storage"), [(AxisType.Auto, "24bit"), (AxisType.Explicit, "16bit")], ids=str)
 def test_a_sharded_run_goes_on_bit_for_bit_on_another_mesh(tmp_path: Path, kind: AxisType, storage: Any) -> None:
-    """Saved from eight devices; back on them, and on two by two laid out otherwise, training goes on, bit for bit."""
+    """Saved from eight devices; back on them, and on two by two laid out otherwise."""
     tx = adam_fn.master_weights(adam_fn.adamw(1e-2, storage=storage))
     train = adam_fn.make_step(tx)
-    places = [
-        NamedSharding(jax.make_mesh((8,), ("a",), axis_types=(kind,)), PartitionSpec("a")),
-        NamedSharding(
-            jax.make_mesh((2, 2), ("a", "b"), axis_types=(kind, kind), devices=jax.devices()[:4]),
-            PartitionSpec("b", "a"),
-        ),
-    ]
+    one, two = mesh_of(kind), mesh_of(kind, (2, 2))
+    places = [NamedSharding(one, PartitionSpec("data")), NamedSharding(two, PartitionSpec("model", "data"))]
 
-    def go(params: Any, state: Any) -> Any:
+    def begun(place: NamedSharding) -> dict[str, Any]:
+        params = {"w": jax.device_put(MATRIX.astype(jnp.bfloat16), place)}
+        return {"params": params, "state": tx.init(params)}
+
+    def go(params: Any, state: Any) -> dict[str, Any]:
         for at in range(3):  # The gradients of any mesh, which XLA might round otherwise on another.
             grads = jax.tree.map(lambda p: jax.device_put(gradients(np.asarray(p), at), p.sharding), params)  # noqa: B023
             params, state = train(params, state, grads)
-        return params, state
+        return {"params": params, "state": state}
 
-    w = MATRIX.astype(jnp.bfloat16)
-    params = {"w": jax.device_put(w, places[0])}
-    params, state = go(params, tx.init(params))
+    saved = go(**begun(places[0]))
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "saved", {"params": params, "state": state})
+        checkpointer.save(tmp_path / "saved", saved)
         checkpointer.wait_until_finished()
-        kept = jax.tree.map(np.asarray, {"params": params, "state": state})
-        expected = jax.tree.map(np.asarray, go(**jax.tree.map(jnp.copy, {"params": params, "state": state})))
+        kept = jax.device_get(saved)
+        expected = jax.device_get(go(**saved))
         for place in places:
-            like = {"w": jax.device_put(w, place)}
-            like = {"params": like, "state": tx.init(like)}
+            like = begun(place)
             restored = checkpointer.restore(tmp_path / "saved", like)
-            assert_same(jax.tree.map(np.asarray, restored), kept)
-            jax.tree.map(lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim) or pytest.fail(), restored, like)
+            assert_same(jax.device_get(restored), kept)
+            assert_placed(restored, like)
             checkpoint.check(restored["state"], tx, like["params"])
             found = go(**restored)
-            assert_same(jax.tree.map(np.asarray, found), expected)
-            assert found[0]["w"].sharding.is_equivalent_to(place, 2)
+            assert_same(jax.device_get(found), expected)
+            assert_placed(found["params"], {"w": place})
 
 
 P: Any = {"w": jnp.ones((64, 128)), "b": [jnp.ones(3), jnp.ones(2)]}
 ADAMW = adam_fn.adamw(1e-3, storage="24bit")
 
 KINDS = {"mu": "int8", "nu": "bfloat16"}
-CHANGE = "adam_fn.interop.change_storage converts a state to another storage"
+CHANGE = "adam_fn.interop.change_storage converts a state to another"
 
 
 def leaves(slot: str, found: str, expected: str) -> list[str]:
@@ -167,53 +171,59 @@ def leaves(slot: str, found: str, expected: str) -> list[str]:
 
 
 class Other(NamedTuple):
-    """What goes on in the place of `ADAMW` and `P`, and what the errors must say.
+    """What continues in the place of what was saved, and what the errors must say.
 
     Attributes:
-      lines: of a description; where there are none, whatever they are.
+      lines: of a description.
       state: of a state alone, which names neither its rule nor its parameters; None for the same lines about it.
+      params: the parameters after.
+      saved: the transformation before.
+      all: whether there are no other lines.
     """
 
     tx: optax.GradientTransformation
-    params: Any
     lines: list[str]
     state: list[str] | None = None
+    params: Any = P
+    saved: optax.GradientTransformation = ADAMW
+    all: bool = True
 
 
+def partitioned(first: Any, **labels: int) -> optax.GradientTransformation:
+    return optax.partition({0: first, 1: adam_fn.adam(1e-3)}, {"w": 0, "b": [0, 1], **labels})
+
+
+COSINE, LINEAR = optax.cosine_decay_schedule(1e-2, 9), optax.linear_schedule(1e-2, 0.0, 9)
 OTHERS = {
     "another rule with the same slots": Other(
-        adam_fn.yogi(1e-3, weight_decay=1e-4, storage="24bit"), P, ["rules: Adam, expected Yogi"]
+        adam_fn.yogi(1e-3, weight_decay=1e-4, storage="24bit"), ["rules: Adam, expected Yogi"]
     ),
     "another rule": Other(
         adam_fn.amsgrad(1e-3, weight_decay=1e-4, storage="24bit"),
-        P,
         ["rules: Adam, expected AMSGrad", *leaves("nu_max", "nothing", "bfloat16")],
     ),
     "another storage": Other(
         adam_fn.adamw(1e-3, storage="16bit"),
-        P,
         [
             "storage/mu: MuLaw(bound=7.27), expected nothing",
             "storage/nu: Cast('bfloat16'), expected nothing",
             "storage/mu_nu: nothing, expected Word(bound=7.27)",
-            CHANGE,
+            f"{CHANGE} storage",
         ],
         [*leaves("mu", "int8", "nothing"), *leaves("nu", "bfloat16", "nothing"), *leaves("mu_nu", "nothing", "uint16")],
     ),
     "another storage of one slot": Other(
-        adam_fn.adamw(1e-3, storage="bfloat16"),
-        P,
-        ["storage/mu: MuLaw(bound=7.27), expected Cast('bfloat16')", CHANGE],
-        leaves("mu", "int8", "bfloat16"),
+        adam_fn.adamw(1e-3, mu_dtype="bfloat16"),
+        ["storage/mu: Cast('float32'), expected Cast('bfloat16')", f"{CHANGE} storage"],
+        leaves("mu", "float32", "bfloat16"),
+        saved=adam_fn.adamw(1e-3),
     ),
     "another bound": Other(  # The codes would be read as other moments; a state alone cannot tell.
         adam_fn.adamw(1e-3, b1=0.95, storage="24bit"),
-        P,
-        ["storage/mu: MuLaw(bound=7.27), expected MuLaw(bound=5.087)", CHANGE],
+        ["storage/mu: MuLaw(bound=7.27), expected MuLaw(bound=5.087)", f"{CHANGE} storage"],
     ),
     "another storage of another rule": Other(
         adam_fn.lion(1e-3, storage="24bit"),
-        P,
         [
             "rules: Adam, expected Lion",
             "storage/mu: MuLaw(bound=7.27), expected Cast('bfloat16')",
@@ -221,122 +231,117 @@ OTHERS = {
         ],
         [*leaves("mu", "int8", "bfloat16"), *leaves("nu", "bfloat16", "nothing")],
     ),
-    "a leaf of another shape": Other(
-        ADAMW,
-        {**P, "b": [jnp.ones(3), jnp.ones(1)]},
-        ["params/b/1: float32[2], expected float32[1]"]
-        + [f"state/0/{slot}/b/1: {kind}[2], expected {kind}[1]" for slot, kind in KINDS.items()],
+    "another storage of one of two": Other(  # The slots of the other do not hide behind it.
+        partitioned(adam_fn.adamw(1e-3, storage="bfloat16"), w=1),
+        [
+            "storage/0/mu: Cast('float32'), expected Cast('bfloat16')",
+            "state/inner_states/1/inner_state/0/mu/w: nothing, expected float32[64,128]",
+        ],
+        saved=partitioned(adam_fn.adamw(1e-3)),
+        all=False,
     ),
-    "a leaf of another dtype": Other(
-        ADAMW,
-        {**P, "w": P["w"].astype(jnp.bfloat16)},
-        ["params/w: float32[64,128], expected bfloat16[64,128]"],
+    "another mask": Other(  # Orbax compares these parts without leaves as well.
+        adam_fn.adamw(1e-3, storage="24bit", mask=adam_fn.masks.rank(2)),
+        ["state/1: EmptyState(), expected MaskedState(inner_state=EmptyState())", f"{CHANGE} mask"],
+        [],
     ),
-    "a leaf more and one less": Other(
+    "schedules": Other(
+        adam_fn.adamw(COSINE, b2=LINEAR, weight_decay=COSINE, storage="24bit"),
+        [f"state/{i}/count: nothing, expected int32[]" for i in (1, 2)]
+        + [f"state/3/weights/0/{word}: nothing, expected float32[]" for word in ("main", "rest")],
+    ),
+    "a leaf more, one less, one of another dtype and one of another shape": Other(
         adam_fn.adamw(1e-3, storage="24bit", frozen=adam_fn.masks.path("b/0")),
-        {"w": P["w"], "b": [*P["b"], jnp.ones(())]},
-        ["params/b/2: nothing, expected float32[]"]
-        + [f"state/0/{slot}/b/2: nothing, expected {kind}[]" for slot, kind in KINDS.items()]
-        + [f"state/0/{slot}/b/0: {kind}[3], expected nothing" for slot, kind in KINDS.items()],
+        [
+            "params/w: float32[64,128], expected bfloat16[64,128]",
+            "params/b/1: float32[2], expected float32[1]",
+            "params/b/2: nothing, expected float32[]",
+        ]
+        + [f"state/0/{slot}/b/0: {kind}[3], expected nothing" for slot, kind in KINDS.items()]
+        + [f"state/0/{slot}/b/1: {kind}[2], expected {kind}[1]" for slot, kind in KINDS.items()]
+        + [f"state/0/{slot}/b/2: nothing, expected {kind}[]" for slot, kind in KINDS.items()],
+        params={"w": P["w"].astype(jnp.bfloat16), "b": [jnp.ones(3), jnp.ones(1), jnp.ones(())]},
     ),
-    "another wrapper": Other(adam_fn.stochastic_rounding(ADAMW), P, []),
+    "another wrapper": Other(
+        adam_fn.stochastic_rounding(ADAMW),
+        ["state/inner/0/count: nothing, expected int32[]", "state/0/mu/w: int8[64,128], expected nothing"],
+        all=False,
+    ),
+    "a state of optax": Other(
+        adam_fn.lion(1e-3, storage="bfloat16"),
+        [
+            *leaves("mu", "float32", "bfloat16"),
+            *leaves("nu", "float32", "nothing"),
+            "adam_fn.interop.from_optax converts a state of optax, and to_optax converts back",
+        ],
+        saved=optax.adamw(1e-3),
+    ),
 }
+
+
+def lines_of(saved: Any, tx: optax.GradientTransformation, params: Any) -> list[str]:
+    with pytest.raises(ValueError, match="does not belong to this transformation and these parameters") as error:
+        checkpoint.check(saved, tx, params)
+    return sorted(line.strip() for line in str(error.value).splitlines()[1:])
+
+
+def swapped(line: str) -> str:
+    return re.sub("(.*?): (.*), expected (.*)", r"\1: \3, expected \2", line)
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("other", OTHERS)
 def test_another_checkpoint_is_an_error_that_names_what_differs(other: str) -> None:
-    saved = json.loads(json.dumps(checkpoint.describe(ADAMW, P)))
-    checkpoint.check(saved, ADAMW, P)
-    tx, params, expected, of_state = OTHERS[other]
-    with pytest.raises(ValueError, match="does not belong to this transformation and these parameters") as error:
-        checkpoint.check(saved, tx, params)
-    lines = [line.strip() for line in str(error.value).splitlines()[1:]]
-    if not expected:
-        expected = lines
-        assert "state/inner/0/count: nothing, expected int32[]" in lines
-        assert "state/0/mu/w: int8[64,128], expected nothing" in lines
-    assert sorted(lines) == sorted(expected)
+    """Of a description in both directions, and of a state alone, with its types and as dictionaries."""
+    tx, expected, of_state, params, saved, complete = OTHERS[other]
+    about, after = (json.loads(json.dumps(checkpoint.describe(*x))) for x in ((saved, P), (tx, params)))
+    checkpoint.check(about, saved, P)
+    lines = lines_of(about, tx, params)
+    assert lines == sorted(expected) if complete else set(expected) < set(lines)
+    assert lines_of(after, saved, P) == sorted(map(swapped, lines))
 
-    arrays = [line for line in expected if line.startswith("state") and "EmptyState" not in line]
-    seen = sorted(arrays if of_state is None else of_state)
-    for state in (ADAMW.init(P), flax.serialization.to_state_dict(ADAMW.init(P))):
-        checkpoint.check(state, ADAMW, P)
-        if not seen:
+    arrays = [line for line in lines if line.startswith("state") and "State(" not in line]
+    seen = arrays if of_state is None else sorted(of_state)
+    for state in (saved.init(P), flax.serialization.to_state_dict(saved.init(P))):
+        checkpoint.check(state, saved, P)
+        if seen:
+            assert lines_of(state, tx, params) == seen
+        else:
             checkpoint.check(state, tx, params)
-            continue
-        with pytest.raises(ValueError, match="does not belong to this") as error:
-            checkpoint.check(state, tx, params)
-        assert sorted(line.strip() for line in str(error.value).splitlines()[1:]) == seen
+
+
+@pytest.mark.parametrize(
+    ("saved", "tx", "dtype"),
+    [
+        (ADAMW, adam_fn.adamw(1e-2, eps=1e-6, weight_decay=0.1, storage="24bit"), "float32"),
+        (ADAMW, adam_fn.nadamw(1e-3, storage="24bit"), "float32"),  # Its moments are Adam's.
+        (ADAMW, optax.GradientTransformation(ADAMW.init, ADAMW.update), "float32"),
+        (adam_fn.adamw(1e-3), optax.adamw(1e-3), "float32"),
+        # A cast to the dtype of the arithmetic is no other storage.
+        (adam_fn.adamw(1e-3), adam_fn.adamw(1e-3, mu_dtype="float32", nu_dtype="float32"), "float32"),
+        (adam_fn.adamw(1e-3), adam_fn.adamw(1e-3, mu_dtype="float32", nu_dtype="float32"), "bfloat16"),
+        # Schedules count in the state, as in optax: one may be replaced by another.
+        (adam_fn.adamw(COSINE), adam_fn.adamw(LINEAR, weight_decay=0.1), "float32"),
+        (adam_fn.adamw(COSINE, weight_decay=COSINE), adam_fn.adamw(LINEAR, weight_decay=LINEAR), "float32"),
+    ],
+)
+def test_what_may_change_between_two_runs(saved: Any, tx: Any, dtype: str) -> None:
+    params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), P)
+    checkpoint.check(checkpoint.describe(saved, params), tx, params)
+    checkpoint.check(checkpoint.describe(tx, params), saved, params)
 
 
 def test_boxes_have_no_value_in_their_path() -> None:
     """Paths are those of masks and groups, also where a box was restored as a dictionary."""
-    params = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
-    wider = nnx.state(nnx.Linear(2, 4, rngs=nnx.Rngs(0)), nnx.Param)
+    params, wider = (nnx.state(nnx.Linear(2, n, rngs=nnx.Rngs(0)), nnx.Param) for n in (3, 4))
     tx = adam_fn.lion(1e-3)
     boxed = {"kernel": {"value": jnp.ones((2, 3))}, "bias": {"value": jnp.ones(3)}}
     for state in (tx.init(params), {"0": {"count": jnp.int32(0), "mu": boxed}}):
         checkpoint.check(state, tx, params)
-        with pytest.raises(ValueError, match=r"  state/0/mu/kernel: float32\[2,3\], expected float32\[2,4\]"):
-            checkpoint.check(state, tx, wider)
+        assert "state/0/mu/kernel: float32[2,3], expected float32[2,4]" in lines_of(state, tx, wider)
     assert list(checkpoint.describe(tx, params)["params"]) == ["params/bias", "params/kernel"]
     # A parameter that is called so is no box.
     assert list(checkpoint.describe(tx, {"value": jnp.ones(2)})["params"]) == ["params/value"]
-
-
-def test_a_cast_to_the_dtype_of_the_arithmetic_is_no_other_storage() -> None:
-    plain, named = adam_fn.adamw(1e-3), adam_fn.adamw(1e-3, mu_dtype="float32", nu_dtype="float32")
-    for params in (P, jax.tree.map(lambda p: p.astype(jnp.bfloat16), P)):
-        checkpoint.check(checkpoint.describe(plain, params), named, params)
-        checkpoint.check(checkpoint.describe(named, params), plain, params)
-        with pytest.raises(ValueError, match=r"storage/mu: Cast\('float32'\), expected Cast\('bfloat16'\)"):
-            checkpoint.check(checkpoint.describe(plain, params), adam_fn.adamw(1e-3, mu_dtype="bfloat16"), params)
-
-
-def test_of_several_transformations_each_leaf_is_named() -> None:
-    """The slots of another transformation do not hide behind the storage of one."""
-
-    def parts(first: Any, **labels: int) -> Any:
-        return optax.partition({0: first, 1: adam_fn.adam(1e-3)}, {"w": 0, "b": [0, 1], **labels})
-
-    saved = checkpoint.describe(parts(adam_fn.adamw(1e-3)), P)
-    with pytest.raises(ValueError, match=r"storage/0/mu: Cast\('float32'\), expected Cast\('bfloat16'\)") as error:
-        checkpoint.check(saved, parts(adam_fn.adamw(1e-3, storage="bfloat16"), w=1), P)
-    assert "state/inner_states/1/inner_state/0/mu/w: nothing, expected float32[64,128]" in str(error.value)
-
-
-def test_what_may_change_between_two_runs() -> None:
-    saved = checkpoint.describe(ADAMW, P)
-    for tx in (
-        adam_fn.adamw(1e-2, eps=1e-6, weight_decay=0.1, storage="24bit"),
-        adam_fn.nadamw(1e-3, storage="24bit"),  # Its moments are Adam's.
-        optax.GradientTransformation(ADAMW.init, ADAMW.update),
-    ):
-        checkpoint.check(saved, tx, jax.eval_shape(lambda: P))
-
-
-def test_schedules_count_in_the_state() -> None:
-    """As in optax: a schedule may be replaced by a schedule, and not by a number."""
-
-    def make(rate: Any, decay: Any = 1e-4) -> adam_fn.Transformation:
-        return adam_fn.adamw(rate, weight_decay=decay, storage="24bit")
-
-    cosine, linear = optax.cosine_decay_schedule(1e-2, 9), optax.linear_schedule(1e-2, 0.0, 9)
-    checkpoint.check(checkpoint.describe(make(cosine), P), make(linear, 0.1), P)
-    checkpoint.check(checkpoint.describe(make(cosine, cosine), P), make(linear, linear), P)
-    for tx, lines in {
-        make(cosine): [r"state/2/count: nothing, expected int32\[\]"],
-        make(1e-3, cosine): [r"state/1/count: nothing, expected int32\[\]"],
-        adam_fn.adamw(1e-3, b2=linear, storage="24bit"): [
-            rf"state/3/weights/0/{word}: nothing, expected float32\[\]" for word in ("main", "rest")
-        ],
-    }.items():
-        with pytest.raises(ValueError, match="parameters:\n  " + "\n  ".join(lines) + "$"):
-            checkpoint.check(checkpoint.describe(ADAMW, P), tx, P)
-        back = "\n  ".join(lines).replace("nothing, expected ", "").replace(r"\[\]", r"\[\], expected nothing")
-        with pytest.raises(ValueError, match=f"parameters:\n  {back}$"):
-            checkpoint.check(checkpoint.describe(tx, P), ADAMW, P)
 
 
 @pytest.mark.parametrize(
@@ -357,20 +362,3 @@ def test_rules_are_found_wherever_they_are(make: Callable[[Any], Any], rules: li
     tx.init(P)
     for _ in range(2):  # JAX remembers what it traced before.
         assert checkpoint.describe(tx, P)["rules"] == rules
-
-
-def test_orbax_keeps_the_description(tmp_path: Path) -> None:
-    """As the documentation has it: what is wrong is said before anything is restored, and by Orbax's own shapes."""
-    handler = ocp.StandardCheckpointHandler()
-    with ocp.CheckpointManager(tmp_path / "run", item_handlers=handler) as manager:
-        saved = {"params": P, "state": ADAMW.init(P)}
-        manager.save(7, args=ocp.args.StandardSave(saved), custom_metadata=checkpoint.describe(ADAMW, P))
-        manager.wait_until_finished()
-        about, shapes = manager.metadata(7).custom_metadata, manager.item_metadata(7)
-    assert about is not None
-    checkpoint.check(about, ADAMW, P)
-    checkpoint.check(shapes["state"], ADAMW, P)
-    with pytest.raises(ValueError, match=r"rules: Adam, expected Yogi$"):
-        checkpoint.check(about, adam_fn.yogi(1e-3, weight_decay=1e-4, storage="24bit"), P)
-    with pytest.raises(ValueError, match=r"state/0/mu/w: int8\[64,128\], expected bfloat16\[64,128\]"):
-        checkpoint.check(shapes["state"], adam_fn.adam(1e-3, storage="bfloat16"), P)

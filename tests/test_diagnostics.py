@@ -4,11 +4,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.layouts import KINDS, assert_placed, mesh_of
 from helpers.runs import Array, compilations, random_gradients, relative_error
 from helpers.states import count_of, slots_of
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -82,22 +84,20 @@ RATIOS: dict[str, tuple[optax.GradientTransformation, Callable[[Array], Array]]]
 
 
 @functools.cache
-def ratios() -> dict[str, list[jax.Array]]:
-    """Of all, in one program: before the first step, and after the last."""
+def ratios() -> dict[str, jax.Array]:
+    """Of all after some steps, in one program."""
 
-    def read(tx: optax.GradientTransformation, grads: jax.Array, params: jax.Array) -> list[jax.Array]:
-        states = (tx.init(params), stepped(tx, grads, params)[1])
-        return [diagnostics.signal_to_noise(tx, state, params) for state in states]
+    def read(grads: jax.Array, params: jax.Array) -> dict[str, jax.Array]:
+        states = {name: (tx, stepped(tx, grads, params)[1]) for name, (tx, _) in RATIOS.items()}
+        return {name: diagnostics.signal_to_noise(tx, state, params) for name, (tx, state) in states.items()}
 
-    return jax.jit(lambda *args: {name: read(tx, *args) for name, (tx, _) in RATIOS.items()})(GRADS, START)
+    return jax.jit(read)(GRADS, START)
 
 
 @pytest.mark.parametrize("name", RATIOS)
 def test_signal_to_noise(name: str) -> None:
-    first, last = map(np.asarray, ratios()[name])
-    assert not first.any()
-    # AdaBelief's g - m cancels.
-    assert relative_error(last, RATIOS[name][1](wide(GRADS))) < (2e-5 if name == "adabelief" else 3e-6)
+    tolerance = 2e-5 if name == "adabelief" else 3e-6  # AdaBelief's g - m cancels.
+    assert relative_error(np.asarray(ratios()[name]), RATIOS[name][1](wide(GRADS))) < tolerance
 
 
 def rate(count: Any) -> Any:
@@ -178,19 +178,17 @@ def test_the_optimizer_is_found_in_every_wrapper(name: str) -> None:
 NARROW = ("bfloat16", "24bit", "16bit")
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def summary_of(tx: optax.GradientTransformation, grads: jax.Array, params: jax.Array) -> dict[str, jax.Array]:
+    return diagnostics.summary(tx, stepped(tx, grads, params)[1], params)
+
+
 @pytest.mark.parametrize("storage", NARROW)
-def test_bfloat16_parameters(storage: Any) -> None:
-    """With masters they have the ratios of float32 ones."""
-    tx = adam_fn.adam(RATE, storage=storage)
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def read(tx: optax.GradientTransformation, grads: jax.Array, params: jax.Array) -> dict[str, jax.Array]:
-        return diagnostics.summary(tx, stepped(tx, grads, params)[1], params)
-
-    short = jnp.asarray(MATRIX[:2], jnp.bfloat16)
-    found = read(adam_fn.master_weights(tx), short[1:], short[0])
-    expected = read(tx, short[1:].astype(jnp.float32), short[0].astype(jnp.float32))
-    assert jax.tree.map(float, found) == pytest.approx(jax.tree.map(float, expected), rel=1e-5)
+def test_bfloat16_parameters_with_masters_have_the_ratios_of_float32_ones(storage: Any) -> None:
+    tx, short = adam_fn.adam(RATE, storage=storage), jnp.asarray(MATRIX[:2], jnp.bfloat16)
+    wide = short.astype(jnp.float32)
+    found, expected = summary_of(adam_fn.master_weights(tx), short[1:], short[0]), summary_of(tx, wide[1:], wide[0])
+    chex.assert_trees_all_close(found, expected, rtol=1e-5)
 
 
 def test_before_the_first_step() -> None:
@@ -202,7 +200,7 @@ def test_before_the_first_step() -> None:
             assert float(diagnostics.learning_rate(tx, state, params, ahead=ahead)) == pytest.approx(rate(count))
         found = diagnostics.summary(tx, state, params, params)
         assert all(np.isfinite(float(x)) for x in found.values())
-        assert float(found["at_bound"]) == 0
+        assert float(found["at_bound"]) == float(found["signal_to_noise"]) == 0
 
 
 def test_the_rate_of_one_step() -> None:
@@ -234,8 +232,6 @@ def test_share_at_the_step_bound() -> None:
     assert jax.tree.map(float, diagnostics.at_bound(tx, state, params, threshold=1.1)) == {"a": 0.0, "b": 1.0, "e": 0.0}
     found = diagnostics.summary(tx, state, params, updates, per_leaf=True)
     assert float(found["at_bound"]) == pytest.approx(0.8)
-    steps = diagnostics.effective_step(tx, state, params)
-    np.testing.assert_allclose(np.asarray(steps["a"]), RATE * adam(wide(a)), rtol=1e-4)
     assert all(np.isfinite(float(x)) for x in found.values())
 
 
@@ -263,16 +259,16 @@ def test_update_to_weight() -> None:
 def test_leaves_that_are_not_trained() -> None:
     """None, integers, frozen leaves; complex ones are two reals, and empty ones and scalars are no trouble."""
     z = np.random.default_rng(0).standard_normal((STEPS, 3, 2)) @ [1, 1j]
-    first = {"c": jnp.zeros(3, jnp.complex64), "e": jnp.zeros((0, 3)), "f": jnp.ones(2), "i": jnp.zeros(2, int),
-             "n": None, "s": jnp.zeros(())}  # fmt: skip
+    shapes = {"c": (3,), "e": (0, 3), "f": (2,), "s": ()}
+    first: Any = {name: jnp.zeros(shape, jnp.complex64 if name == "c" else float) for name, shape in shapes.items()}
+    first |= {"i": jnp.zeros(2, int), "n": None}
     grads = jax.tree.map(lambda x: jnp.stack([x] * STEPS), first)
     grads = {**grads, "c": jnp.asarray(z, jnp.complex64), "s": GRADS[:, 0]}
-    tx = adam_fn.adam(RATE, frozen={"c": False, "e": False, "f": True, "i": False, "n": False, "s": False})
+    tx = adam_fn.adam(RATE, frozen=adam_fn.masks.path("f"))
     params = jax.tree.map(jnp.ones_like, first)
     params, state, updates = stepped(tx, grads, params)
     moments = diagnostics.moments(tx, state, params)
-    assert jax.tree.structure(moments) == jax.tree.structure(slots_of(state))
-    jax.tree.map(np.testing.assert_array_equal, moments, slots_of(state))
+    chex.assert_trees_all_equal(moments, slots_of(state))
     found = diagnostics.signal_to_noise(tx, state, params)
     assert (found["f"], found["i"], found["n"]) == (optax.MaskedNode(), optax.MaskedNode(), None)
     assert found["e"].shape == (0, 3)
@@ -286,10 +282,19 @@ def test_leaves_that_are_not_trained() -> None:
     assert float(logged["signal_to_noise"]) == pytest.approx(np.sqrt(np.mean(every**2)), rel=1e-5)
 
 
-@pytest.mark.parametrize("storage", [*NARROW, Storage(mu=adam_fn.MuLaw(), nu=adam_fn.Cast("bfloat16"))], ids=str)
-def test_storage_is_decoded(storage: Any) -> None:
-    """From the moments, one that stores float32 goes on with the same update; the error of storing is of one step."""
-    coded, plain = adam_fn.adam(RATE, storage=storage), adam_fn.adam(RATE)
+@pytest.mark.parametrize(
+    ("storage", "most"),
+    [
+        (None, {}),
+        (Storage(mu=adam_fn.Cast("bfloat16")), {"mu": 0.03}),
+        *((storage, {"mu": 0.03, "nu": 0.03}) for storage in ("bfloat16", "24bit")),
+        ("16bit", {"mu": 0.15, "nu": 0.15}),
+    ],
+    ids=str,
+)
+def test_storage_is_decoded(storage: Any, most: dict[str, float]) -> None:
+    """The error of storing is of one step, with the gradients that the optimizer gets, and the same at any scale."""
+    coded, plain = optax.chain(optax.scale(0.5), adam_fn.adam(RATE, storage=storage)), adam_fn.adam(RATE)
     params = {"w": jnp.zeros((64, 128)), "b": jnp.zeros(3)}
     grads = {"w": MATRIX, "b": MATRIX[:, 0, :3]}
     now = jax.tree.map(lambda g: g[0], grads)
@@ -300,97 +305,66 @@ def test_storage_is_decoded(storage: Any) -> None:
         updates, later = coded.update(now, state, params)
         before, after = (diagnostics.moments(coded, x, params) for x in (state, later))
         exact = (optax.ScaleByAdamState(count_of(state), **before), optax.EmptyState())
+        expected, _ = plain.update(jax.tree.map(lambda g: g / 2, now), exact, params)
+        first = coded.init(params)
+        scaled = [jax.tree.map(lambda g, x=x: x * g, now) for x in (1, 2.0**-40)]  # Squares of ν are 0 in float32.
         read = (
             diagnostics.signal_to_noise(coded, state, params),
-            diagnostics.quantisation_error(coded, state, now, params),
-            diagnostics.summary(coded, state, params, grads=now),
+            [diagnostics.quantisation_error(coded, first, g, params) for g in scaled],
+            diagnostics.summary(coded, state, params, grads=now, per_leaf=True),
         )
-        return before, after, (updates, plain.update(now, exact, params)[0]), read
+        return before, after, (updates, expected), read
 
-    before, after, updates, (ratio, found, logged) = run(params, grads, now)
-    jax.tree.map(lambda *x: np.testing.assert_allclose(*x, rtol=1e-6), *updates)
+    before, after, updates, (ratio, errors, logged) = run(params, grads, now)
+    chex.assert_trees_all_close(*updates, rtol=1e-6)  # From the moments, one that stores float32 continues alike.
     m, v = (wide(before[slot]["w"]) for slot in ("mu", "nu"))
-    most = 0.15 if storage == "16bit" else 0.03
-    assert 1e-4 < relative_error(m, ema(0.9, MATRIX)) < most
-    assert 1e-4 < relative_error(v, ema(0.999, wide(MATRIX) ** 2)) < most
-    expected = m / (1 - 0.9**4) / np.sqrt(v / (1 - 0.999**4))
-    assert relative_error(np.asarray(ratio["w"]), expected) < 1e-5
+    for slot, x, expected in (("mu", m, ema(0.9, MATRIX / 2)), ("nu", v, ema(0.999, wide(MATRIX / 2) ** 2))):
+        assert (relative_error(x, expected) > 1e-4) == (slot in most)
+        assert relative_error(x, expected) < most.get(slot, 1e-6)
+    assert relative_error(np.asarray(ratio["w"]), m / (1 - 0.9**4) / np.sqrt(v / (1 - 0.999**4))) < 1e-5
 
     # One more step: the slots in float64, and what is read back of them.
-    for slot, beta, power in (("mu", 0.9, 1), ("nu", 0.999, 2)):
-        lost, all_of_it = [], []
+    kept = {key for key in logged if key.startswith("quantisation_error")}
+    assert kept == {f"quantisation_error/{slot}{leaf}" for slot in most for leaf in ("", "/w", "/b")}
+    powers = {"mu": (0.9, 1), "nu": (0.999, 2)}
+    for slot in most:
+        (beta, power), lost, all_of_it = powers[slot], [], []
         for leaf in ("w", "b"):
-            exact = beta * wide(before[slot][leaf]) + (1 - beta) * wide(now[leaf]) ** power
+            exact = beta * wide(before[slot][leaf]) + (1 - beta) * (wide(now[leaf]) / 2) ** power
             error = wide(after[slot][leaf]) - exact
             lost, all_of_it = [*lost, *error.ravel()], [*all_of_it, *exact.ravel()]
             expected = np.linalg.norm(error) / np.linalg.norm(exact)
-            assert float(found[slot][leaf]) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+            assert float(logged[f"quantisation_error/{slot}/{leaf}"]) == pytest.approx(expected, rel=1e-3, abs=1e-6)
         expected = np.linalg.norm(lost) / np.linalg.norm(all_of_it)
         assert float(logged[f"quantisation_error/{slot}"]) == pytest.approx(expected, rel=1e-3)
-        assert expected > 1e-4
-
-
-def test_quantisation_error_of_a_cast_is_its_rounding() -> None:
-    """After the first step m is 0.1 g, which NumPy puts between two bfloat16, at an even dither as far from either.
-
-    Gradients are those that the optimizer gets.
-    """
-    tx = optax.chain(optax.scale(0.3), adam_fn.adam(RATE, mu_dtype="bfloat16"))
-    params = jnp.zeros((64, 128))
-    found = diagnostics.quantisation_error(tx, tx.init(params), jnp.asarray(MATRIX[0]), params)
-    m = np.float32(0.3) * MATRIX[0] * np.float32(0.1)
-    bits = m.view(np.uint32)
-    lower, upper = (wide((bits + up & 0xFFFF0000).view(np.float32)) for up in (0, 0x10000))
-    squares = np.abs((upper - m) * (m - lower))  # (upper - m) of a share (m - lower) of all dithers, and the other way.
-    expected = np.sqrt(squares.sum()) / np.linalg.norm(wide(m))
-    assert set(found) == {"mu"}  # The second moment is float32.
-    assert float(found["mu"]) == pytest.approx(expected, rel=0.04)
-    assert diagnostics.quantisation_error(adam_fn.adam(RATE), adam_fn.adam(RATE).init(params), params, params) == {}
-
-
-@pytest.mark.parametrize("storage", NARROW)
-def test_quantisation_error_of_tiny_gradients(storage: Any) -> None:
-    """Second moments of about 1e-27: their squares are 0 in float32."""
-    tx, params = adam_fn.adam(RATE, storage=storage), jnp.zeros((64, 128))
-    errors = [
-        diagnostics.quantisation_error(tx, tx.init(params), jnp.asarray(scale * MATRIX[0]), params)
-        for scale in (np.float32(1), np.float32(2.0**-40))
-    ]
-    for slot in ("mu", "nu"):
-        assert float(errors[1][slot]) == pytest.approx(float(errors[0][slot]), rel=0.02)
-        assert float(errors[0][slot]) > 1e-3
+        assert float(errors[1][slot]["w"]) == pytest.approx(float(errors[0][slot]["w"]), rel=0.02)
+        assert min(expected, float(errors[0][slot]["w"])) > 1e-4
 
 
 def test_summary_in_a_compiled_step() -> None:
-    """Stable keys, float32 scalars, the same inside of `jit` as outside, and one compilation."""
+    """Float32 scalars, the same inside of `jit` as outside, and one compilation."""
     tx = adam_fn.adamw(rate, storage="24bit")
-    params = {"layers": [{"kernel": jnp.asarray(MATRIX[0]), "bias": jnp.ones(3, jnp.bfloat16)}]}
 
     @jax.jit
     def step(params: Any, state: Any, grads: Any) -> Any:
         updates, state = tx.update(grads, state, params)
         return updates, state, diagnostics.summary(tx, state, params, updates, grads, per_leaf=True)
 
-    state, keys = tx.init(params), None
-    updates = grads = found = {}
-    for g in MATRIX:
-        grads = {"layers": [{"kernel": jnp.asarray(g), "bias": jnp.asarray(g[0, :3], jnp.bfloat16)}]}
-        updates, state, found = step(params, state, grads)
-        assert keys in (None, list(found))
-        keys = list(found)
-        assert all(x.shape == () and x.dtype == jnp.float32 for x in found.values())
-    everything = functools.partial(diagnostics.summary, tx, per_leaf=True)
-    assert keys == list(jax.eval_shape(everything, state, params, updates, grads))
-    outside = diagnostics.summary(tx, state, params, updates)
-    for key in outside:
-        assert float(found[key]) == pytest.approx(float(outside[key]), rel=1e-4), key
-    shared = {"signal_to_noise", "effective_step", "at_bound", "update_to_weight", "quantisation_error/mu"}
-    leaves = {f"{key}/layers/0/{leaf}" for key in (*shared, "quantisation_error/nu") for leaf in ("kernel", "bias")}
-    rates = {"learning_rate", "next_learning_rate", "weight_decay", "quantisation_error/nu"}
-    assert set(found) == shared | leaves | rates
-    fewer = {key for key in shared | rates if not key.startswith(("quantisation", "update"))}
-    assert set(jax.eval_shape(lambda s: diagnostics.summary(tx, s, params), state)) == fewer
+    trees = [{"layers": [{"kernel": g, "bias": g[0, :3].astype(jnp.bfloat16)}]} for g in MATRIX]
+    params, first, second, _ = jax.tree.map(jnp.asarray, trees)
+    _, state, _ = step(params, tx.init(params), first)
+    updates, state, found = step(params, state, second)
     assert compilations(step) == 1
+    assert {(x.shape, str(x.dtype)) for x in found.values()} == {((), "float32")}
+    outside = diagnostics.summary(tx, state, params, updates)
+    chex.assert_trees_all_close({key: found[key] for key in outside}, outside, rtol=1e-4)
+    rates, read = (
+        ["learning_rate", "next_learning_rate", "weight_decay"],
+        ["signal_to_noise", "effective_step", "at_bound"],
+    )
+    each = [*read, "update_to_weight", "quantisation_error/mu", "quantisation_error/nu"]
+    assert set(found) == {*rates, *(key + leaf for key in each for leaf in ("", "/layers/0/kernel", "/layers/0/bias"))}
+    assert set(jax.eval_shape(lambda s: diagnostics.summary(tx, s, params), state)) == {*rates, *read}
 
 
 def test_reading_the_rate_runs_no_step() -> None:
@@ -403,12 +377,11 @@ def test_reading_the_rate_runs_no_step() -> None:
     assert tx.update(params, tx.init(params), params)[1] is not None  # And nothing is left behind.
 
 
-@pytest.mark.parametrize("explicit", [False, True])
-def test_a_sharded_summary_gathers_no_array(explicit: bool) -> None:
-    """The same numbers, elements that stay where they are, and no array gathered."""
-    kind = AxisType.Explicit if explicit else AxisType.Auto
-    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(kind, kind))
-    where = NamedSharding(mesh, PartitionSpec("x", "y"))
+@KINDS
+def test_a_sharded_summary_gathers_no_array(kind: AxisType) -> None:
+    """The same numbers, of elements that stay where they are."""
+    mesh = mesh_of(kind, (2, 4))
+    where = NamedSharding(mesh, PartitionSpec("data", "model"))
     tx = adam_fn.adamw(RATE, storage="16bit")
 
     @jax.jit
@@ -421,9 +394,9 @@ def test_a_sharded_summary_gathers_no_array(explicit: bool) -> None:
         p, g = jax.device_put((MATRIX[0], MATRIX[1]), where)
         program = read.lower(p, g).compile()
         ratio, found = program(p, g)
-    assert ratio.sharding.is_equivalent_to(where, 2)
+    assert_placed(ratio, where)
     assert "all-gather" not in (program.as_text() or "all-gather")
-    assert jax.tree.map(float, found) == pytest.approx(jax.tree.map(float, expected), rel=1e-5)
+    chex.assert_trees_all_close(found, expected, rtol=1e-5)
 
 
 @pytest.mark.quick
@@ -459,22 +432,14 @@ def test_what_is_not_there_is_an_error() -> None:
 
 
 def test_ratio_and_step_fall_near_the_optimum_at_a_constant_rate() -> None:
-    """Near the optimum of a noisy bowl the ratio and the step fall by themselves: the rate is constant."""
-    tx, params = adam_fn.adam(RATE), jnp.full(64, 1.0)
-    state, noise = tx.init(params), jnp.asarray(np.random.default_rng(0).standard_normal((300, 64)), jnp.float32)
+    tx, start = adam_fn.adam(RATE), jnp.ones(64)
 
-    @jax.jit
-    def run(params: jax.Array, state: Any) -> Any:
-        def step(carry: Any, e: jax.Array) -> Any:
-            p, s = carry
-            u, s = tx.update(p + 0.5 * e, s, p)
-            p = optax.apply_updates(p, u)
-            return (p, s), diagnostics.summary(tx, s, p, u)
+    def step(carry: Any, noise: jax.Array) -> Any:
+        p, state = carry
+        updates, state = tx.update(p + 0.5 * noise, state, p)
+        return (p + updates, state), diagnostics.summary(tx, state, p)
 
-        return jax.lax.scan(step, (params, state), noise)[1]
-
-    found = run(params, state)
+    noise = np.random.default_rng(0).standard_normal((300, 64)).astype(np.float32)
+    found = jax.jit(lambda noise: jax.lax.scan(step, (start, tx.init(start)), noise)[1])(noise)
     for key in ("signal_to_noise", "effective_step", "at_bound"):
         assert np.mean(found[key][-50:]) < 0.5 * np.mean(found[key][:50]), key
-    np.testing.assert_allclose(np.asarray(found["effective_step"]), RATE * np.asarray(found["signal_to_noise"]), 1e-5)
-    np.testing.assert_allclose(np.asarray(found["learning_rate"]), RATE, 1e-6)

@@ -1,8 +1,9 @@
 """Changes of a running state: what is chosen begins again, everything else goes on bit for bit."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,12 @@ from adam_fn import surgery
 from adam_fn.surgery import Rows
 
 P = {"kernel": np.linspace(-1.0, 1.0, 24, dtype=np.float32).reshape(6, 4), "bias": np.ones(6, np.float32)}
-LABELS = {"kernel": "a", "bias": "b"}
+
+
+def labels(params: Any) -> Any:
+    return jax.tree.map_with_path(lambda keys, _: "b" if "bias" in str(keys) else "a", params)
+
+
 TXS = {
     "adam": adam_fn.adam(1e-2),
     "24 bits": adam_fn.adamw(1e-2, storage="24bit"),
@@ -28,16 +34,16 @@ TXS = {
     "optax": optax.adam(1e-2),
     "guarded": adam_fn.skip_nonfinite(adam_fn.adam(1e-2, storage="16bit")),
     "chain": optax.chain(optax.trace(0.9), adam_fn.adam(1e-2), adam_fn.average_params(0.9)),
-    "frozen": adam_fn.adam(1e-2, frozen={"kernel": False, "bias": True}),
-    "partition": optax.partition({"a": adam_fn.adam(1e-2), "b": optax.sgd(1e-2, momentum=0.9)}, LABELS),
+    "frozen": adam_fn.adam(1e-2, frozen=adam_fn.masks.path("bias")),
+    "partition": optax.partition({"a": adam_fn.adam(1e-2), "b": optax.sgd(1e-2, momentum=0.9)}, labels),
     "accumulated": optax.MultiSteps(adam_fn.adam(1e-2, storage="24bit"), 2),
     "stored": adam_fn.stored(optax.adam(1e-2)),
 }
-EVERY = pytest.mark.parametrize("name", TXS)
 #: Rows 0 and 3 of the kernel and of the bias.
 DEAD = np.asarray([True, False, False, True, False, False])
 WHERE = {"kernel": DEAD[:, None], "bias": DEAD}
 SOURCE = np.array([5, 3, 3, 0, -1, -1, 1])
+MORE = {**P, "adapter": np.ones((6, 2), np.float32)}
 MOVED = {name: p[SOURCE] for name, p in P.items()}
 NOISE = np.random.default_rng(0).standard_normal((400, 24)).astype(np.float32)
 
@@ -59,30 +65,45 @@ def states() -> dict[str, Any]:
     return jax.device_get(jax.jit(lambda params: {name: ran(tx, params) for name, tx in TXS.items()})(P))
 
 
-@functools.cache
-def edited() -> dict[str, Any]:
-    """All states with rows forgotten and with rows moved, and as they begin, in one program."""
+class Edited(NamedTuple):
+    """A state as it begins, with rows forgotten, with rows moved, for a leaf more, and without it again."""
 
-    def edit(tx: Any, state: Any) -> Any:
+    fresh: Any
+    reset: Any
+    moved: Any
+    more: Any
+    back: Any
+
+
+@functools.cache
+def edited() -> dict[str, Edited]:
+    """All states, in one program."""
+
+    def edit(tx: Any, state: Any) -> Edited:
         reset = surgery.reset(tx, state, P, WHERE, second="zero")
-        return reset, surgery.resize(tx, state, P, MOVED, {"*": Rows(SOURCE)}, second="zero"), tx.init(P)
+        moved = surgery.resize(tx, state, P, MOVED, {"*": Rows(SOURCE)}, second="zero")
+        more = surgery.adapt(tx, state, P, MORE)
+        return Edited(tx.init(P), reset, moved, more, surgery.adapt(tx, more, MORE, P))
 
     return jax.device_get(jax.jit(lambda x: {name: edit(tx, x[name]) for name, tx in TXS.items()})(states()))
 
 
-def has_rows(x: Any) -> bool:
-    return x.shape[:1] == (6,)
-
-
-@EVERY
-def test_reset_forgets_what_is_chosen_and_nothing_else(name: str) -> None:
-    state, (found, _, fresh) = states()[name], edited()[name]
-    assert jax.tree.structure(found) == jax.tree.structure(state)
-    for x, new, old in zip(*map(jax.tree.leaves, (found, fresh, state)), strict=True):
-        if not has_rows(x):
-            np.testing.assert_array_equal(x, old)
+@pytest.mark.parametrize("name", TXS)
+def test_what_is_chosen_begins_again_or_moves_and_nothing_else_changes(name: str) -> None:
+    """Rows are forgotten, or kept, permuted, repeated, dropped and new; leaves are kept, new and dropped."""
+    tx, state, (fresh, reset, moved, more, back) = TXS[name], states()[name], edited()[name]
+    assert jax.tree.structure(reset) == jax.tree.structure(state)
+    chex.assert_trees_all_equal(back, state)
+    for params, found in ((MOVED, moved), (MORE, more)):
+        assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, jax.eval_shape(tx.init, params))
+        jax.eval_shape(tx.update, params, found, params)
+    kept = SOURCE >= 0
+    for old, x, y, new in zip(*map(jax.tree.leaves, (state, reset, moved, fresh)), strict=True):
+        if old.shape[:1] != (6,):
+            chex.assert_trees_all_equal(old, x, y)
             continue
         np.testing.assert_array_equal(x[~DEAD], old[~DEAD])
+        np.testing.assert_array_equal(y[kept], old[SOURCE[kept]])
         if name != "chain":
             np.testing.assert_array_equal(x[DEAD], new[DEAD])
             assert (old[DEAD] != new[DEAD]).any()
@@ -130,75 +151,44 @@ def test_masters_and_averages_begin_at_the_parameters() -> None:
     np.testing.assert_array_equal(averages["bias"][DEAD], P["bias"][DEAD])
 
 
-@EVERY
-def test_resize_moves_rows(name: str) -> None:
-    """Kept, permuted, repeated, dropped and new."""
-    tx, state, (_, found, _) = TXS[name], states()[name], edited()[name]
-    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, jax.eval_shape(tx.init, MOVED))
-    kept = SOURCE >= 0
-    for x, old in zip(*map(jax.tree.leaves, (found, state)), strict=True):
-        np.testing.assert_array_equal(*((x[kept], old[SOURCE[kept]]) if has_rows(old) else (x, old)))
-    jax.eval_shape(tx.update, MOVED, found, MOVED)
-
-
 def test_resize_of_a_vocabulary_along_another_axis() -> None:
     tx = adam_fn.adam(1e-2, storage="24bit")
     old = {"embedding": P["kernel"], "head": P["kernel"].T, "norm": np.ones(4, np.float32)}
     new = {"embedding": jnp.ones((8, 4)), "head": jnp.ones((4, 8)), "norm": old["norm"]}
-    grown = [*range(6), -1, -1]
-    state = ran(tx, old)
-    rows = {"embedding": Rows(grown), "head": Rows(grown, axis=-1)}
-    found = jax.jit(lambda state: surgery.resize(tx, state, old, new, rows))(state)
-    for slot in ("mu", "nu"):
-        before, after = slots_of(state)[slot], slots_of(found)[slot]
-        np.testing.assert_array_equal(after["embedding"][:6], before["embedding"])
-        np.testing.assert_array_equal(after["head"][:, :6], before["head"])
-        np.testing.assert_array_equal(after["norm"], before["norm"])
+    rows, state = Rows([*range(6), -1, -1]), ran(tx, old)
+    moves = {"embedding": rows, "head": rows._replace(axis=-1)}
+    found = jax.jit(lambda state: surgery.resize(tx, state, old, new, moves))(state)
+    for slot, before in slots_of(state).items():
+        after = slots_of(found)[slot]
+        chex.assert_trees_all_equal(
+            {**after, "embedding": after["embedding"][:6], "head": after["head"][:, :6]}, before
+        )
     mean = np.mean(np.asarray(slots_of(state)["nu"]["head"], np.float32))
     np.testing.assert_allclose(np.asarray(slots_of(found)["nu"]["head"], np.float32)[:, 6:], mean, rtol=1e-2)
 
 
-@pytest.mark.parametrize("name", ["adam", "16 bits", "swats", "guarded", "chain", "optax", "accumulated"])
-def test_adapt_keeps_begins_and_drops_leaves(name: str) -> None:
-    tx, state, more = TXS[name], states()[name], {**P, "adapter": np.ones((6, 2), np.float32)}
-
-    @jax.jit
-    def adapted(state: Any) -> Any:
-        found = surgery.adapt(tx, state, P, more)
-        return found, surgery.adapt(tx, found, more, P)
-
-    found, back = adapted(state)
-    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, jax.eval_shape(tx.init, more))
-    jax.tree.map(np.testing.assert_array_equal, back, state)
-    jax.eval_shape(tx.update, more, found, more)
-
-
 def test_errors_of_surgery_name_what_is_wrong() -> None:
-    tx = adam_fn.adam(1e-2)
-    state = tx.init(P)
-    for where, message in (
-        ({"kernel": jnp.ones(6), "bias": False}, "where of kernel is float32, expected booleans"),
-        ({"kernel": DEAD, "bias": False}, r"where of kernel has shape \(6,\), which does not broadcast to \(6, 4\)"),
-        ("weights", "the pattern 'weights' matches no parameter"),
+    tx, factored = adam_fn.adam(1e-2), optax.adafactor(1e-2, min_dim_size_to_factor=2)
+    reset: Any = functools.partial(surgery.reset, tx, tx.init(P), P)
+    resize: Any = functools.partial(surgery.resize, tx, tx.init(P), P, P)
+    for call, argument, message in (
+        (reset, {"kernel": jnp.ones(6), "bias": False}, "where of kernel is float32, expected booleans"),
+        (reset, {"kernel": DEAD, "bias": False}, r"kernel has shape \(6,\), which does not broadcast to \(6, 4\)"),
+        (reset, "weights", "the pattern 'weights' matches no parameter"),
+        (functools.partial(reset, second="median"), "bias", 'second must be "mean" or "zero"'),
+        (resize, {"kernel": Rows([0, 1])}, r"new kernel has shape \(6, 4\), expected \(2, 4\) by its rows"),
+        (resize, {"kernel": Rows(range(6)), "k*": Rows(range(6))}, "several patterns of rows match kernel"),
+        (functools.partial(surgery.reset, factored, factored.init(P), P), WHERE, "reset the whole leaf"),
     ):
         with pytest.raises(ValueError, match=message):
-            surgery.reset(tx, state, P, where)
-    with pytest.raises(ValueError, match='second must be "mean" or "zero"'):
-        surgery.reset(tx, state, P, "bias", second="median")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=r"the new kernel has shape \(6, 4\), expected \(2, 4\) by its rows"):
-        surgery.resize(tx, state, P, P, {"kernel": Rows([0, 1])})
-    with pytest.raises(ValueError, match="several patterns of rows match kernel"):
-        surgery.resize(tx, state, P, P, {"kernel": Rows(range(6)), "k*": Rows(range(6))})
-    factored = optax.adafactor(1e-2, min_dim_size_to_factor=2)
-    with pytest.raises(ValueError, match="reset the whole leaf"):
-        surgery.reset(factored, factored.init(P), P, WHERE)
+            call(argument)
 
 
 def test_muon_and_adam_in_two_bytes() -> None:
     """`stored` narrows the momentum of any transformation; training goes as with float32."""
 
     def muon(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-        return optax.partition({"a": tx, "b": adam_fn.adam(1e-2, storage="16bit")}, LABELS)
+        return optax.partition({"a": tx, "b": adam_fn.adam(1e-2, storage="16bit")}, labels)
 
     wide, narrow = muon(optax.contrib.muon(1e-2)), muon(adam_fn.stored(optax.contrib.muon(1e-2)))
     kinds = {x.dtype for x in jax.tree.leaves(jax.eval_shape(narrow.init, P)) if x.size >= 6}
