@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adam_fn.algebra.dtypes import compute_dtype
+from adam_fn.algebra.dtypes import compute_dtypes
 from adam_fn.storage.codec import Cast
 from adam_fn.trees.leaves import PyTree, check_distinct, join_keys, named_leaves
 from adam_fn.trees.recording import Marked, located
@@ -70,11 +70,7 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> dict[str, Any]
     definitions, state = located(tx, params)
     definitions = [definition for definition in definitions if definition.codecs]
     # `Cast()` stores in the dtype of the arithmetic. If all parameters share one, it is described as the cast to it.
-    kinds = {
-        compute_dtype(kind)
-        for kind in map(jnp.result_type, jax.tree.leaves(params))
-        if jnp.issubdtype(kind, jnp.inexact)
-    }
+    kinds = compute_dtypes(params)
     plain = str(Cast(kinds.pop()) if len(kinds) == 1 else Cast())
     parts = [type(part).__name__ for definition in definitions for part in definition.rule.parts() if part.slots]
     return {

@@ -285,7 +285,7 @@ def test_leaves_that_are_not_trained() -> None:
 @pytest.mark.parametrize(
     ("storage", "most"),
     [
-        (None, {}),
+        ("float32", {}),
         (Storage(mu=adam_fn.Cast("bfloat16")), {"mu": 0.03}),
         *((storage, {"mu": 0.03, "nu": 0.03}) for storage in ("bfloat16", "24bit")),
         ("16bit", {"mu": 0.15, "nu": 0.15}),

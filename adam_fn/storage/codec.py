@@ -8,7 +8,7 @@ import abc
 import dataclasses
 import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
 import jax
@@ -129,6 +129,12 @@ def is_wide(dtype: np.dtype, computed: np.dtype) -> bool:
     """Whether `dtype` holds every number of `computed`."""
     ours, theirs = jnp.finfo(dtype), jnp.finfo(computed)
     return ours.nmant >= theirs.nmant and ours.minexp <= theirs.minexp
+
+
+def is_lossless(codec: Codec, computed: Iterable[np.dtype]) -> bool:
+    """Whether a codec stores every number of some dtypes as it is."""
+    dtype = codec.dtype if isinstance(codec, Cast) else None
+    return codec.exact or (dtype is not None and all(is_wide(np.dtype(dtype), x) for x in computed))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

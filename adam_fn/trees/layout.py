@@ -103,14 +103,14 @@ class StateLayout:
     def shardings(self, mesh: Mesh, over: Sequence[Division]) -> PyTree:
         """The shardings of the state: each array is divided like its parameter.
 
-        It is not divided along axes that do not divide evenly, nor at all if its rank is not that of its parameter's
-        slots.
+        It is not divided along axes that do not divide evenly, nor at all if its rank is neither its parameter's nor
+        that of the parameter's slots.
         """
 
         def beside(i: int, x: jax.ShapeDtypeStruct) -> NamedSharding:
             p = self.shapes[i]
             assert p is not None
-            if len(x.shape) != len(real_shape(p)):
+            if len(x.shape) not in (len(p.shape), len(real_shape(p))):
                 return NamedSharding(mesh, PartitionSpec())
             wanted = ((),) * (len(x.shape) - len(p.shape)) + over[i]
             even = (
@@ -136,7 +136,10 @@ def owners(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
     """The state with each array replaced by the index of the parameter that it belongs to, or by -1."""
     slots = StateLayout(without_placement(tx), params)
     if not slots.is_known:
-        raise ValueError(f"{tx!r} does not keep an array for each parameter (as under optax.flatten)")
+        raise ValueError(
+            f"optax cannot tell which arrays of the state of {tx!r} belong to which parameter: as under optax.flatten, "
+            "or if a label function of optax.partition needs the parameters themselves (use jax.tree.map_with_path)"
+        )
     return slots.map(lambda i, _: i, lambda _: -1)
 
 

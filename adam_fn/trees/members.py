@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adam_fn.algebra.dtypes import compute_dtype
+from adam_fn.algebra.dtypes import compute_dtype, compute_dtypes
 from adam_fn.algebra.rule import Chain, Clock, Rule
+from adam_fn.storage.codec import is_lossless
 from adam_fn.storage.names import codecs_of
 from adam_fn.trees.leaves import Leaves, PyTree
 from adam_fn.trees.recording import UpdateCall, located, recorded
@@ -143,10 +144,11 @@ def storage_errors(
         optimizer_of([Member(call.definition, call.state) for call in found])
     definition, grads, before, params = found[0]
     exact_ones = codecs_of(None, definition.rule.slots)
-    coded = [slot for name, codec in definition.codecs if (name, codec) not in exact_ones for slot in codec.slots]
+    reference = grads if params is None else params
+    kinds = compute_dtypes(reference)
+    coded = [slot for _, codec in definition.codecs if not is_lossless(codec, kinds) for slot in codec.slots]
     if not coded:
         return {}
-    reference = grads if params is None else params
     plain = dataclasses.replace(definition, codecs=exact_ones, storage_mask=None)
     slots = Member(definition, before).decoded(reference)
     memory = definition.form.read(before)
