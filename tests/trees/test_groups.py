@@ -1,6 +1,7 @@
 """Multipliers and frozen leaves by path: as `optax.partition` of the parts, within one state, for every member."""
 
 import pickle
+from collections.abc import Callable
 from typing import Any, cast
 
 import chex
@@ -158,29 +159,42 @@ def test_a_pattern_that_matches_nothing_is_an_error() -> None:
     assert optax.tree_utils.tree_map_params(tx, lambda x: x, state) == state
 
 
-def test_complete_groups_name_every_leaf_that_is_left_over() -> None:
-    tx = adam_fn.adam(0.1, groups=Groups({"*/kernel": Group(rate=0.5), "embed/*": Group(frozen=True)}, complete=True))
-    with pytest.raises(ValueError, match=r"no pattern .* matches the parameters layers/0/bias, layers/1"):
-        tx.init(PARAMS)
+ONE, TWO = Groups({"a": Group(0.5), "b": Group(decay=0)}), Groups({"b": Group(decay=0.0), "a": Group(rate=0.5)})
+UNTYPED: Any = adam_fn  # For arguments that a type checker refuses too.
+PARTLY = Groups({"*/kernel": Group(rate=0.5), "embed/*": Group(frozen=True)}, complete=True)
+
+
+def test_groups_are_values() -> None:
+    assert ONE == TWO
+    assert hash(ONE) == hash(TWO)
+    tx = adam_fn.adamw(0.1, groups=ONE)
+    assert pickle.loads(pickle.dumps(tx)) == tx == adam_fn.adamw(0.1, groups=TWO) != adam_fn.adamw(0.1)
     adam_fn.adam(0.1, groups=Groups({"*": Group()}, complete=True)).init(PARAMS)
 
 
-def test_groups_are_values_and_check_their_arguments() -> None:
-    one, two = Groups({"a": Group(0.5), "b": Group(decay=0)}), Groups({"b": Group(decay=0.0), "a": Group(rate=0.5)})
-    assert one == two
-    assert hash(one) == hash(two)
-    tx = adam_fn.adamw(0.1, groups=one)
-    assert pickle.loads(pickle.dumps(tx)) == tx == adam_fn.adamw(0.1, groups=two) != adam_fn.adamw(0.1)
-    for bad in (-1.0, float("inf"), True, "1"):
-        with pytest.raises(ValueError, match=r"rate of a Group must be a number in \[0, inf\)"):
-            Group(rate=bad)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(TypeError, match="frozen of a Group must be a bool"):
-        Group(frozen=1)  # pyright: ignore[reportArgumentType]
-    for wrong in ({"a": 0.5}, [("a", Group())]):
-        with pytest.raises(TypeError, match="groups must map patterns to Group"):
-            adam_fn.adamw(0.1, groups=wrong)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="group 'a' multiplies the decay, but weight_decay is not given"):
-        adam_fn.adam(0.1, groups={"a": Group(decay=0.0)})
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        *(
+            (lambda bad=bad: UNTYPED.Group(rate=bad), r"rate of a Group must be a number in \[0, inf\)")
+            for bad in (-1.0, float("inf"), True, "1")
+        ),
+        (lambda: UNTYPED.Group(frozen=1), "frozen of a Group must be a bool"),
+        (lambda: UNTYPED.adamw(0.1, groups={"a": 0.5}), "groups must map patterns to Group"),
+        (lambda: UNTYPED.adamw(0.1, groups=[("a", Group())]), "groups must map patterns to Group"),
+        (
+            lambda: adam_fn.adam(0.1, groups={"a": Group(decay=0.0)}),
+            "group 'a' multiplies the decay, but weight_decay is not given",
+        ),
+        (
+            lambda: adam_fn.adam(0.1, groups=PARTLY).init(PARAMS),
+            "no pattern .* matches the parameters layers/0/bias, layers/1",
+        ),
+    ],
+)
+def test_errors_of_groups(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()
 
 
 KEY = jax.random.key(0)

@@ -2,28 +2,17 @@
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from cases import MEMBERS, Case, name
-from helpers.runs import random_gradients, trajectories
+from helpers.runs import random_gradients, scanned, trajectories
 from helpers.states import slots_of
 
 import adam_fn
-
-
-def _params() -> dict[str, Any]:
-    return {
-        "w": jnp.ones((3, 2)),
-        "scalar": jnp.asarray(2.0),
-        "empty": jnp.zeros((0, 4)),
-        "none": None,
-        "int": jnp.arange(3),
-        "bool": jnp.asarray([True, False]),
-        "half": jnp.ones(2, jnp.bfloat16),
-    }
 
 
 @pytest.mark.quick("0.1-16bit-adam")
@@ -32,9 +21,16 @@ def _params() -> dict[str, Any]:
 def test_every_kind_of_leaf(case: Case, weight_decay: float | None, storage: Any) -> None:
     """Traced for every member, and computed for Adam."""
     tx = case.make(1e-3, weight_decay=weight_decay, storage=storage)
-    start = _params()
-    grads = jax.tree.map(lambda p: jnp.ones_like(p) if jnp.issubdtype(p.dtype, jnp.floating) else None, start)
-    grads["int"] = np.zeros(3, jax.dtypes.float0)
+    start = {
+        "w": jnp.ones((3, 2)),
+        "scalar": jnp.asarray(2.0),
+        "empty": jnp.zeros((0, 4)),
+        "none": None,
+        "int": jnp.arange(3),
+        "bool": jnp.asarray([True, False]),
+        "half": jnp.ones(2, jnp.bfloat16),
+    }
+    grads = {**start, "int": np.zeros(3, jax.dtypes.float0), "bool": None}
 
     def two_steps() -> Any:
         params, state = start, tx.init(start)
@@ -45,10 +41,9 @@ def test_every_kind_of_leaf(case: Case, weight_decay: float | None, storage: Any
             params: Any = optax.apply_updates(params, {**updates, "bool": jnp.zeros(2, bool)})
         return params, state
 
-    computed = case.name == "adam"
-    params, state = two_steps() if computed else jax.eval_shape(two_steps)
-    jax.tree.map(lambda a, b: (a.dtype, a.shape) == (b.dtype, b.shape) or pytest.fail(), params, start)
-    if computed:
+    params, state = two_steps() if case.name == "adam" else jax.eval_shape(two_steps)
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, start)
+    if case.name == "adam":
         np.testing.assert_array_equal(params["int"], start["int"])
         assert (params["w"] < start["w"]).all()
         assert params["scalar"] < start["scalar"]
@@ -59,18 +54,15 @@ def test_every_kind_of_leaf(case: Case, weight_decay: float | None, storage: Any
         assert slot["empty"].shape == (0, 4)
 
 
-def test_frozen_leaves_have_no_moments_and_a_zero_update() -> None:
+@pytest.mark.parametrize("frozen", [{"a": False, "b": True}, adam_fn.masks.path("b/*")])
+def test_frozen_leaves_have_no_moments_and_a_zero_update(frozen: Any) -> None:
     params = {"a": jnp.ones(2), "b": {"c": jnp.ones(2), "d": jnp.ones(2)}}
-    grads = jax.tree.map(jnp.ones_like, params)
-    for frozen in ({"a": False, "b": True}, adam_fn.masks.path("b/*")):
-        tx = adam_fn.adamw(1e-3, frozen=frozen)
-        state = tx.init(params)
-        updates, state = tx.update(grads, state, params)
-        np.testing.assert_array_equal(updates["b"]["c"], jnp.zeros(2))
-        assert (updates["a"] < 0).all()
-        assert len(jax.tree.leaves(slots_of(state))) == 2
-        updates, state = tx.update({"a": grads["a"], "b": {"c": None, "d": grads["a"]}}, state, params)
-        assert updates["b"]["c"] is None
+    tx = adam_fn.adamw(1e-3, frozen=frozen)
+    updates, state = tx.update({**params, "b": {"c": None, "d": jnp.ones(2)}}, tx.init(params), params)
+    assert (updates["a"] < 0).all()
+    assert updates["b"]["c"] is None
+    np.testing.assert_array_equal(updates["b"]["d"], jnp.zeros(2))
+    assert len(jax.tree.leaves(slots_of(state))) == 2
 
 
 def test_complex_is_two_reals() -> None:
@@ -130,18 +122,10 @@ def test_eager_use_without_parameters_or_jit_and_with_numbers_of_python_and_nump
         adam_fn.adamw(1e-3).update(params, adam_fn.adamw(1e-3).init(params))
 
 
-def test_rules_without_a_memory_have_no_empty_arrays() -> None:
+@pytest.mark.parametrize("rate", [0.1, lambda count: 0.1 * (count + 1)], ids=["number", "schedule"])
+def test_rules_without_a_memory_have_no_empty_arrays(rate: Any) -> None:
     """Checkpointers refuse arrays of no size."""
-    tx = adam_fn.transform(adam_fn.Rate(0.1))
-    state = tx.init(jnp.ones(3))
-    assert state == optax.EmptyState()
-    updates, state = tx.update(jnp.ones(3), state)
-    np.testing.assert_allclose(updates, -0.1, rtol=1e-6)
-    assert state == optax.EmptyState()
-    tx = adam_fn.transform(adam_fn.Rate(lambda count: 0.1 * (count + 1)))
-    state: Any = tx.init(jnp.ones(3))
-    assert [x.shape for x in jax.tree.leaves(state)] == [()]
-    for rate in (0.1, 0.2):
-        updates, state = tx.update(jnp.ones(3), state)
-        np.testing.assert_allclose(updates, -rate, rtol=1e-6)
-    assert type(state) is optax.ScaleByScheduleState and int(jnp.asarray(state.count)) == 2
+    tx = adam_fn.transform(adam_fn.Rate(rate))
+    (_, state), updates = scanned(tx, jnp.ones(3), jnp.ones((2, 3)))
+    np.testing.assert_allclose(updates[1], np.full(3, -0.2 if callable(rate) else -0.1), rtol=1e-6)
+    assert state == (optax.ScaleByScheduleState(jnp.asarray(2)) if callable(rate) else optax.EmptyState())

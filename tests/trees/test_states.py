@@ -74,23 +74,18 @@ def test_each_goes_on_where_the_other_stopped(name: str) -> None:
     chex.assert_trees_all_close(again, alone, rtol=2e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("how", ["orbax", "flax", "pickle"])
-def test_a_checkpoint_of_optax_is_restored_as_it_is(how: str, tmp_path: Any) -> None:
+def test_a_checkpoint_of_optax_is_restored_as_it_is(tmp_path: Any) -> None:
     """Bit for bit the run that had the state in memory."""
     theirs, ours = pair("schedules")
     params, state = go(jax.jit(theirs.update), P, theirs.init(P), range(5))
-    if how == "orbax":
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(tmp_path / "saved", state)
-            checkpointer.wait_until_finished()
-            restored: Any = checkpointer.restore(tmp_path / "saved", ours.init(P))
-    elif how == "flax":
-        restored = flax.serialization.from_bytes(ours.init(P), flax.serialization.to_bytes(state))
-    else:
-        restored = pickle.loads(pickle.dumps(state))
-    adam_fn.checkpoint.check(restored, ours, P)
-    expected, _ = go(ours.update, params, state, range(5, 9))
-    jax.tree.map(np.testing.assert_array_equal, go(ours.update, params, restored, range(5, 9))[0], expected)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "saved", state)
+        checkpointer.wait_until_finished()
+        restored: Any = checkpointer.restore(tmp_path / "saved", ours.init(P))
+    for again in (restored, flax.serialization.from_bytes(ours.init(P), flax.serialization.to_bytes(state))):
+        adam_fn.checkpoint.check(again, ours, P)
+        ends = (go(ours.update, params, x, range(5, 9))[0] for x in (again, state))
+        chex.assert_trees_all_equal(*ends)
 
 
 def test_a_running_train_state_and_optimizer_change_their_transformation() -> None:
@@ -135,8 +130,6 @@ def test_bias_correction_and_schedule_have_counts_of_their_own() -> None:
 def test_states_that_optax_lacks_have_the_same_form(tx: Any, fields: tuple[str, ...]) -> None:
     state = tx.init(P)
     assert state[0]._fields == fields
-    for tree in state[0][1:]:
-        assert jax.tree.map(jnp.shape, tree) == jax.tree.map(jnp.shape, P)
     for other in (pickle.loads(pickle.dumps(state)), copy.deepcopy(state)):
         assert jax.tree.structure(other) == jax.tree.structure(state)
 

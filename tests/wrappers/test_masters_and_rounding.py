@@ -11,7 +11,6 @@ import optax
 import pytest
 from helpers.runs import full_jit
 from helpers.short import BF16, bits_of, run
-from helpers.states import slots_of
 
 import adam_fn
 from adam_fn.storage import parameter_bits
@@ -51,26 +50,20 @@ def there_and_back(x: jax.Array, bits: int) -> Any:
 
 
 @pytest.mark.quick
-def test_split_and_join_are_lossless() -> None:
-    patterns = _patterns()
+@pytest.mark.parametrize("bits", [16, 8])
+def test_masters_are_the_nearest_and_of_32_bits_lossless(bits: int) -> None:
+    patterns, drop = _patterns(), 16 - bits
     x = _floats(patterns)
-    q, back = there_and_back(x, 16)
+    q, back = there_and_back(x, bits)
     finite = (patterns & 0x7FFFFFFF) < 0x7F800000
-    inside = (patterns & 0x7FFFFFFF) <= LARGEST
-    np.testing.assert_array_equal(bits_of(back)[inside], patterns[inside])
-    np.testing.assert_array_equal(_upper(q)[inside], (patterns[inside] + 0x8000) >> 16)
-    # The few above bfloat16's reach stay below it; inf and nan are what they were.
-    np.testing.assert_array_equal(bits_of(back)[finite & ~inside], (patterns & 0x80000000 | LARGEST)[finite & ~inside])
-    np.testing.assert_array_equal(np.asarray(back)[~finite], x[~finite])
-
-
-def test_masters_of_24_bits_are_the_nearest() -> None:
-    patterns = _patterns()
-    patterns = patterns[(patterns & 0x7FFFFFFF) <= 0x7F7F7F7F]
-    q, back = there_and_back(_floats(patterns), 8)
-    expected = (patterns + 0x80) >> 8 << 8
-    np.testing.assert_array_equal(bits_of(back), expected)
-    np.testing.assert_array_equal(_upper(q), (expected + 0x8000) >> 16)
+    inside = (patterns & 0x7FFFFFFF) <= LARGEST >> drop << drop
+    expected = (patterns[inside] + (1 << drop >> 1)) >> drop << drop
+    np.testing.assert_array_equal(bits_of(back)[inside], expected)
+    np.testing.assert_array_equal(_upper(q)[inside], (expected + 0x8000) >> 16)
+    if bits == 16:  # The few above bfloat16's reach stay below it; inf and nan are what they were.
+        most = (patterns & 0x80000000 | LARGEST)[finite & ~inside]
+        np.testing.assert_array_equal(bits_of(back)[finite & ~inside], most)
+        np.testing.assert_array_equal(np.asarray(back)[~finite], x[~finite])
 
 
 @pytest.mark.quick
@@ -114,24 +107,18 @@ def test_training_is_that_of_float32(bits: int) -> None:
         assert 0 < np.abs(masters - expected).max() < 2e-2 * np.abs(expected - expected[0]).max()
 
 
-def test_the_inner_transformation_sees_float32() -> None:
+def test_the_inner_transformation_sees_float32_and_extra_arguments() -> None:
     seen = []
 
     def update(g: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        seen.append((g.dtype, params.dtype, extra["value"]))
+        seen.append((g.dtype, state.dtype, params.dtype, extra["value"]))
         return -g, state
 
     make: Any = optax.GradientTransformationExtraArgs
     tx: Any = adam_fn.master_weights(make(lambda p: p, update))
-    p = jnp.ones(3, BF16)
-    state = tx.init(p)
-    assert state.inner.dtype == jnp.float32
-    u, _ = tx.update(p, state, p, value=7)
-    assert seen == [(jnp.float32, jnp.float32, 7)] and u.dtype == jnp.float32
-    adam: Any = adam_fn.master_weights(adam_fn.adam(1e-3))
-    assert slots_of(adam.init(p).inner)["mu"].dtype == jnp.float32
-    eight: Any = adam_fn.master_weights(tx, 8)
-    assert state.remainder.dtype == jnp.int16 and eight.init(p).remainder.dtype == jnp.int8
+    p: Any = jnp.ones(3, BF16)
+    u, _ = tx.update(p, tx.init(p), p, value=7)
+    assert seen == [(jnp.float32, jnp.float32, jnp.float32, 7)] and u.dtype == jnp.float32
 
 
 @pytest.mark.parametrize(("storage", "alone"), [("24bit", True), ("16bit", False)])
@@ -167,23 +154,6 @@ def test_nothing_drifts_where_float32_cannot_hold_the_difference(bits: int) -> N
     error = np.abs(np.float64(master) - aim)
     assert (error <= 2.0**-24 * np.abs(wide) + (bits == 8) * 2.0**-16 * np.abs(aim)).all()
     assert (np.abs(aim[missed]) < (2.0**-15 if bits == 16 else 1) * np.abs(wide[missed])).all()
-
-
-def test_a_parameter_that_misses_keeps_a_remainder_that_fits() -> None:
-    """From p = 1 with a master below 1 a step of -1 ends at -k 2⁻²⁴; for odd k that minus 1 is not a float32."""
-    tx: Any = adam_fn.master_weights(optax.sgd(1.0))
-    p = jnp.ones(3, BF16)
-    small = jnp.asarray([1.0, 255.0, 254.0]) * 2.0**-24
-    updates, state = tx.update(small, tx.init(p), p)
-    np.testing.assert_array_equal(optax.apply_updates(p, updates), p)
-    updates, state = tx.update(jnp.ones(3), state, p)
-    after: Any = optax.apply_updates(p, updates)
-    # The first two land on the even neighbour, and the master is what is nearest to -k 2⁻²⁴ from there.
-    np.testing.assert_array_equal(np.float32(after) * 2.0**24, np.array([0, -256, -254], np.float32))
-    master = np.asarray(parameter_bits.join(after, state.remainder, 16))
-    np.testing.assert_array_equal(
-        bits_of(master), bits_of(np.array([0, -255.5, -254], np.float32) * np.float32(2.0**-24))
-    )
 
 
 def test_changed_parameters_are_taken_as_they_are() -> None:
@@ -227,13 +197,7 @@ def test_the_mean_over_all_dithers_is_exact() -> None:
 @pytest.mark.quick
 def test_rounding_is_even_in_time_and_to_a_neighbour() -> None:
     """Of 2,048 steps as many go up as should, but for one, at every magnitude and from any parameter."""
-    magnitudes = np.concatenate(
-        [
-            np.arange(0x1000, 0x7F00, 0x80)[:, None] << 16
-            | np.array([1, 0x100, 0x5555, 0x8000, 0xFFFF, 0x7FFFFF, 0x7F8001]),
-            RNG.integers(0x10000000, 0x7F7F0000, (200, 7)),
-        ]
-    ).ravel()
+    magnitudes = RNG.integers(0x10000000, 0x7F7F0000, 4000)
     patterns = np.concatenate([magnitudes, magnitudes | 0x80000000]).astype(np.uint32)
     steps, x, lower = 2048, _floats(patterns), patterns >> 16
     p = jnp.asarray(lower.astype(np.uint16).view(ml_dtypes.bfloat16))
