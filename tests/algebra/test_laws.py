@@ -63,15 +63,6 @@ def test_composition_is_associative_and_keeps_slots_apart() -> None:
     assert len((a >> b).betas) == 4
 
 
-@pytest.mark.quick
-def test_float32_storage_is_the_identity() -> None:
-    """4. The laws of narrow codecs are those of `test_codecs.py`."""
-    txs = [case.make(storage=storage) for case in MEMBERS for storage in (None, "float32")]
-    _, updates = trajectories(txs, GRADS, PARAMS)
-    for case, plain, stored in zip(MEMBERS, updates[::2], updates[1::2], strict=True):
-        np.testing.assert_array_equal(plain, stored, err_msg=case.name)
-
-
 def test_invariant_to_the_scale_of_the_gradients() -> None:
     """6. As eps goes to 0, gradients times c > 0 leave the updates unchanged."""
     cases = [case for case in MEMBERS if case.scale_free is not None]

@@ -140,26 +140,13 @@ def test_what_is_too_large_or_too_small_saturates() -> None:
     np.testing.assert_array_equal(half, np.asarray([65504, -65504, 65504], np.float16))
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (4096,), (64, 96), (3, 1, 5, 7), (0, 4)], ids=str)
-def test_the_lattice_is_that_of_its_formula(shape: tuple[int, ...]) -> None:
-    """Computed anew with Python's integers, and even along every axis."""
-    found = np.asarray(noise.lattice(jnp.zeros(shape)))
-    assert found.shape == shape
-    factor, axes = 0x2FB276CF, [axis for axis, n in enumerate(shape) if n > 1]
-    for index in list(np.ndindex(shape))[:: max(1, found.size // 50)]:
-        own = [index[axis] for axis in axes]
-        value = 0  # Of three indices and more: A·(A·(… + i) + j), then the last two.
-        for i in own[:-2]:
-            value = (value + i) * factor
-        if len(own) > 1:
-            value = (value + own[-2]) * (factor**2 + factor) + own[-1] * factor**2
-        else:
-            value = sum(own) * factor
-        assert int(found[index]) % 2**32 == value % 2**32
-    for axis in axes:
-        if (n := shape[axis]) >= 64:
-            line = np.sort(np.moveaxis(found, axis, 0).reshape(n, -1)[:, 0].astype(np.int64) % 2**32)
-            assert np.diff(line).max() <= 2.1 * 2**32 / n
+@pytest.mark.parametrize("shape", [(4096,), (64, 96), (3, 1, 5, 128), (128, 70, 2)], ids=str)
+def test_the_lattice_is_even_along_every_axis(shape: tuple[int, ...]) -> None:
+    found = np.asarray(noise.lattice(jnp.zeros(shape))).astype(np.int64) % 2**32
+    for axis, n in enumerate(shape):
+        if n >= 64:
+            assert (np.diff(np.sort(found, axis), axis=axis).max() <= 2.1 * 2**32 / n).all()
+    assert np.unique(found).size > 0.99 * found.size
 
 
 def test_times_are_even_and_without_a_period() -> None:
@@ -173,8 +160,6 @@ def test_times_are_even_and_without_a_period() -> None:
         np.testing.assert_array_equal(np.sort(parts, axis=-1), np.broadcast_to(np.arange(n), parts.shape))
     spectrum = np.abs(np.fft.rfft(np.cos(2 * np.pi * streams))) / np.sqrt(4096 / 2)
     assert spectrum.max() < 4.5, "random numbers have about 3"
-    golden = np.abs(np.fft.rfft(np.cos(2 * np.pi * 0.6180339887 * np.arange(4096)))) / np.sqrt(4096 / 2)
-    assert golden.max() > 20, "what the bound is about"
     assert np.abs(np.corrcoef(streams) - np.eye(3)).max() < 0.1
 
 
@@ -212,16 +197,11 @@ def test_bounds_hold_for_the_worst_gradients(case: Case) -> None:
             assert float(most[slot]) > 0.35 * x.bound, f"{slot}: {most[slot]} of {x.bound}"
 
 
-def test_the_bound_of_adam() -> None:
-    def bound(**betas: Any) -> float | None:
-        return adam_fn.Adam(**betas).slots["mu"].bound
-
-    assert bound() == pytest.approx(7.2703, rel=1e-4)
-    assert bound(b1=0.99) == pytest.approx(2.2991, rel=1e-4)
-    assert bound(b1=jnp.float32(0.5)) == bound(), "of betas that are no numbers, that of the defaults"
-    assert bound(b1=0.999, b2=0.9) is None
-    assert adam_fn.AdEMAMix().slots["slow"].bound is None
-    assert adam_fn.AdEMAMix(b3=0.99).slots["slow"].bound == pytest.approx(2.2991, rel=1e-4)
+def test_bounds_depend_on_the_betas() -> None:
+    bounds = {beta: adam_fn.Adam(b1=beta).slots["mu"].bound for beta in (0.9, 0.99)}
+    assert bounds == {0.9: pytest.approx(7.2703, rel=1e-4), 0.99: pytest.approx(2.2991, rel=1e-4)}
+    assert adam_fn.Adam(b1=jnp.float32(0.5)).slots["mu"].bound == bounds[0.9], "of no numbers, that of the defaults"
+    assert adam_fn.Adam(b1=0.999, b2=0.9).slots["mu"].bound is adam_fn.AdEMAMix().slots["slow"].bound is None
 
 
 class Half(Codec):

@@ -13,8 +13,6 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from cases import CASES
-from flax import nnx
-from flax.training import train_state
 
 import adam_fn
 from adam_fn.algebra.bias import BiasWeights
@@ -86,22 +84,6 @@ def test_a_checkpoint_of_optax_is_restored_as_it_is(tmp_path: Any) -> None:
         adam_fn.checkpoint.check(again, ours, P)
         ends = (go(ours.update, params, x, range(5, 9))[0] for x in (again, state))
         chex.assert_trees_all_equal(*ends)
-
-
-def test_a_running_train_state_and_optimizer_change_their_transformation() -> None:
-    theirs, ours = pair("adamw")
-    run: Any = train_state.TrainState.create(apply_fn=lambda: None, params=P, tx=theirs)
-    run = run.apply_gradients(grads=P)
-    other, expected = (each.apply_gradients(grads=P) for each in (run.replace(tx=ours), run))
-    chex.assert_trees_all_close(other.params, expected.params, rtol=1e-6, atol=1e-7)
-
-    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, theirs, wrt=nnx.Param)
-    grads = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
-    optimizer.update(model, grads)
-    optimizer.tx = ours
-    optimizer.update(model, grads)
-    assert int(optimizer.opt_state[0].count[...]) == 2
 
 
 def test_bias_correction_and_schedule_have_counts_of_their_own() -> None:

@@ -114,16 +114,6 @@ def test_lamb_follows_its_paper(options: dict[str, Any]) -> None:
     assert_both_follow(adam_fn.lamb(1e-2, b2=0.99, **options), expected)
 
 
-def test_lamb_masks_and_freezes() -> None:
-    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2), "fixed": jnp.ones(2)}
-    tx: Any = adam_fn.lamb(1.0, weight_decay=0.5, mask=adam_fn.masks.rank(2), frozen=adam_fn.masks.path("fixed"))
-    grads = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = tx.update(grads, tx.init(params), params)
-    np.testing.assert_allclose(updates["kernel"], -np.ones((2, 2)))  # r = p/2, of ratio 2
-    assert not np.asarray(updates["bias"]).any()
-    assert not np.asarray(updates["fixed"]).any()
-
-
 @pytest.mark.quick
 def test_cautious_follows_its_paper() -> None:
     expected = oracles.cautious_adamw(slope(0.3), list(START.values()), STEPS, 1e-2, 0.9, 0.99, weight_decay=0.1)
