@@ -104,7 +104,8 @@ def test_which_way_each_device_goes() -> None:
 @pytest.mark.parametrize("kind", ["parameters", "bfloat16", "masters", "rounding", "update and apply"])
 def test_temporaries_on_a_cpu(storage: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most .02 of the leaf, and a copy of the old state where others apply the updates; all in its place."""
-    tx: Any = adam_fn.adan(1e-3, storage=storage, weight_decay=0.1)
+    make = adam_fn.adan if storage == "bfloat16" else adam_fn.adamw  # Of Adan's passes the order matters.
+    tx: Any = make(1e-3, storage=storage, weight_decay=0.1)
     tx = {"masters": adam_fn.master_weights, "rounding": adam_fn.stochastic_rounding}.get(kind, lambda tx: tx)(tx)
     leaf = jax.ShapeDtypeStruct((2048, 2048), "bfloat16" if kind in ("bfloat16", "masters", "rounding") else "float32")
     state = jax.eval_shape(tx.init, leaf)

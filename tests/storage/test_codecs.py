@@ -140,7 +140,7 @@ def test_what_is_too_large_or_too_small_saturates() -> None:
     np.testing.assert_array_equal(half, np.asarray([65504, -65504, 65504], np.float16))
 
 
-@pytest.mark.parametrize("shape", [(4096,), (64, 96), (3, 1, 5, 128), (128, 70, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(4096,), (64, 96), (3, 1, 64, 128)], ids=str)
 def test_the_lattice_is_even_along_every_axis(shape: tuple[int, ...]) -> None:
     found = np.asarray(noise.lattice(jnp.zeros(shape))).astype(np.int64) % 2**32
     for axis, n in enumerate(shape):

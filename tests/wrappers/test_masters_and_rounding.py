@@ -150,6 +150,20 @@ def test_nothing_drifts_where_float32_cannot_hold_the_difference(bits: int) -> N
     assert (np.abs(aim[missed]) < (2.0**-15 if bits == 16 else 1) * np.abs(wide[missed])).all()
 
 
+def test_a_parameter_that_misses_keeps_a_remainder_that_fits() -> None:
+    """From p = 1 with a master below 1 a step of -1 ends at -k 2⁻²⁴; for odd k that minus 1 is not a float32."""
+    tx: Any = adam_fn.master_weights(optax.sgd(1.0))
+    p = jnp.ones(3, BF16)
+    unit = np.float32(2.0**-24)
+    _, state = tx.update(jnp.asarray([1.0, 255.0, 254.0]) * unit, tx.init(p), p)
+    updates, state = tx.update(jnp.ones(3), state, p)
+    after: Any = optax.apply_updates(p, updates)
+    # The first two land on the even neighbour, and the master is what is nearest to -k 2⁻²⁴ from there.
+    np.testing.assert_array_equal(np.float32(after) / unit, np.array([0, -256, -254], np.float32))
+    master = np.asarray(parameter_bits.join(after, state.remainder, 16))
+    np.testing.assert_array_equal(master / unit, np.array([0, -255.5, -254], np.float32))
+
+
 def test_changed_parameters_are_taken_as_they_are() -> None:
     tx: Any = adam_fn.master_weights(optax.sgd(1.0))
     p = jnp.asarray([*RNG.standard_normal(1000), jnp.inf, -jnp.inf], BF16)
