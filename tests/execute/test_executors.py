@@ -1,9 +1,9 @@
 """The ways to run a step: the same codes by each, in place, wherever the leaf lies."""
 
-import functools
 import itertools
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +12,7 @@ import pytest
 from cases import MEMBERS, Case, name, rule_of
 from helpers import compiling
 from helpers.runs import full_jit
-from helpers.states import clock_at, count_of, stored_of
+from helpers.states import clock_at, stored_of
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import adam_fn
@@ -20,7 +20,6 @@ from adam_fn.algebra.rule import Clock
 from adam_fn.execute import cpu, run
 from adam_fn.execute.body import Times, body
 from adam_fn.execute.destination import PARAMETERS, UPDATES, Destination, Inputs
-from adam_fn.execute.sources import PARAMETER, sources
 from adam_fn.storage.noise import time_offsets
 from adam_fn.wrappers.masters import MasterDestination
 from adam_fn.wrappers.rounding import RoundedDestination
@@ -84,54 +83,29 @@ def test_every_executor_computes_the_same_steps(case: Case, monkeypatch: pytest.
                         assert (wide != other_wide).mean() < 2e-3, f"{storage} {write} {a.dtype}"
 
 
-def test_which_way_each_device_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    def found(tx: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> set[str]:
-        seen: set[str] = set()
+def test_which_way_each_device_goes() -> None:
+    """Passes on a CPU and two computations on a TPU, which barriers keep apart; otherwise one computation."""
 
-        def record(*args: Any, **ways: Any) -> Any:
-            if ("cpu" in ways and isinstance(ways["cpu"], functools.partial)) or "tpu" in ways:  # Not of a codec.
-                seen.update(ways)
-            return ways["default"](*args)
+    def barriers(tx: Any, size: int, dtype: str = "float32") -> set[str]:
+        leaf = jax.ShapeDtypeStruct((size, size), dtype)
+        traced = jax.jit(tx.update).trace(leaf, jax.eval_shape(tx.init, leaf), leaf)
+        texts = {x: traced.lower(lowering_platforms=(x,)).as_text() for x in ("cpu", "cuda", "tpu")}
+        return {platform for platform, text in texts.items() if "optimization_barrier" in text}
 
-        monkeypatch.setattr(run.jax.lax, "platform_dependent", record)
-        monkeypatch.setattr(cpu, "single_device", lambda: True)
-        leaf = jax.ShapeDtypeStruct(shape, dtype)
-        jax.clear_caches()
-        jax.eval_shape(tx.update, leaf, jax.eval_shape(tx.init, leaf), leaf)
-        return seen
-
-    assert found(TX, (256, 256)) == {"default", "cpu"}
-    assert found(TX, (64, 64)) == set(), "one way only"
-    assert found(adam_fn.adam(1e-3), (1024, 1024)) == set()
-    assert found(adam_fn.adam(1e-3, mu_dtype="bfloat16"), (1024, 1024)) == {"default", "cpu"}
-    assert found(adam_fn.master_weights(adam_fn.adam(1e-3)), (64, 64), jnp.bfloat16) == {"default", "tpu"}
-    assert found(adam_fn.master_weights(TX), (256, 256), jnp.bfloat16) == {"default", "cpu", "tpu"}
-
-
-def test_what_the_new_state_is_computed_from() -> None:
-    def found(tx: adam_fn.Transformation) -> dict[str, set[str]]:
-        rule, codecs = rule_of(tx), dict(tx.update.definition.codecs)
-        clock = clock_at(rule, 1)
-        now = Times(time_offsets(jnp.int32(1), list(rule.slots)))
-
-        def step(p: Any, stored: Any) -> Any:
-            return body(rule, codecs, UPDATES, Inputs(jnp.ones(3), p), stored, clock, now).stored
-
-        return sources(step, jnp.ones(3), stored_of(tx, tx.init(jnp.ones(3))))
-
-    assert found(adam_fn.adamw(1e-2)) == {"mu": {"mu"}, "nu": {"nu"}}
-    assert found(TX) == {"mu": {"mu", "nu"}, "nu": {"nu"}}, "m is in units of v"
-    assert found(adam_fn.adamw(1e-2, storage="16bit")) == {"mu_nu": {"mu_nu"}}
-    l2 = adam_fn.adam(1e-2, weight_decay=0.1, decay="l2")
-    assert found(l2) == {"mu": {"mu", PARAMETER}, "nu": {"nu", PARAMETER}}
-    assert found(adam_fn.adan(1e-2))["grad"] == {"grad"}, "of which the compiler does not know that it is never read"
+    assert barriers(TX, 256) == {"cpu"}
+    assert barriers(TX, 64) == set()
+    assert barriers(adam_fn.adam(1e-3), 1024) == set()
+    assert barriers(adam_fn.adam(1e-3, mu_dtype="bfloat16"), 1024) == {"cpu"}
+    assert barriers(adam_fn.master_weights(adam_fn.adam(1e-3)), 64, "bfloat16") == {"tpu"}
+    assert barriers(adam_fn.master_weights(TX), 256, "bfloat16") == {"cpu", "tpu"}
 
 
 @pytest.mark.parametrize("storage", STORAGES[:3])
 @pytest.mark.parametrize("kind", ["parameters", "bfloat16", "masters", "rounding", "update and apply"])
 def test_temporaries_on_a_cpu(storage: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most .02 of the leaf, and a copy of the old state where others apply the updates; all in its place."""
-    tx: Any = adam_fn.adamw(1e-3, storage=storage, weight_decay=0.1)
+    make = adam_fn.adan if storage == "bfloat16" else adam_fn.adamw  # Of Adan's passes the order matters.
+    tx: Any = make(1e-3, storage=storage, weight_decay=0.1)
     tx = {"masters": adam_fn.master_weights, "rounding": adam_fn.stochastic_rounding}.get(kind, lambda tx: tx)(tx)
     leaf = jax.ShapeDtypeStruct((2048, 2048), "bfloat16" if kind in ("bfloat16", "masters", "rounding") else "float32")
     state = jax.eval_shape(tx.init, leaf)
@@ -221,32 +195,14 @@ def test_derivatives_and_batches_of_large_leaves(monkeypatch: pytest.MonkeyPatch
         assert (np.abs(a - b) > 1e-4 * np.abs(b) + 1e-6).mean() < 1e-4
 
 
-@pytest.mark.parametrize("count", [0, 2**24, 2**31 - 2, 2**31 - 1])
-def test_a_coded_step_from_zero_moments_is_exact_at_any_count(count: int) -> None:
-    """Of moments that are 0 nothing is lost by their storage, and the dither has a time for every count."""
-    g, found = np.float32(np.random.default_rng(0).standard_normal((300, 300))), []
-    for storage in ("24bit", "float32"):
-        tx = adam_fn.adam(1e-2, storage=storage)
-        adam, rate = tx.init(g)
-        updates, after = tx.update(g, (adam._replace(count=jnp.int32(count)), rate))
-        assert int(count_of(after)) == min(count + 1, 2**31 - 1)
-        found.append(updates)
-    np.testing.assert_allclose(*found, rtol=1e-6)
-
-
 def test_what_make_step_leaves_alone() -> None:
     """Leaves without a gradient, frozen ones and integers stay as they are; a state of another one is an error."""
     params: Any = {"w": jnp.ones((3, 2), jnp.bfloat16), "n": jnp.arange(3), "none": None, "frozen": jnp.ones(2)}
-    tx = adam_fn.adam(1e-1, frozen=adam_fn.masks.path("frozen"), storage="24bit")
-    grads = {"w": jnp.ones((3, 2), jnp.bfloat16), "n": None, "none": None, "frozen": jnp.ones(2)}
+    grads = {**params, "n": None}
+    plain, tx = (adam_fn.adam(1e-1, frozen=adam_fn.masks.path("frozen"), storage=x) for x in (None, "24bit"))
     updates, after = tx.update(grads, tx.init(params), params)
     expected = optax.apply_updates(params, {**updates, "n": jnp.zeros(3, int)})
     found, state = adam_fn.make_step(tx)(jax.tree.map(jnp.copy, params), tx.init(params), grads)
-    for a, b in zip(jax.tree.leaves((found, state)), jax.tree.leaves((expected, after)), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(np.asarray(a, float), np.asarray(b, float))
-    with pytest.raises(TypeError, match="was the state made by this transformation"):
-        adam_fn.make_step(tx)(found, optax.adamw(1e-3).init(params), grads)
-    plain = adam_fn.adam(1e-1, frozen=adam_fn.masks.path("frozen")).init(params)
+    chex.assert_trees_all_equal((found, state), (expected, after), strict=True)
     with pytest.raises(ValueError, match=r"state's mu of w is float32\[3, 2\], expected int8\[3, 2\]"):
-        adam_fn.make_step(tx)(found, plain, grads)
+        adam_fn.make_step(tx)(found, plain.init(params), grads)

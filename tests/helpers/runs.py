@@ -84,3 +84,18 @@ def relative_error(found: Array, expected: Array) -> float:
 def compilations(function: Any) -> int:
     """How many programs a jitted function holds."""
     return function._cache_size()
+
+
+def scanned(tx: Any, params: Any, grads: Any, state: Any = None, jit: Any = jax.jit, **extra: Any) -> Any:
+    """``((params, state), updates)``: the last of both and all updates, of one jitted scan over stacked gradients."""
+
+    @jit
+    def run(params: Any, state: Any, grads: Any) -> Any:
+        def step(carry: Any, g: Any) -> Any:
+            p, state = carry
+            updates, state = tx.update(g, state, p, **extra)
+            return (optax.apply_updates(p, updates), state), updates
+
+        return jax.lax.scan(step, (params, tx.init(params) if state is None else state), grads)
+
+    return run(params, state, grads)
