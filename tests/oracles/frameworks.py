@@ -1,12 +1,14 @@
 """The frameworks' own updates in float64 NumPy, each in its framework's arguments, defaults and order of operations.
 
-An oracle is a generator of parameters: `next` gives the first ones, `send(gradients)` those after a step. Nothing here
-is taken from adam_fn, nor from a paper: a preset that agrees has that framework's rate, betas, ε and decay. The sources
-are those that the docstrings of `adam_fn.presets` name.
+Those of torch and Keras 3 are recorded instead (`recorded`). An oracle is a generator of parameters: `next` gives the
+first ones, `send(gradients)` those after a step. Nothing here is taken from adam_fn, nor from a paper: a preset that
+agrees has that framework's rate, betas, ε and decay. The sources are those that the docstrings of `adam_fn.presets`
+name.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Generator
 from itertools import count
 from typing import TypeAlias
@@ -94,65 +96,6 @@ def keras2_nadam(
         p = p - lr * m_bar / (sqrt(v / (1.0 - beta_2**t)) + epsilon)
 
 
-def keras3_adam(
-    variable: Array,
-    learning_rate: float = 0.001,
-    beta_1: float = 0.9,
-    beta_2: float = 0.999,
-    epsilon: float = 1e-7,
-    amsgrad: bool = False,
-    weight_decay: float = 0.0,
-) -> Oracle:
-    """`BaseOptimizer.apply` decays the variables before `update_step`, with the gradients of before."""
-    m, v, v_hat = np.zeros_like(variable), np.zeros_like(variable), np.zeros_like(variable)
-    for local_step in count(1):
-        gradient = yield variable
-        variable = variable - variable * weight_decay * learning_rate
-        alpha = learning_rate * sqrt(1 - beta_2**local_step) / (1 - beta_1**local_step)
-        m = m + (gradient - m) * (1 - beta_1)
-        v = v + (np.square(gradient) - v) * (1 - beta_2)
-        v_hat = np.maximum(v_hat, v)
-        variable = variable - m * alpha / (sqrt(v_hat if amsgrad else v) + epsilon)
-
-
-def keras3_adamax(
-    variable: Array,
-    learning_rate: float = 0.001,
-    beta_1: float = 0.9,
-    beta_2: float = 0.999,
-    epsilon: float = 1e-7,
-    weight_decay: float = 0.0,
-) -> Oracle:
-    m, u = np.zeros_like(variable), np.zeros_like(variable)
-    for local_step in count(1):
-        gradient = yield variable
-        variable = variable - variable * weight_decay * learning_rate
-        m = m + (gradient - m) * (1 - beta_1)
-        u = np.maximum(beta_2 * u, np.abs(gradient))
-        variable = variable - (learning_rate * m) / ((1 - beta_1**local_step) * (u + epsilon))
-
-
-def keras3_nadam(
-    variable: Array,
-    learning_rate: float = 0.001,
-    beta_1: float = 0.9,
-    beta_2: float = 0.999,
-    epsilon: float = 1e-7,
-    weight_decay: float = 0.0,
-) -> Oracle:
-    m, v, u_product = np.zeros_like(variable), np.zeros_like(variable), 1.0
-    for local_step in count(1):
-        gradient = yield variable
-        variable = variable - variable * weight_decay * learning_rate
-        u_t = beta_1 * (1.0 - 0.5 * 0.96**local_step)
-        u_t_1 = beta_1 * (1.0 - 0.5 * 0.96 ** (local_step + 1))
-        u_product = u_product * u_t
-        m = m + (gradient - m) * (1 - beta_1)
-        v = v + (np.square(gradient) - v) * (1 - beta_2)
-        m_hat = u_t_1 * m / (1 - u_product * u_t_1) + (1 - u_t) * gradient / (1 - u_product)
-        variable = variable - m_hat * learning_rate / (sqrt(v / (1 - beta_2**local_step)) + epsilon)
-
-
 def blocks_adam(
     parameter: Array, learning_rate: float = 0.002, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8
 ) -> Oracle:
@@ -174,7 +117,6 @@ def lasagne_adam(
     epsilon: float = 1e-8,
     amsgrad: bool = False,
 ) -> Oracle:
-    """`adam` and `amsgrad`, which are two functions there."""
     m, v, v_hat = np.zeros_like(param), np.zeros_like(param), np.zeros_like(param)
     for t in count(1):
         g_t = yield param
@@ -183,6 +125,9 @@ def lasagne_adam(
         v = beta2 * v + (1 - beta2) * g_t**2
         v_hat = np.maximum(v_hat, v)
         param = param - a_t * m / (sqrt(v_hat if amsgrad else v) + epsilon)
+
+
+lasagne_amsgrad = functools.partial(lasagne_adam, amsgrad=True)
 
 
 def lasagne_adamax(
@@ -293,99 +238,6 @@ def chainer_adam(
         v = v + (1 - beta2) * (grad * grad - v)
         vhat = np.maximum(vhat, v)
         param = param - eta * (alpha_t * m / (sqrt(vhat if amsgrad else v) + eps) + weight_decay_rate * param)
-
-
-def _torch_decay(param: Array, grad: Array, lr: float, weight_decay: float, decoupled: bool) -> tuple[Array, Array]:
-    return (param * (1 - lr * weight_decay), grad) if decoupled else (param, grad + weight_decay * param)
-
-
-def torch_adam(
-    param: Array,
-    lr: float = 1e-3,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    amsgrad: bool = False,
-    decoupled_weight_decay: bool = False,
-) -> Oracle:
-    """`_single_tensor_adam`; AdamW is its decoupled decay."""
-    beta1, beta2 = betas
-    exp_avg, exp_avg_sq, max_exp_avg_sq = np.zeros_like(param), np.zeros_like(param), np.zeros_like(param)
-    for step in count(1):
-        grad = yield param
-        param, grad = _torch_decay(param, grad, lr, weight_decay, decoupled_weight_decay)
-        exp_avg = exp_avg + (1 - beta1) * (grad - exp_avg)
-        exp_avg_sq = exp_avg_sq * beta2 + (1 - beta2) * grad * grad
-        max_exp_avg_sq = np.maximum(max_exp_avg_sq, exp_avg_sq)
-        bias_correction2_sqrt = (1 - beta2**step) ** 0.5
-        denom = sqrt(max_exp_avg_sq if amsgrad else exp_avg_sq) / bias_correction2_sqrt + eps
-        param = param - lr / (1 - beta1**step) * exp_avg / denom
-
-
-def torch_adamax(
-    param: Array,
-    lr: float = 2e-3,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-) -> Oracle:
-    beta1, beta2 = betas
-    exp_avg, exp_inf = np.zeros_like(param), np.zeros_like(param)
-    for step in count(1):
-        grad = yield param
-        grad = grad + weight_decay * param
-        exp_avg = exp_avg + (1 - beta1) * (grad - exp_avg)
-        exp_inf = np.maximum(exp_inf * beta2, abs(grad) + eps)
-        param = param - lr / (1 - beta1**step) * exp_avg / exp_inf
-
-
-def torch_nadam(
-    param: Array,
-    lr: float = 2e-3,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    momentum_decay: float = 4e-3,
-    decoupled_weight_decay: bool = False,
-) -> Oracle:
-    beta1, beta2 = betas
-    exp_avg, exp_avg_sq, mu_product = np.zeros_like(param), np.zeros_like(param), 1.0
-    for step in count(1):
-        grad = yield param
-        param, grad = _torch_decay(param, grad, lr, weight_decay, decoupled_weight_decay)
-        mu = beta1 * (1.0 - 0.5 * 0.96 ** (step * momentum_decay))
-        mu_next = beta1 * (1.0 - 0.5 * 0.96 ** ((step + 1) * momentum_decay))
-        mu_product = mu_product * mu
-        exp_avg = exp_avg + (1 - beta1) * (grad - exp_avg)
-        exp_avg_sq = exp_avg_sq * beta2 + (1 - beta2) * grad * grad
-        denom = sqrt(exp_avg_sq / (1 - beta2**step)) + eps
-        param = param - lr * (1.0 - mu) / (1.0 - mu_product) * grad / denom
-        param = param - lr * mu_next / (1.0 - mu_product * mu_next) * exp_avg / denom
-
-
-def torch_radam(
-    param: Array,
-    lr: float = 1e-3,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    decoupled_weight_decay: bool = False,
-) -> Oracle:
-    beta1, beta2 = betas
-    exp_avg, exp_avg_sq = np.zeros_like(param), np.zeros_like(param)
-    rho_inf = 2 / (1 - beta2) - 1
-    for step in count(1):
-        grad = yield param
-        param, grad = _torch_decay(param, grad, lr, weight_decay, decoupled_weight_decay)
-        exp_avg = exp_avg + (1 - beta1) * (grad - exp_avg)
-        exp_avg_sq = exp_avg_sq * beta2 + (1 - beta2) * grad * grad
-        bias_correction2 = 1 - beta2**step
-        update = exp_avg / (1 - beta1**step) * lr
-        rho_t = rho_inf - 2 * step * beta2**step / bias_correction2
-        if rho_t > 5.0:
-            rect = ((rho_t - 4) * (rho_t - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho_t)) ** 0.5
-            update = update * (bias_correction2**0.5 / (sqrt(exp_avg_sq) + eps)) * rect
-        param = param - update
 
 
 def autograd_adam(x: Array, step_size: float = 0.001, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Oracle:
