@@ -170,31 +170,6 @@ def test_amsgrad_of_corrected_maxima() -> None:
     np.testing.assert_allclose(flat(back[0].nu_max), flat(optax_state.nu_max), rtol=1e-6)
 
 
-def test_into_any_storage() -> None:
-    rng = np.random.default_rng(0)
-    params = {"w": jnp.ones((64, 64)), "scale": jnp.ones(())}
-    mu = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), p.dtype), params)
-    state: Any = optax.ScaleByAdamState(jnp.int32(7), mu, jax.tree.map(jnp.square, mu))
-    storages: dict[Any, dict[str, float]] = {
-        "bfloat16": {"mu": 2**-7, "nu": 2**-7},
-        "24bit": {"mu": 0.06, "nu": 2**-7},
-        "16bit": {"mu": 0.22, "nu": 0.25},
-    }
-    for storage, most in storages.items():
-        tx = adam_fn.adam(1e-3, storage=storage)
-        found: Any = from_optax(tx, params, state)
-        back: Any = to_optax(tx, params, found, optax.adam(1e-3).init(params))
-        for slot, theirs in (("mu", state.mu), ("nu", state.nu)):
-            decoded = tx.update.decoded(found, params)[slot]
-            assert most[slot] / 100 < relative_error(flat(decoded), flat(theirs)) < most[slot]
-            np.testing.assert_array_equal(flat(getattr(back[0], slot)), flat(decoded))
-        tx.update(params, found, params)
-    short: Any = from_optax(adam_fn.adam(1e-3, mu_dtype="bfloat16"), params, state)
-    bits = np.asarray(state.mu["w"]).view(np.uint32), np.asarray(slots_of(short)["mu"]["w"]).view(np.uint16)
-    assert np.isin(bits[1] - (bits[0] >> 16), (0, 1)).all()  # One of the two around it.
-    np.testing.assert_array_equal(slots_of(short)["nu"]["w"], state.nu["w"])
-
-
 def test_out_of_optax_bfloat16() -> None:
     params, state = adam_state(jnp.bfloat16)
     found: Any = from_optax(adam_fn.adam(1e-3), params, state)
