@@ -53,11 +53,11 @@ FORMULAS: dict[str, tuple[Any, Any]] = {
     "warmup_stable_decay-cliff": (schedules.warmup_stable_decay(0.5, 0, 4, 0), np.where(COUNTS < 4, 0.5, 0.0)),
     "ademamix_alpha": (
         schedules.ademamix_alpha(5.0, 700),
-        [momentum.ademamix_alpha(count + 1, 5.0, 700) for count in COUNTS],
+        [momentum.ademamix_alpha(t + 1, 5.0, 700) for t in range(len(COUNTS))],
     ),
     "ademamix_b3": (
         schedules.ademamix_b3(0.9999, 700, 0.8),
-        [momentum.ademamix_b3(count + 1, 0.9999, 0.8, 700) for count in COUNTS],
+        [momentum.ademamix_b3(t + 1, 0.9999, 0.8, 700) for t in range(len(COUNTS))],
     ),
     "warm_restarts": (RESTARTS, RATES),
     "warm_restarts-constant": (schedules.warm_restarts(130, 1), _warm_restarts(130, 1, 0, 1)[0]),

@@ -39,7 +39,6 @@ SPECS = {
     (64, 32): P("tp", "fsdp"),
     (32,): P("fsdp"),
 }
-TOKENS = jnp.arange(64) % 32
 
 
 def spec_of(x: Any) -> P:
@@ -70,11 +69,7 @@ def parameters(name: str) -> Any:
 
 
 def loss(params: Any) -> jax.Array:
-    wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-    hidden = wide["embed"][TOKENS] * wide["norm"]["scale"][None]
-    hidden = jax.nn.relu(hidden @ wide["up"]["kernel"] + wide["up"]["bias"][None])
-    logits = hidden @ wide["down"]["kernel"] + wide["down"]["bias"][None]
-    return optax.softmax_cross_entropy_with_integer_labels(logits, (TOKENS + 1) % 32).mean()
+    return sum((jnp.mean(jnp.square(p.astype(jnp.float32))) for p in jax.tree.leaves(params)), jnp.float32(0))
 
 
 def check_places(name: str, state: Any, place: Callable[[Any], Any]) -> None:

@@ -30,7 +30,7 @@ def step_bound(b1: float, b2: float, steps: int) -> Array:
     return (1 - b1) / (1 - b1**t) * np.sqrt((1 - b2**t) / (1 - b2)) * np.sqrt((1 - r**t) / (1 - r))
 
 
-def scan_each(txs: Mapping[str, optax.GradientTransformation]) -> Any:
+def scan_each(txs: Mapping[Any, optax.GradientTransformation]) -> Any:
     """``run((params, states), grads) -> ((params, states), updates)``, all by name: one jitted scan over gradients."""
 
     def step(carry: Any, grads: Any) -> Any:
