@@ -30,27 +30,29 @@ from adam_fn.schedules import inverse_time
 BETAS_EPS = {"b1": 0.8, "b2": 0.95, "eps": 1e-5}
 OTHER = {"learning_rate": 3e-3, **BETAS_EPS}
 FALLING = {**OTHER, "learning_rate": inverse_time(3e-3, 1e-2)}
+KERAS_OTHER = {"lr": 3e-3, "beta_1": 0.8, "beta_2": 0.95, "epsilon": 1e-5}
+THEANO_OTHER = {"learning_rate": 3e-3, "beta1": 0.8, "beta2": 0.95, "epsilon": 1e-5}
 DECOUPLED = {"weight_decay": 1e-2, "decoupled_weight_decay": True}
 
 
 class Row(NamedTuple):
-    """A preset, our arguments, and those of its transcription if they differ, or the recorded row that has the same."""
+    """A preset with our arguments, and its transcription's with the framework's or the recorded row that has them."""
 
     preset: str
     ours: Mapping[str, Any] = {}
-    theirs: Mapping[str, Any] | str | None = None
+    theirs: Mapping[str, Any] | str = {}
 
 
 ROWS = (
     Row("tensorflow1_adam"),
-    Row("tensorflow1_adam", OTHER),
+    Row("tensorflow1_adam", OTHER, THEANO_OTHER),
     Row("keras2_adam"),
-    Row("keras2_adam", {"amsgrad": True}),
-    Row("keras2_adam", FALLING, {**OTHER, "rate_decay": 1e-2}),
+    Row("keras2_adam", {"amsgrad": True}, {"amsgrad": True}),
+    Row("keras2_adam", FALLING, {**KERAS_OTHER, "decay": 1e-2}),
     Row("keras2_adamax"),
-    Row("keras2_adamax", FALLING, {**OTHER, "rate_decay": 1e-2}),
+    Row("keras2_adamax", FALLING, {**KERAS_OTHER, "decay": 1e-2}),
     Row("keras2_nadam"),
-    Row("keras2_nadam", {**OTHER, "momentum_decay": 0.02}),
+    Row("keras2_nadam", {**OTHER, "momentum_decay": 0.02}, {**KERAS_OTHER, "schedule_decay": 0.02}),
     Row("keras3_adam", {}, "keras/adam"),
     Row("keras3_adam", OTHER, "keras/adam_betas_eps"),
     Row("keras3_adam", {"amsgrad": True}, "keras/adam_amsgrad"),
@@ -64,20 +66,22 @@ ROWS = (
     Row("keras3_nadam", {"learning_rate": 2e-3, **BETAS_EPS}, "keras/nadam_betas_eps"),
     Row("keras3_nadam", {"weight_decay": 4e-3}, "keras/nadamw"),
     Row("blocks_adam"),
-    Row("blocks_adam", OTHER),
+    Row("blocks_adam", OTHER, THEANO_OTHER),
     Row("lasagne_adam"),
-    Row("lasagne_adam", OTHER),
+    Row("lasagne_adam", OTHER, THEANO_OTHER),
     Row("lasagne_adamax"),
-    Row("lasagne_adamax", OTHER),
+    Row("lasagne_adamax", OTHER, THEANO_OTHER),
     Row("lasagne_amsgrad"),
-    Row("lasagne_amsgrad", OTHER),
-    Row("caffe_adam", {"learning_rate": 1e-3, "b1": 0.9}),
-    Row("caffe_adam", {**OTHER, "weight_decay": 1e-2}),
+    Row("lasagne_amsgrad", OTHER, THEANO_OTHER),
+    Row("caffe_adam", {"learning_rate": 1e-3, "b1": 0.9}, {"base_lr": 1e-3, "momentum": 0.9}),
+    Row("caffe_adam", {**OTHER, "weight_decay": 1e-2},
+        {"base_lr": 3e-3, "momentum": 0.8, "momentum2": 0.95, "delta": 1e-5, "weight_decay": 1e-2}),
     Row("mxnet_adam"),
-    Row("mxnet_adam", {**OTHER, "weight_decay": 1e-2}),
+    Row("mxnet_adam", {**OTHER, "weight_decay": 1e-2}, {**THEANO_OTHER, "wd": 1e-2}),
     Row("mxnet_adamax"),
     # At this rate the parameter whose gradient is λp alone stays away from 0, where it is chaotic for want of an ε.
-    Row("mxnet_adamax", {"learning_rate": 1e-4, "b1": 0.8, "b2": 0.95, "weight_decay": 1e-3}),
+    Row("mxnet_adamax", {"learning_rate": 1e-4, "b1": 0.8, "b2": 0.95, "weight_decay": 1e-3},
+        {"learning_rate": 1e-4, "beta1": 0.8, "beta2": 0.95, "wd": 1e-3}),
     Row("cntk_adam", {"learning_rate": 1e-3, "b1": 0.9, "minibatch_size": 128},
         {"lr": 1e-3, "momentum": 0.9, "minibatch_size": 128, "use_mean_gradient": True}),
     Row("cntk_adam",  # As CNTK is by default: the learner sees the sum over the minibatch.
@@ -89,8 +93,9 @@ ROWS = (
         {"lr": 3e-4, "momentum": 0.8, "minibatch_size": 32, "epsilon": 1e-5, "variance_momentum": 6400.0,
          "l2_regularization_weight": 1e-2, "unit_gain": False, "use_mean_gradient": True}),
     Row("chainer_adam"),
-    Row("chainer_adam", {"amsgrad": True}),
-    Row("chainer_adam", {**OTHER, "weight_decay": 1e-3}),
+    Row("chainer_adam", {"amsgrad": True}, {"amsgrad": True}),
+    Row("chainer_adam", {"learning_rate": 0.5 * 3e-3, **BETAS_EPS, "weight_decay": 0.5 * 1e-3},
+        {"alpha": 3e-3, "beta1": 0.8, "beta2": 0.95, "eps": 1e-5, "eta": 0.5, "weight_decay_rate": 1e-3}),
     Row("torch_adam", {}, "torch/adam"),
     Row("torch_adam", OTHER, "torch/adam_betas_eps"),
     Row("torch_adam", {"weight_decay": 1e-2}, "torch/adam_l2"),
@@ -113,7 +118,7 @@ ROWS = (
     Row("torch_radam", {"weight_decay": 1e-2}, "torch/radam_l2"),
     Row("torch_radam", DECOUPLED, "torch/radamw"),
     Row("autograd_adam"),
-    Row("autograd_adam", OTHER),
+    Row("autograd_adam", OTHER, {"step_size": 3e-3, **BETAS_EPS}),
 )  # fmt: skip
 
 
@@ -169,7 +174,7 @@ def of_the_framework(row: Row) -> Array:
     if isinstance(row.theirs, str):
         return recorded()[row.theirs]
     this = problem()
-    oracle = getattr(frameworks, row.preset)(this.params, **(row.ours if row.theirs is None else row.theirs))
+    oracle = getattr(frameworks, row.preset)(this.params, **row.theirs)
     return frameworks.run(oracle, lambda t, p: gradient(this, t, p), STEPS)[np.array(RECORDED) - 1]
 
 

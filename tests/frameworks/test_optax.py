@@ -113,15 +113,10 @@ def test_tree_utilities(case: Case) -> None:
     assert int(optax.tree.get(doubled, "count")) == 1
     assert (optax.tree.get(state, "weights") is not None) == (len(case.member.betas) > 0)
     chex.assert_trees_all_equal(optax.tree.get(doubled, "weights"), optax.tree.get(state, "weights"))
-    masked = case.make(
-        0.1, weight_decay=0.1, mask={"kernel": True, "bias": False}, frozen={"kernel": False, "bias": True}
-    )
+    weights = {"mask": {"kernel": True, "bias": False}, "frozen": {"kernel": False, "bias": True}}
+    masked = case.make(0.1, weight_decay=0.1, **weights)
     same = optax.tree_utils.tree_map_params(masked, lambda x: x, masked.init(PARAMS))
     chex.assert_trees_all_equal(same, masked.init(PARAMS))
-    named = optax.tree_utils.tree_map_params(
-        tx, lambda _, label: label, state, {"kernel": "k", "bias": "b"}, transform_non_params=lambda _: None
-    )
-    assert optax.tree.get(named, name) == {"kernel": "k", "bias": "b"}
 
 
 def test_vmap_over_learning_rates() -> None:

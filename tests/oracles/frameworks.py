@@ -1,17 +1,18 @@
-"""The frameworks' own updates in float64 NumPy, with their defaults and the names of `adam_fn.presets`.
+"""The frameworks' own updates in float64 NumPy, each with its framework's arguments and defaults.
 
 Those of torch and Keras 3 are recorded instead (`recorded`). An oracle is a generator of parameters: `next` gives the
 first ones, `send(gradients)` those after a step. Nothing here is taken from adam_fn, nor from a paper: a preset that
 agrees has that framework's rate, betas, ε and decay. The sources are those that the docstrings of `adam_fn.presets`
-name.
+name. What several of them compute is written once.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Generator
 from itertools import count
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy import sqrt
@@ -27,88 +28,78 @@ def run(oracle: Oracle, gradient: Callable[[int, Array], Array], steps: int) -> 
     return np.stack([p := oracle.send(gradient(t, p)) for t in range(1, steps + 1)])
 
 
-def tensorflow1_adam(
-    p: Array,
-    learning_rate: float = 0.001,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    *,
-    l2: bool = True,
-    amsgrad: bool = False,
-    rate_decay: float = 0.0,
-) -> Oracle:
-    """TensorFlow's kernel ApplyAdam: ε beside the root of the raw v, the corrections in the rate.
+def named(update: Callable[..., Oracle], **defaults: float) -> Callable[..., Oracle]:
+    """The update under a framework's names for its first arguments, with their defaults; the others keep their names.
 
-    Keras 2, Blocks (with its `decay_factor` of 1), Lasagne, Caffe (delta is its ε), MXNet and Chainer compute the same.
-    Keras 2 has the decay of the rate; Caffe and MXNet add λp to the gradient, Chainer subtracts it from the parameter;
-    Lasagne's `amsgrad` is a function of its own. Chainer's η multiplies both the rate and λ.
+    An argument that the framework wants to be given has the default nan.
     """
-    m, v, v_max = np.zeros_like(p), np.zeros_like(p), np.zeros_like(p)
-    for t in count(1):
-        g = yield p
-        g = g + weight_decay * p if l2 else g
-        rate = learning_rate / (1.0 + rate_decay * (t - 1)) * sqrt(1.0 - b2**t) / (1.0 - b1**t)
-        m = b1 * m + (1.0 - b1) * g
-        v = b2 * v + (1.0 - b2) * np.square(g)
-        v_max = np.maximum(v_max, v)
-        decay = 0.0 if l2 else weight_decay * p
-        p = p - rate * m / (sqrt(v_max if amsgrad else v) + eps) - decay
+
+    def oracle(p: Array, **given: Any) -> Oracle:
+        first = [given.pop(name, default) for name, default in defaults.items()]
+        return update(p, *first, **given)
+
+    return oracle
 
 
-keras2_adam = functools.partial(tensorflow1_adam, eps=1e-7)
-blocks_adam = functools.partial(tensorflow1_adam, learning_rate=0.002)
-lasagne_adam = caffe_adam = mxnet_adam = tensorflow1_adam
-lasagne_amsgrad = functools.partial(tensorflow1_adam, amsgrad=True)
-chainer_adam = functools.partial(tensorflow1_adam, l2=False)
-
-
-def lasagne_adamax(
+def raw_adam(
     p: Array,
-    learning_rate: float = 0.002,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    rate_decay: float = 0.0,
+    rate: float,
+    b1: float,
+    b2: float,
+    eps: float,
+    wd: float = 0.0,
+    *,
+    amsgrad: bool = False,
+    decay: float = 0.0,
+    eta: float = 1.0,
+    weight_decay_rate: float = 0.0,
 ) -> Oracle:
-    """Keras 2 and MXNet compute the same. MXNet adds λp to the gradient and has no ε: its 0/0 is nan, here no step."""
-    m, u = np.zeros_like(p), np.zeros_like(p)
+    """Adds ε to the root of the raw v. `wd` is L2 (Caffe, MXNet), `decay` of the rate (Keras 2), η Chainer's."""
+    m = v = v_max = np.zeros_like(p)
     for t in count(1):
         g = yield p
-        g = g + weight_decay * p
-        rate = learning_rate / (1.0 + rate_decay * (t - 1)) / (1.0 - b1**t)
-        m = b1 * m + (1.0 - b1) * g
-        u = np.maximum(b2 * u, np.abs(g))
-        p = p - rate * m / np.where(u + eps == 0, 1.0, u + eps)
+        g = g + wd * p
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * g**2
+        v_max = np.maximum(v_max, v)
+        rate_t = rate / (1 + decay * (t - 1)) * sqrt(1 - b2**t) / (1 - b1**t)
+        p = p - eta * (rate_t * m / (sqrt(v_max if amsgrad else v) + eps) + weight_decay_rate * p)
 
 
-keras2_adamax = functools.partial(lasagne_adamax, eps=1e-7)
-mxnet_adamax = functools.partial(lasagne_adamax, eps=0.0)
+def raw_adamax(
+    p: Array, rate: float, b1: float, b2: float, eps: float = 0.0, *, wd: float = 0.0, decay: float = 0.0
+) -> Oracle:
+    """Adds ε to the raw u. MXNet has none: its 0/0 is nan; here no step."""
+    m = u = np.zeros_like(p)
+    for t in count(1):
+        g = yield p
+        g = g + wd * p
+        m = b1 * m + (1 - b1) * g
+        u = np.maximum(b2 * u, abs(g))
+        bottom = u + eps
+        p = p - rate / (1 + decay * (t - 1)) / (1 - b1**t) * m / np.where(bottom == 0, 1, bottom)
 
 
 def keras2_nadam(
     p: Array,
-    learning_rate: float = 0.002,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-7,
-    momentum_decay: float = 0.004,
+    lr: float = 0.002,
+    beta_1: float = 0.9,
+    beta_2: float = 0.999,
+    epsilon: float = 1e-7,
+    schedule_decay: float = 0.004,
 ) -> Oracle:
-    """`momentum_decay` is its `schedule_decay`."""
     m, v, m_schedule = np.zeros_like(p), np.zeros_like(p), 1.0
     for t in count(1):
         g = yield p
-        momentum_cache_t = b1 * (1.0 - 0.5 * 0.96 ** (t * momentum_decay))
-        momentum_cache_t_1 = b1 * (1.0 - 0.5 * 0.96 ** ((t + 1) * momentum_decay))
+        momentum_cache_t = beta_1 * (1.0 - 0.5 * 0.96 ** (t * schedule_decay))
+        momentum_cache_t_1 = beta_1 * (1.0 - 0.5 * 0.96 ** ((t + 1) * schedule_decay))
         m_schedule = m_schedule * momentum_cache_t
         g_prime = g / (1.0 - m_schedule)
-        m = b1 * m + (1.0 - b1) * g
+        m = beta_1 * m + (1.0 - beta_1) * g
         m_prime = m / (1.0 - m_schedule * momentum_cache_t_1)
-        v = b2 * v + (1.0 - b2) * np.square(g)
+        v = beta_2 * v + (1.0 - beta_2) * np.square(g)
         m_bar = (1.0 - momentum_cache_t) * g_prime + momentum_cache_t_1 * m_prime
-        p = p - learning_rate * m_bar / (sqrt(v / (1.0 - b2**t)) + eps)
+        p = p - lr * m_bar / (sqrt(v / (1.0 - beta_2**t)) + epsilon)
 
 
 def cntk_adam(
@@ -122,10 +113,9 @@ def cntk_adam(
     l2_regularization_weight: float = 0.0,
     use_mean_gradient: bool = False,
 ) -> Oracle:
-    """`LearnerBase::PreProcess`, `Matrix::AdamUpdate`, `CPUMatrix::Adam`, in CNTK's arguments.
+    """`LearnerBase::PreProcess`, `Matrix::AdamUpdate`, `CPUMatrix::Adam`; `variance_momentum` is a time constant.
 
-    `variance_momentum` is a time constant. It is sent the mean gradient of a minibatch; CNTK's backward pass gives the
-    learner the sum.
+    It is sent the mean gradient of a minibatch; CNTK's backward pass gives the learner the sum.
     """
     ada_weight = np.exp(-1.0 / variance_momentum) ** minibatch_size
     samples = 1 if use_mean_gradient else minibatch_size
@@ -139,9 +129,7 @@ def cntk_adam(
         val = val - smooth_mom * (ada_mul / (sqrt(smooth_ada) + epsilon)) * lr
 
 
-def autograd_adam(
-    x: Array, learning_rate: float = 0.001, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
-) -> Oracle:
+def autograd_adam(x: Array, step_size: float = 0.001, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Oracle:
     m, v = np.zeros_like(x), np.zeros_like(x)
     for i in count():
         g = yield x
@@ -149,4 +137,17 @@ def autograd_adam(
         v = (1 - b2) * np.square(g) + b2 * v
         mhat = m / (1 - b1 ** (i + 1))
         vhat = v / (1 - b2 ** (i + 1))
-        x = x - learning_rate * mhat / (sqrt(vhat) + eps)
+        x = x - step_size * mhat / (sqrt(vhat) + eps)
+
+
+tensorflow1_adam = named(raw_adam, learning_rate=0.001, beta1=0.9, beta2=0.999, epsilon=1e-8)
+keras2_adam = named(raw_adam, lr=0.001, beta_1=0.9, beta_2=0.999, epsilon=1e-7)
+keras2_adamax = named(raw_adamax, lr=0.002, beta_1=0.9, beta_2=0.999, epsilon=1e-7)
+blocks_adam = named(raw_adam, learning_rate=0.002, beta1=0.9, beta2=0.999, epsilon=1e-8)
+lasagne_adam = named(raw_adam, learning_rate=0.001, beta1=0.9, beta2=0.999, epsilon=1e-8)
+lasagne_amsgrad = functools.partial(lasagne_adam, amsgrad=True)
+lasagne_adamax = named(raw_adamax, learning_rate=0.002, beta1=0.9, beta2=0.999, epsilon=1e-8)
+caffe_adam = named(raw_adam, base_lr=math.nan, momentum=math.nan, momentum2=0.999, delta=1e-8, weight_decay=0.0)
+mxnet_adam = named(raw_adam, learning_rate=0.001, beta1=0.9, beta2=0.999, epsilon=1e-8)
+mxnet_adamax = named(raw_adamax, learning_rate=0.002, beta1=0.9, beta2=0.999)
+chainer_adam = named(raw_adam, alpha=0.001, beta1=0.9, beta2=0.999, eps=1e-8)
