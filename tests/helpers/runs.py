@@ -1,7 +1,7 @@
 """What several test files need: deterministic gradients, and whole trajectories in one compiled scan."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,18 @@ def step_bound(b1: float, b2: float, steps: int) -> Array:
     """Adam's largest updates: α (1-β₁)/(1-β₁ᵗ) √((1-β₂ᵗ)/(1-β₂)) √((1-rᵗ)/(1-r)), r = β₁²/β₂, with α = 1."""
     r, t = b1**2 / b2, np.arange(1, steps + 1)
     return (1 - b1) / (1 - b1**t) * np.sqrt((1 - b2**t) / (1 - b2)) * np.sqrt((1 - r**t) / (1 - r))
+
+
+def scan_each(txs: Mapping[Any, optax.GradientTransformation]) -> Any:
+    """``run((params, states), grads) -> ((params, states), updates)``, all by name: one jitted scan over gradients."""
+
+    def step(carry: Any, grads: Any) -> Any:
+        params, states = carry
+        done = {name: tx.update(grads[name], states[name], params[name]) for name, tx in txs.items()}
+        updates, states = ({name: pair[i] for name, pair in done.items()} for i in range(2))
+        return (optax.apply_updates(params, updates), states), updates
+
+    return jax.jit(lambda carry, grads: jax.lax.scan(step, carry, grads))
 
 
 def trajectory(

@@ -1,5 +1,6 @@
 """States of torch and Keras, recorded by `record_states.py`, to ours and back."""
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -7,11 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.runs import scan_each
 from helpers.states import slots_of
 from recorded.record_states import AFTER, BEFORE, FOLDER, KERAS, SHAPES, TORCH
 
@@ -71,24 +74,20 @@ def torch_state(row: str) -> dict[str, Any]:
     return {"state": state, "param_groups": json.loads(str(record("torch")[f"{row}/groups"]))}
 
 
-def keras_variables(row: str) -> list[Any]:
-    count = sum(key.startswith(f"{row}/variables/") for key in record("keras"))
-    return [record("keras")[f"{row}/variables/{i}"] for i in range(count)]
-
-
+@dataclasses.dataclass
 class Variable:
     """What of a Keras variable is used."""
 
-    def __init__(self, name: str, value: Any) -> None:
-        self.name, self.value = name, value
+    name: str
+    value: Any
 
     def numpy(self) -> Any:
         return self.value
 
 
-def named_variables(row: str) -> list[Variable]:
+def keras_variables(row: str) -> list[Variable]:
     names = json.loads(str(record("keras")[f"{row}/names"]))
-    return [Variable(*pair) for pair in zip(names, keras_variables(row), strict=True)]
+    return [Variable(name, record("keras")[f"{row}/variables/{i}"]) for i, name in enumerate(names)]
 
 
 @functools.cache
@@ -98,7 +97,7 @@ def converted(row: str) -> tuple[Any, Any]:
     params = tree(framework, f"{name}/params")
     if framework == "torch":
         return params, from_torch(OURS[row], params, torch_state(name), paths=path, transpose=FLIP)
-    return params, from_keras(OURS[row], params, named_variables(name), paths=PATHS)
+    return params, from_keras(OURS[row], params, keras_variables(name), paths=PATHS)
 
 
 @functools.cache
@@ -111,23 +110,8 @@ def ended() -> Mapping[str, Any]:
         framework = row.split("/")[0]
         grads[row] = jax.tree.map(lambda g, factor=factor: g[BEFORE:] * factor, tree(framework, "grads"))
 
-    @jax.jit
-    def run(params: Any, states: Any, grads: Any) -> Any:
-        def step(carry: Any, g: Any) -> Any:
-            params, states = carry
-            new_params, new_states = {}, {}
-            for row, tx in OURS.items():
-                updates, new_states[row] = tx.update(g[row], states[row], params[row])
-                new_params[row] = optax.apply_updates(params[row], updates)
-            return (new_params, new_states), None
-
-        return jax.lax.scan(step, (params, states), grads)[0][0]
-
-    return run(params, states, grads)
-
-
-def flat(tree: Any) -> Any:
-    return np.concatenate([np.ravel(np.asarray(x).astype(np.complex128)) for x in jax.tree.leaves(tree)])
+    (params, _), _ = scan_each(OURS)((params, states), grads)
+    return params
 
 
 @pytest.mark.quick
@@ -139,33 +123,28 @@ def test_every_record_is_tested() -> None:
 @pytest.mark.parametrize("row", OURS)
 def test_training_goes_on_from_states_of_torch_and_keras(row: str) -> None:
     framework, name = row.split("/")
-    start, expected = (flat(tree(framework, f"{name}/{when}")) for when in ("params", "after"))
-    error = np.linalg.norm(flat(ended()[row]) - expected)
-    assert error < 1e-6 * np.linalg.norm(expected)
+    start, expected = (tree(framework, f"{name}/{when}") for when in ("params", "after"))
+    error = optax.tree.norm(optax.tree.sub(ended()[row], expected))
+    assert error < 1e-6 * optax.tree.norm(expected)
     # float32 parameters round away more of the steps than any optimizer does; a wrong moment or count shows at 1e-2.
-    assert error < 1e-4 * np.linalg.norm(expected - start)
+    assert error < 1e-4 * optax.tree.norm(optax.tree.sub(expected, start))
 
 
 @pytest.mark.parametrize("row", [row for row in OURS if row.startswith("torch")])
 def test_back_to_torch(row: str) -> None:
     params, state = converted(row)
-    name = row.split("/")[1]
-    saved = torch_state(name)
-    fresh = {**saved, "state": {}}
-    found = to_torch(OURS[row], params, state, fresh, paths=path, transpose=FLIP)
+    saved = torch_state(row.split("/")[1])
+    found = to_torch(OURS[row], params, state, {**saved, "state": {}}, paths=path, transpose=FLIP)
     assert found["param_groups"] == saved["param_groups"]
-    assert found["state"].keys() == saved["state"].keys()
-    for number, entry in saved["state"].items():
-        assert found["state"][number].keys() == entry.keys()
-        for key, x in entry.items():
-            assert (found["state"][number][key].shape, found["state"][number][key].dtype) == (x.shape, x.dtype)
-            np.testing.assert_allclose(found["state"][number][key], x, rtol=2e-6 if key == "mu_product" else 0)
+    chex.assert_trees_all_equal_shapes_and_dtypes(found["state"], saved["state"])
+    for (keys, y), x in zip(jax.tree.leaves_with_path(saved["state"]), jax.tree.leaves(found["state"]), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-6 if "mu_product" in str(keys) else 0)
 
 
 @pytest.mark.parametrize("row", [row for row in OURS if row.startswith("keras")])
 def test_back_to_keras(row: str) -> None:
     params, state = converted(row)
-    expected = named_variables(row.split("/")[1])
+    expected = keras_variables(row.split("/")[1])
     places = [i for i, x in enumerate(expected) if "average" not in x.name and x.name != "learning_rate"]
     blank = [Variable(x.name, 0 * x.value if i in places else x.value) for i, x in enumerate(expected)]
     found = to_keras(OURS[row], params, state, blank, paths=path, names=list(SHAPES))
@@ -175,37 +154,29 @@ def test_back_to_keras(row: str) -> None:
         np.testing.assert_allclose(x, y.value, rtol=2e-6 if y.name == "variable" else 0)
 
 
-def same(x: Any, y: Any) -> None:
-    jax.tree.map(np.testing.assert_array_equal, x, y)
-
-
 def test_ways_to_name_parameters() -> None:
     params, state = converted("torch/adam")
     saved, tx = torch_state("adam"), OURS["torch/adam"]
-    same(from_torch(tx, params, saved, paths=PATHS, transpose=FLIP), state)
-    same(from_torch(tx, params, saved, paths={name: path(name) for name in SHAPES}, transpose=FLIP), state)
     without: dict[str, Any] = {**saved, "param_groups": [{"params": [0, 1, 2, 3]}]}
-    same(from_torch(tx, params, without, paths=path, names=list(SHAPES), transpose=FLIP), state)
     texts = {**without, "state": {str(number): entry for number, entry in saved["state"].items()}}  # As JSON has it.
-    same(from_torch(tx, params, texts, paths=PATHS, transpose=FLIP), state)
-    with pytest.raises(ValueError, match="needs the names of torch's parameters"):
-        from_torch(tx, params, without, paths=path)
-    with pytest.raises(ValueError, match=r"(?s)head\.weight: paths has no entry.*head\.bias: paths has no entry"):
-        from_torch(tx, params, saved, paths={"dense.weight": "dense/kernel", "dense.bias": "dense/bias"})
-    with pytest.raises(ValueError, match="has 4 parameters, but paths has 3"):
-        from_torch(tx, params, saved, paths=PATHS[:3])
-    with pytest.raises(ValueError, match="dense/bias: more than once"):
-        from_torch(tx, params, saved, paths=["dense/kernel", "dense/bias", "head/kernel", "dense/bias"])
+    ways: Any = (
+        (saved, {"paths": PATHS}),
+        (saved, {"paths": {name: path(name) for name in SHAPES}}),
+        (without, {"paths": path, "names": list(SHAPES)}),
+        (texts, {"paths": PATHS}),
+    )
+    for given, options in ways:
+        chex.assert_trees_all_equal(from_torch(tx, params, given, transpose=FLIP, **options), state)
 
 
 def test_parameters_without_a_counterpart_are_left_out() -> None:
-    """Parameters without a counterpart are left out in both directions."""
+    """In both directions."""
     params, state = converted("torch/adam")
     saved, tx = torch_state("adam"), OURS["torch/adam"]
     some = [None, None, "head/kernel", "head/bias"]
     head = {"head": params["head"]}
     found: Any = from_torch(tx, head, saved, paths=some, transpose=FLIP)
-    same(slots_of(found)["nu"]["head"], slots_of(state)["nu"]["head"])
+    chex.assert_trees_all_equal(slots_of(found)["nu"]["head"], slots_of(state)["nu"]["head"])
     adam, *rest = found
     later: Any = (adam._replace(count=adam.count + 1), *rest)
     back = to_torch(tx, head, later, saved, paths=some, transpose=FLIP)
@@ -226,14 +197,11 @@ def test_convolutions() -> None:
     dense = np.arange(24, dtype=np.float32).reshape(6, 4)
     state = {i: {"step": 1, "exp_avg": x, "exp_avg_sq": 2 * x} for i, x in enumerate((moment, dense))}
     saved: dict[str, Any] = {"state": state, "param_groups": [{"params": [0, 1]}]}
-    options: dict[str, Any] = {
-        "paths": ["conv/kernel", "dense/kernel"],
-        "transpose": {"conv*": (2, 3, 1, 0), "*kernel": (1, 0)},
-    }
+    transpose: Any = {"conv*": (2, 3, 1, 0), "*kernel": (1, 0)}
+    options: dict[str, Any] = {"paths": ["conv/kernel", "dense/kernel"], "transpose": transpose}
     tx = presets.torch_adam()
     found: Any = from_torch(tx, params, saved, **options)
-    kernel = slots_of(found)["mu"]["conv"]["kernel"]
-    assert all(kernel[y, x, i, o] == moment[o, i, y, x] for y, x, i, o in ((1, 2, 0, 1), (4, 6, 1, 2)))
+    np.testing.assert_array_equal(slots_of(found)["mu"]["conv"]["kernel"], moment.transpose(2, 3, 1, 0))
     back = to_torch(tx, params, found, saved, **options)
     np.testing.assert_array_equal(back["state"][0]["exp_avg_sq"], 2 * moment)
     np.testing.assert_array_equal(back["state"][1]["exp_avg"], dense)
@@ -241,10 +209,12 @@ def test_convolutions() -> None:
 
 def test_torch_errors_list_every_path() -> None:
     params, _ = converted("torch/adam")
-    saved, tx = torch_state("adam"), OURS["torch/adam"]
-    del saved["state"][0]["exp_avg"], saved["state"][3]
+    tx, saved, cut, stepped = OURS["torch/adam"], *(torch_state("adam") for _ in range(3))
+    del cut["state"][0]["exp_avg"], cut["state"][3]
+    stepped["state"][1]["step"] = np.float32(4)
+    wrong = [PATHS[0], "dense/b", *PATHS[2:]]
     with pytest.raises(ValueError, match="does not fit") as error:
-        from_torch(tx, params, saved, paths=[PATHS[0], "dense/b", *PATHS[2:]])
+        from_torch(tx, params, cut, paths=wrong)
     assert [line.strip() for line in str(error.value).splitlines()[1:]] == [
         "dense/bias: no mu, nu",
         "dense/kernel: no mu",
@@ -254,39 +224,44 @@ def test_torch_errors_list_every_path() -> None:
         "head/kernel: nu has shape (2, 3), the parameter (3, 2)",
         "dense/b: is not a parameter",
     ]
-    saved = torch_state("adam")
-    saved["state"][1]["step"] = np.float32(4)
+    two: Any = {"dense.weight": "dense/kernel", "dense.bias": "dense/bias"}
     whole: Any = {"optimizer": saved}
-    for each, given, transpose, message in (
-        (tx, saved, {}, r"(?s)dense/kernel: 10.*dense/bias: 4"),
-        (tx, saved, {"*/weight": (1, 0)}, r"\*/weight: matches no path"),
-        (tx, torch_state("adam"), {"*/kernel": (0, 2)}, "are not the axes of dense/kernel"),
-        (tx, whole, {}, r"expected the state_dict.*\['optimizer'\]"),
-        (adam_fn.yogi(1e-3), saved, {}, "torch has no counterpart of Yogi"),
+    unnamed: Any = {**saved, "param_groups": [{"params": [0, 1, 2, 3]}]}
+    for each, given, paths, transpose, message in (
+        (tx, stepped, path, {}, r"(?s)dense/kernel: 10.*dense/bias: 4"),
+        (tx, saved, path, {"*/weight": (1, 0)}, r"\*/weight: matches no path"),
+        (tx, saved, path, {"*/kernel": (0, 2)}, "are not the axes of dense/kernel"),
+        (tx, whole, path, {}, r"expected the state_dict.*\['optimizer'\]"),
+        (tx, unnamed, path, {}, "needs the names of torch's parameters"),
+        (tx, saved, two, {}, r"(?s)head\.weight: paths has no entry.*head\.bias: paths has no entry"),
+        (tx, saved, PATHS[:3], {}, "has 4 parameters, but paths has 3"),
+        (tx, saved, [*PATHS[:3], "dense/bias"], {}, "dense/bias: more than once"),
+        (adam_fn.yogi(1e-3), saved, path, {}, "torch has no counterpart of Yogi"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
-            from_torch(each, params, given, paths=path, transpose=transpose)
+            from_torch(each, params, given, paths=paths, transpose=transpose)
     with pytest.raises(ValueError, match=r"(?s)dense/b: is not a trained.*dense/bias: is not among paths"):
-        to_torch(tx, params, tx.init(params), saved, paths=[PATHS[0], "dense/b", *PATHS[2:]])
+        to_torch(tx, params, tx.init(params), saved, paths=wrong)
 
 
 def test_keras_variables() -> None:
     params, state = converted("keras/adam_amsgrad")
-    tx, arrays = OURS["keras/adam_amsgrad"], keras_variables("adam_amsgrad")
-    same(from_keras(tx, params, arrays, paths=PATHS), state)
-    same(from_keras(tx, params, {str(i): x for i, x in enumerate(arrays)}, paths=PATHS), state)
-    same(from_keras(tx, params, [arrays[0], *arrays[2:]], paths=PATHS), state)  # The learning rate is a schedule.
-    with pytest.raises(ValueError, match="there are 14 variables, expected 8 and 1 or 2"):
-        from_keras(OURS["keras/adam"], params, arrays, paths=PATHS)
-    with pytest.raises(ValueError, match="variable 10 is dense_weight_velocity_hat, expected a momentum"):
-        from_keras(OURS["keras/adam"], params, named_variables("adam_amsgrad"), paths=PATHS)
-    with pytest.raises(ValueError, match=r"(?s)dense/bias: mu has shape \(5, 3\).*dense/kernel: mu has shape \(3,\)"):
-        from_keras(tx, params, arrays, paths=[PATHS[1], PATHS[0], *PATHS[2:]])
-    accumulated = [
-        Variable("x_gradient_accumulator", x.value) if i == 2 else x for i, x in enumerate(named_variables("adam"))
-    ]
-    with pytest.raises(ValueError, match="gradients are accumulated"):
-        from_keras(OURS["keras/adam"], params, accumulated, paths=PATHS)
+    tx, plain, named = OURS["keras/adam_amsgrad"], OURS["keras/adam"], keras_variables("adam_amsgrad")
+    arrays = [x.value for x in named]
+    by_number, scheduled = {str(i): x for i, x in enumerate(arrays)}, [arrays[0], *arrays[2:]]
+    for given in (arrays, by_number, scheduled):  # Without a rate, where that is a schedule.
+        chex.assert_trees_all_equal(from_keras(tx, params, given, paths=PATHS), state)
+    accumulated = keras_variables("adam")
+    accumulated[2].name = "x_gradient_accumulator"
+    crossed = r"(?s)dense/bias: mu has shape \(5, 3\).*dense/kernel: mu has shape \(3,\)"
+    for each, given, paths, message in (
+        (plain, arrays, PATHS, "there are 14 variables, expected 8 and 1 or 2"),
+        (plain, named, PATHS, "variable 10 is dense_weight_velocity_hat, expected a momentum"),
+        (plain, accumulated, PATHS, "gradients are accumulated"),
+        (tx, arrays, [PATHS[1], PATHS[0], *PATHS[2:]], crossed),
+    ):
+        with pytest.raises(ValueError, match=message):
+            from_keras(each, params, given, paths=paths)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch")
@@ -297,9 +272,9 @@ def test_a_real_torch_optimizer_goes_on(tmp_path: Path) -> None:
     params, state = converted("torch/adamw_groups")
     tx = OURS["torch/adamw_groups"]
     tensors = torch_tensors(torch_state("adamw_groups"))
-    same(from_torch(tx, params, tensors, paths=path, transpose=FLIP), state)
+    chex.assert_trees_all_equal(from_torch(tx, params, tensors, paths=path, transpose=FLIP), state)
     torch.save(tensors, tmp_path / "optimizer.pt")
-    same(from_torch(tx, params, tmp_path / "optimizer.pt", paths=path, transpose=FLIP), state)
+    chex.assert_trees_all_equal(from_torch(tx, params, tmp_path / "optimizer.pt", paths=path, transpose=FLIP), state)
 
     start = {name: torch.tensor(record("torch")[f"adamw_groups/params/{name}"]) for name in SHAPES}
     weights, biases = ([item for item in start.items() if item[0].endswith(kind)] for kind in ("weight", "bias"))
