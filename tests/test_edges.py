@@ -312,5 +312,5 @@ def test_a_state_without_an_array_for_each_parameter() -> None:
     divided = adam_fn.zero1(tx, params, mesh, "data")
     updates: Any = divided.update(params, divided.init(params), params)[0]
     np.testing.assert_allclose(updates["w"], -1e-3, rtol=1e-5)
-    with pytest.raises(ValueError, match="cannot tell which arrays of the state .* as under optax.flatten"):
+    with pytest.raises(ValueError, match=r"cannot tell which arrays of the state .* as under optax.flatten"):
         adam_fn.surgery.reset(tx, state, params, "w")
