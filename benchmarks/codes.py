@@ -27,7 +27,7 @@ import itertools
 import pathlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal, NamedTuple, TypeAlias, cast, get_args
+from typing import NamedTuple, TypeAlias, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,7 @@ from measure.scripts import Row
 from training import char_model
 
 import adam_fn
+from adam_fn import StorageName
 
 B1, B2 = 0.9, 0.999
 SLOW = 0.9999  # AdEMAMix's β₃
@@ -49,9 +50,6 @@ BETAS = (0.9, 0.95, 0.99)
 GOLDEN = (5**0.5 - 1) / 2
 PERIODS = (2, 3, 4, 5, 8)
 LAST = 200
-
-Name: TypeAlias = Literal["float32", "bfloat16", "24bit", "16bit"]
-OURS: tuple[Name, ...] = get_args(Name)
 
 Random: TypeAlias = np.random.Generator
 Float32: TypeAlias = npt.NDArray[np.float32]
@@ -94,20 +92,9 @@ class Scenario:
     steady: bool = False
 
 
-def library(name: Name) -> Storage:
-    """A storage of this package."""
-
-    def optimizer(b1: float, b2: float, _: float) -> optax.GradientTransformation:
-        return adam_fn.adam(1.0, b1, b2, eps=0.0, storage=name)
-
-    params = jnp.zeros(2**20)
-    return Storage(name, round(adam_fn.state_bytes(optimizer(B1, B2, 0), params) / params.size, 3), True, optimizer)
-
-
-def emulated(peer: peers.Peer) -> Storage:
+def emulated(name: str, mu: peers.Moment, nu: peers.Moment) -> Storage:
     """Another library's."""
-    size = peer.mu.bytes + peer.nu.bytes
-    return Storage(peer.name, size, False, functools.partial(peers.adam, peer.mu, peer.nu))
+    return Storage(name, mu.bytes + nu.bytes, False, functools.partial(peers.adam, mu, nu))
 
 
 EXACT = Storage("exact", 16, False, lambda b1, b2, _: peers.adam(peers.EXACT, peers.EXACT, b1, b2, 0.0))
@@ -115,11 +102,17 @@ EXACT = Storage("exact", 16, False, lambda b1, b2, _: peers.adam(peers.EXACT, pe
 
 def storages() -> Iterator[Storage]:
     """Ours, optax's own (which rounds β₁m to bfloat16 as well), then the emulations."""
-    yield from map(library, OURS)
-    yield Storage(
-        "optax, mu_dtype=bfloat16", 6, False, lambda b1, b2, eps: optax.adam(1.0, b1, b2, eps, mu_dtype="bfloat16")
-    )
-    yield from map(emulated, peers.peers())
+    params = jnp.zeros(2**20)
+    for name in get_args(StorageName):
+
+        def optimizer(b1: float, b2: float, _: float, name: StorageName = name) -> optax.GradientTransformation:
+            return adam_fn.adam(1.0, b1, b2, eps=0.0, storage=name)
+
+        size = adam_fn.state_bytes(optimizer(B1, B2, 0), params) / params.size
+        yield Storage(name, round(size, 3), True, optimizer)
+    low = functools.partial(optax.adam, 1.0, mu_dtype="bfloat16")
+    yield Storage("optax, mu_dtype=bfloat16", 6, False, low)
+    yield from itertools.starmap(emulated, ((name, *moments) for name, moments in peers.PEERS.items()))
 
 
 def scales(random: Random, elements: int, spread: float = 0.7) -> npt.NDArray[np.float64]:
@@ -251,7 +244,7 @@ def about(storage: Storage) -> Row:
 
 
 @functools.partial(jax.jit, static_argnames="name")
-def slow_moment(name: Name, gradients: jax.Array) -> jax.Array:
+def slow_moment(name: StorageName, gradients: jax.Array) -> jax.Array:
     """AdEMAMix's after the last step, one of the storages of ours."""
     tx, params = adam_fn.ademamix(1.0, b3=SLOW, storage=name), jnp.zeros_like(gradients[0])
     state, _ = jax.lax.scan(lambda state, g: (tx.update(g, state, params)[1], None), tx.init(params), gradients)
@@ -264,7 +257,7 @@ def slow(candidates: Iterable[Storage], sizes: Sizes) -> Iterator[Row]:
     for noise in (0, 0.3, 1, 10):
         gradients = steady(np.random.default_rng(0), sizes.slow, sizes.elements, noise=noise).astype(np.float32)
         for storage in (storage for storage in candidates if storage.ours):
-            mean = float(slow_moment(cast(Name, storage.name), jnp.asarray(gradients)).mean())
+            mean = float(slow_moment(cast(StorageName, storage.name), jnp.asarray(gradients)).mean())
             ratio = mean / float((weights @ gradients.astype(np.float64)).mean())
             yield {**about(storage), "scenario": "slow", "case": f"noise {noise:g}", "step": ratio}
 

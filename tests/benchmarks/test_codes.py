@@ -13,7 +13,6 @@ from emulation import peers
 from measure import scripts
 
 Array = npt.NDArray[np.float64]
-PEERS = {peer.name: peer for peer in peers.peers()}
 
 
 def values(*, signed: bool) -> Array:
@@ -32,7 +31,7 @@ def stored(moment: peers.Moment, x: Array) -> Array:
 
 def test_dynamic_maps() -> None:
     """The maps of bitsandbytes, 8 bits, and torchao, 4: as published, by their counts and some of their values."""
-    signed, unsigned, four = (np.array(peers.dynamic(*sizes, signed=sign)) for sizes, sign in
+    signed, unsigned, four = (np.array(peers.dynamic(*sizes, sign)) for sizes, sign in
                               (((8, 7), True), ((8, 7), False), ((4, 3), True)))  # fmt: skip
     for table, count in ((signed, 256), (unsigned, 256), (four, 16)):
         assert len(set(table)) == count
@@ -50,14 +49,14 @@ def test_dynamic_maps() -> None:
 
 
 def test_tables_round_to_the_nearest() -> None:
-    z, signed = np.random.default_rng(0).uniform(-1, 1, 999), np.array(peers.dynamic(8, 7, signed=True))
+    z, signed = np.random.default_rng(0).uniform(-1, 1, 999), np.array(peers.dynamic(8, 7, True))
     with jax.enable_x64(True):
         found = peers.table([*signed[::-1]])(jnp.asarray(z))
     np.testing.assert_allclose(found, signed[np.abs(signed - z[:, None]).argmin(1)], rtol=1e-15)
 
 
 def test_peers_bytes() -> None:
-    assert {name: peer.mu.bytes + peer.nu.bytes for name, peer in PEERS.items()} == {
+    assert {name: mu.bytes + nu.bytes for name, (mu, nu) in peers.PEERS.items()} == {
         "plain bfloat16": 4,
         "bitsandbytes 8 bits": 2 + 8 / 256,
         "torchao 8 bits": 2 + 8 / 256,
@@ -68,38 +67,38 @@ def test_peers_bytes() -> None:
 
 def test_flashoptim() -> None:
     """Its formulas 2z/(1 + |z|) and √v, with scales in float16."""
-    m, v, flash = values(signed=True), values(signed=False), PEERS["FlashOptim 8 bits"]
+    m, v, (mu, nu) = values(signed=True), values(signed=False), peers.PEERS["FlashOptim 8 bits"]
     groups = m.reshape(8, 8, 32)
     scale = np.maximum(np.abs(groups).max(-1, keepdims=True), 1e-12)
     y = np.round(127 * 2 * groups / scale / (1 + np.abs(groups / scale))) / 127
     decoded = y / (2 - np.abs(y)) * np.float64(np.float16(scale))
-    np.testing.assert_allclose(stored(flash.mu, m), decoded.reshape(m.shape), rtol=1e-12)
+    np.testing.assert_allclose(stored(mu, m), decoded.reshape(m.shape), rtol=1e-12)
     groups = np.sqrt(v.reshape(8, 8, 32))
     scale = np.maximum(groups.max(-1, keepdims=True), 1e-12)
     decoded = (np.round(255 * groups / scale) / 255 * np.float64(np.float16(scale))) ** 2
-    np.testing.assert_allclose(stored(flash.nu, v), decoded.reshape(v.shape), rtol=1e-12)
-    assert (stored(flash.nu, v * 1e-18) == 0).all(), "float16 scales underflow"
+    np.testing.assert_allclose(stored(nu, v), decoded.reshape(v.shape), rtol=1e-12)
+    assert (stored(nu, v * 1e-18) == 0).all(), "float16 scales underflow"
 
 
 @pytest.mark.parametrize(("name", "group"), [("bitsandbytes 8 bits", 256), ("torchao 4 bits", 128)])
 def test_the_largest_of_a_block_is_kept(name: str, group: int) -> None:
     v = values(signed=False)
-    decoded, largest = (x.reshape(-1, group).max(-1) for x in (stored(PEERS[name].nu, v), v))
+    decoded, largest = (x.reshape(-1, group).max(-1) for x in (stored(peers.PEERS[name][1], v), v))
     np.testing.assert_allclose(decoded, largest, rtol=1e-7, atol=1e-12)  # 1e-12 is torchao's least scale.
 
 
 def test_plain_bfloat16() -> None:
     m = values(signed=True)
     np.testing.assert_array_equal(
-        stored(PEERS["plain bfloat16"].mu, m), np.asarray(jnp.asarray(m, jnp.bfloat16), float)
+        stored(peers.PEERS["plain bfloat16"][0], m), np.asarray(jnp.asarray(m, jnp.bfloat16), float)
     )
 
 
 def test_emulated_adam_is_that_of_numpy() -> None:
     gradients = np.random.default_rng(0).standard_normal((30, 64))
     gradients[:, 5] = 0
-    coarse = peers.Scale("float32", 32).blocks(8, peers.companded)
-    storage = codes.emulated(peers.Peer("coarse", coarse, peers.EXACT))
+    coarse = peers.blocks(8, peers.companded, 32)
+    storage = codes.emulated("coarse", coarse, peers.EXACT)
     with jax.enable_x64(True):
         found = codes.trajectory(storage, 0.9, 0.999, 1e-8, jnp.asarray(gradients))
     m = v = np.zeros(64)
@@ -113,7 +112,7 @@ def test_emulated_adam_is_that_of_numpy() -> None:
 def test_a_peer_that_keeps_everything_is_exact() -> None:
     """The measures of no error."""
     scenario = next(own for own in codes.scenarios(codes.QUICK) if own.name == "sparse")
-    (row,) = codes.compared([codes.emulated(peers.Peer("exact", peers.EXACT, peers.EXACT))], scenario, codes.QUICK)
+    (row,) = codes.compared([codes.emulated("exact", peers.EXACT, peers.EXACT)], scenario, codes.QUICK)
     assert row == {"storage": "exact", "bytes": 16, "ours": False, "scenario": "sparse", "case": ""} | row
     np.testing.assert_allclose([row["error"], row["rms"], row["largest"]], [0, 1, 1], atol=1e-6)
 
