@@ -20,8 +20,9 @@ import venv
 from collections.abc import Iterator
 
 from compilers.figures import family, summary
-from compilers.limits import GPU, TARGETS, TPU, Row, exceeded
+from compilers.limits import GPU, TARGETS, TPU, exceeded
 from measure import scripts
+from measure.scripts import Row
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 WORKER = ROOT / "benchmarks" / "compilers" / "worker.py"

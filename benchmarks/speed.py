@@ -3,12 +3,12 @@
     python benchmarks/speed.py [--quick] [--only CASE]... [--out DIR]
 
 Prints the tables of the documentation; writes speed-<device>.json (a list of records: case, peer, metric, value, ratio
-to optax, device, versions). A step is what a user runs: a jitted function that donates parameters and state,
-updates, and applies the updates. Nothing here is specific to a device. On a GPU, the storages beside optax, torch's
-fused Adam and the speed of a copy take a few minutes: ``--only leaf-2^28-float32 --only gpt2``.
+to optax, device, versions), in which cases that are not measured stay as they were. A step is what a user runs: a
+jitted function that donates parameters and state, updates, and applies the updates. Nothing here is specific to a
+device. On a GPU, the storages beside optax, torch's fused Adam and the speed of a copy take a few minutes:
+``--only leaf-2^28-float32 --only gpt2``.
 """
 
-import functools
 import os
 import typing
 from collections.abc import Callable
@@ -25,43 +25,28 @@ from measure import peers, report, scripts, timing, workloads
 import adam_fn
 
 
-def programs(case: workloads.Case) -> dict[str, Callable[[], tuple[peers.JittedStep, tuple[object, ...]]]]:
-    """Every JAX peer's step of a case, with the shapes it is compiled for."""
-
-    def build(peer: peers.JaxPeer) -> tuple[peers.JittedStep, tuple[object, ...]]:
-        params = {name: jax.ShapeDtypeStruct(shape, case.dtype) for name, shape in case.shapes.items()}
-        inputs = jax.eval_shape(lambda: workloads.images(case, 1)) if case.kind == "training" else params
-        return peer.step_of(case), (params, jax.eval_shape(peer.tx.init, params), inputs)
-
-    return {peer.name: functools.partial(build, peer) for peer in peers.jax_peers(case)}
-
-
 def measure_programs(case: workloads.Case, effort: timing.Effort, records: report.Records) -> None:
     """The time to compile, and temporaries."""
     with jax.enable_x64(case.dtype == "float64"):
-        stages, temporaries = timing.compilations(programs(case), effort.compilations)
+        stages, temporaries = timing.compilations(case, effort.compilations)
     for stage, seconds in stages.items():
         records.add(case, stage, "s", seconds)
     records.add(case, "temporaries", "bytes", temporaries)
 
 
 def measure_steps(case: workloads.Case, effort: timing.Effort, records: report.Records) -> None:
-    """A jitted step: time, traffic, state."""
+    """A jitted step: time, traffic, state; outside jit the update alone, and the update with its application."""
+    if case.kind == "eager":
+        records.add(case, "eager update", "s", timing.alternate(peers.updates(case), effort))
     runners = peers.runners(case)
     seconds = timing.alternate(runners, effort)
-    records.add(case, "step", "s", seconds)
+    records.add(case, "eager step" if case.kind == "eager" else "step", "s", seconds)
     if case.kind == "tree":
         rates = {runner.name: runner.traffic / np.median(seconds[runner.name]) / 1e9 for runner in runners}
         records.add(case, "bandwidth", "GB/s", rates)
-    state = {runner.name: runner.state_bytes / case.parameters for runner in runners if runner.state_bytes}
-    records.add(case, "state", "bytes/parameter", state)
-
-
-def measure_eager(case: workloads.Case, effort: timing.Effort, records: report.Records) -> None:
-    """Outside jit: the update alone, and the update with its application."""
-    updates, steps = peers.eager_runners(case)
-    records.add(case, "eager update", "s", timing.alternate(updates, effort))
-    records.add(case, "eager step", "s", timing.alternate(steps, effort))
+    if case.kind != "eager":
+        state = {runner.name: runner.state_bytes / case.parameters for runner in runners if runner.state_bytes}
+        records.add(case, "state", "bytes/parameter", state)
 
 
 def count_compilations(case: workloads.Case, records: report.Records) -> None:
@@ -123,22 +108,22 @@ def main() -> None:
         print("torch is not installed, or not for this device: its rows are left out")
 
     # The first compilation of a process also starts the compiler; it belongs to nobody.
-    timing.compilations(programs(workloads.Case("start", "", "tree", {"leaf": (8,)})), 1)
+    timing.compilations(workloads.Case("start", "", "tree", {"leaf": (8,)}), 1)
     cases = {case.name: case for case in workloads.cases(options.quick)}
-    for case in (cases[name] for name in scripts.selected(cases, options.only)):
+    chosen = scripts.selected(cases, options.only)
+    for case in (cases[name] for name in chosen):
         print(f"{case.name}: {case.title}, {case.parameters:,} parameters", flush=True)
-        if case.kind == "eager":
-            measure_eager(case, effort, records)
-        elif case.kind == "rates":
+        if case.kind == "rates":
             count_compilations(case, records)
-        else:
+        if case.kind in ("tree", "training", "loop"):
             measure_programs(case, effort, records)
-        if case.kind in ("tree", "training"):
+        if case.kind in ("tree", "training", "eager"):
             measure_steps(case, effort, records)
     print(report.Device(records.rows).text())
-    only = (name.replace("^", "") for name in options.only)
-    name = "-".join(["quick" if options.quick else "speed", scripts.slug(), *only])
-    scripts.write(options.out / f"{name}.json", records.rows)
+    path = options.out / f"{'quick' if options.quick else 'speed'}-{scripts.slug()}.json"
+    kept = [row for row in scripts.read(path) if row["case"] in {*cases} - {*chosen}]
+    order = list(cases)
+    scripts.write(path, sorted([*kept, *records.rows], key=lambda row: order.index(row["case"])))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
-from compilers.limits import BACKWARD, FAMILY, LEAF, LLAMA, OFFLOAD, ORDINARY, TREE, ZERO1, Row, relative
-from measure.scripts import NONE, span, table
+from compilers.limits import BACKWARD, FAMILY, LEAF, LLAMA, OFFLOAD, ORDINARY, TREE, ZERO1, relative
+from measure.scripts import Row, span, table, where
 
 #: The figures of each part that are shown, and how they are written (with z, -0.0 as 0.0).
 FIGURES: dict[str, dict[str, str]] = {
@@ -29,17 +29,16 @@ HEADS = {
 def summary(rows: Sequence[Row]) -> Iterator[str]:
     """Of one compiler's rows a table for each part, with its name, all targets in one cell."""
     for part, forms in FIGURES.items():
-        groups: dict[tuple[str, str], list[Row]] = {}
-        for row in (row for row in rows if row["part"] == part):
-            groups.setdefault((row["step"], row["way"]), []).append(row)
-        heads = {x: HEADS.get(x, x) for x in forms if any(x in row for group in groups.values() for row in group)}
-
-        def cells(group: Sequence[Row], heads: dict[str, str] = heads, forms: dict[str, str] = forms) -> Iterator[str]:
+        own, lines = where(rows, part=part), []
+        heads = {x: HEADS.get(x, x) for x in forms if any(x in row for row in own)}
+        for step, way in dict.fromkeys((row["step"], row["way"]) for row in own):
+            cells = [step, way]
             for x, head in heads.items():
-                yield span((relative(row, x, rows) if "/" in head else row.get(x) for row in group), forms[x]) or NONE
-
-        if groups:
-            lines = [[*names, *cells(group)] for names, group in groups.items()]
+                group = where(own, step=step, way=way)
+                values = [relative(row, x, rows) if "/" in head else row.get(x) for row in group]
+                cells.append(span(values, forms[x]))
+            lines.append(cells)
+        if lines:
             yield f"{part}:\n\n{table(['step', 'by', *heads.values()], lines)}"
 
 
@@ -53,12 +52,12 @@ def family(rows: Sequence[Row]) -> str:
 
 def backward(rows: Sequence[Row]) -> str:
     """The memory of a training step of a stacked GPT, both ways."""
-    known = {(row["target"], row["way"], row["step"]): row for row in rows if row["part"] == BACKWARD}
     body = []
-    for (target, way, step), row in known.items():
-        if (first := known.get((target, way, f"{step}{ORDINARY}"))) is not None:
-            cycles = f"{row['cycles'] / first['cycles']:.2f}" if "cycles" in row else NONE
+    for row in where(rows, part=BACKWARD):
+        target, way, step = row["target"], row["way"], row["step"]
+        for first in where(rows, target=target, part=BACKWARD, way=way, step=f"{step}{ORDINARY}"):
             sizes = (first["temporaries"], row["temporaries"], row["activations"], row["gradient"])
-            body.append([f"{target}, {way}", step, *(f"{x:.2f}" for x in sizes), cycles])
+            cycles = relative(row, "cycles", rows, first["step"])
+            body.append([f"{target}, {way}", step, *(span([x], ".2f") for x in (*sizes, cycles))])
     head = ["device", "state", "gradients first", "step in the backward pass", "activations alone"]
     return table([*head, "one layer's gradient", "cycles, relative to gradients first"], body)

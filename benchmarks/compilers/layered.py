@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from compilers.hlo import Program
-from compilers.limits import BACKWARD, ORDINARY, Row
+from compilers.limits import BACKWARD, ORDINARY
 from compilers.meshes import several
 from compilers.steps import Tree, placed
 from compilers.targets import devices, first
 from jax.sharding import AxisType, Mesh
+from measure.scripts import Row
 from measure.workloads import held
 
 import adam_fn

@@ -2,10 +2,9 @@
 
 import dataclasses
 import math
-import typing
 from collections.abc import Iterator, Sequence
 
-Row = dict[str, typing.Any]
+from measure.scripts import Row, where
 
 TPU, GPU = ("v5e", "v6e"), ("h200", "a100")
 BOTH = (*TPU, *GPU)
@@ -22,9 +21,8 @@ def label(row: Row) -> str:
 
 def relative(row: Row, figure: str, rows: Sequence[Row], base: str = BASE) -> float | None:
     """A figure in that of another step of the same tree on the same target; None where there is none."""
-    place = row["target"], row["part"], base
-    every = [x for x in rows if (x["target"], x["part"], x["step"]) == place and figure in x]
-    found = next((x for x in every if x["way"] == row["way"]), every[0] if every else None)
+    every = [x for x in where(rows, target=row["target"], part=row["part"], step=base) if figure in x]
+    found = next(iter(where(every, way=row["way"]) or every), None)
     return row[figure] / found[figure] if found and figure in row else None
 
 

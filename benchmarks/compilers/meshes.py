@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from compilers.hlo import Program
-from compilers.limits import LLAMA, ZERO1, Row
+from compilers.limits import LLAMA, ZERO1
 from compilers.steps import STEPS, Shapes, Step, Tree, llama, placed, spent
 from compilers.targets import devices
 from jax.sharding import AxisType, Mesh
+from measure.scripts import Row
 from measure.workloads import held, size
 
 import adam_fn

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from compilers.hlo import Program
-from compilers.limits import OFFLOAD, Row
+from compilers.limits import OFFLOAD
 from compilers.steps import GPT2, ONE, STEPS, Shapes, Step, placed
 from compilers.targets import first
+from measure.scripts import Row
 from measure.workloads import held, size
 
 import adam_fn

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from compilers import layered, meshes, offloaded, steps
 from compilers.hlo import Program
-from compilers.limits import BASE, FAMILY, GPU, LEAF, LIMITS, TPU, TREE, Row, label
+from compilers.limits import BASE, FAMILY, GPU, LEAF, LIMITS, TPU, TREE, label
 from compilers.steps import STEPS, WAYS, Shapes, Step, placed, spent
 from compilers.targets import first
+from measure.scripts import Row
 from measure.workloads import held, size
 
 import adam_fn

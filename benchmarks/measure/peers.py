@@ -43,20 +43,20 @@ def plain(tx: optax.GradientTransformation) -> Step:
     return step
 
 
+def jitted(step: Step) -> JittedStep:
+    return typing.cast(JittedStep, jax.jit(step, donate_argnums=(0, 1)))
+
+
 def plain_step(tx: optax.GradientTransformation) -> JittedStep:
-    return typing.cast(JittedStep, jax.jit(plain(tx), donate_argnums=(0, 1)))
+    return jitted(plain(tx))
 
 
 def training_step(tx: optax.GradientTransformation) -> JittedStep:
     """Loss, gradients, update: the same program for every optimizer."""
-
-    def step(params: Tree, state: optax.OptState, batch: Tree) -> tuple[Tree, optax.OptState]:
-        return plain(tx)(params, state, jax.grad(workloads.loss)(params, batch))
-
-    return typing.cast(JittedStep, jax.jit(step, donate_argnums=(0, 1)))
+    return jitted(lambda params, state, batch: plain(tx)(params, state, jax.grad(workloads.loss)(params, batch)))
 
 
-def loop_step(tx: optax.GradientTransformation) -> JittedStep:
+def loop_step(tx: optax.GradientTransformation) -> Step:
     """A hundred steps in a loop, as solvers take them, with the parameters as their own gradients."""
 
     def steps(params: Tree, state: optax.OptState, grads: Tree) -> tuple[Tree, optax.OptState]:
@@ -66,39 +66,45 @@ def loop_step(tx: optax.GradientTransformation) -> JittedStep:
 
         return jax.lax.while_loop(lambda carry: carry[2] < 100, step, (params, state, jnp.int32(0)))[:2]
 
-    return typing.cast(JittedStep, jax.jit(steps))
+    return jax.jit(steps)
 
 
-def made_step(tx: optax.GradientTransformation) -> JittedStep:
-    """adam_fn's own step."""
-    return typing.cast(JittedStep, adam_fn.make_step(tx))
+#: The step around a transformation for each kind of case.
+STEPS = {"tree": plain_step, "eager": plain, "training": training_step, "loop": loop_step}
 
 
 @dataclasses.dataclass(frozen=True)
 class JaxPeer:
-    """An optax transformation and the step around it; `leaves`: the most in a case, where it takes long to compile."""
+    """An optax transformation and the step around it, where it is not that of the case's kind.
+
+    `leaves`: the most in a case, where it takes long to compile.
+    """
 
     name: str
     tx: optax.GradientTransformation
-    step: Callable[[optax.GradientTransformation], JittedStep] = plain_step
     kinds: tuple[workloads.Kind, ...] = ("tree",)
+    step: Callable[[optax.GradientTransformation], object] | None = None
     leaves: float = math.inf
 
     def step_of(self, case: workloads.Case) -> JittedStep:
-        return {"training": training_step, "loop": loop_step}.get(case.kind, self.step)(self.tx)
+        return typing.cast(JittedStep, (self.step or STEPS[case.kind])(self.tx))
+
+    def program(self, case: workloads.Case) -> tuple[JittedStep, tuple[object, ...]]:
+        """The step, made anew, and the shapes that it is compiled for."""
+        params = {name: jax.ShapeDtypeStruct(shape, case.dtype) for name, shape in case.shapes.items()}
+        inputs = jax.eval_shape(lambda: workloads.images(case, 1)) if case.kind == "training" else params
+        return self.step_of(case), (params, jax.eval_shape(self.tx.init, params), inputs)
 
 
 STORAGES: dict[str, StorageName] = {"bfloat16 moments": "bfloat16", "24-bit state": "24bit", "16-bit state": "16bit"}
-#: The end of a peer's name, with `plain_step`.
-APPLIED = ", update and apply"
 JAX_PEERS = (
-    JaxPeer("optax", optax.adam(RATE), kinds=("tree", "eager", "training", "loop")),
-    JaxPeer("adam_fn", adam_fn.adam(RATE), kinds=("tree", "eager", "training", "loop")),
-    JaxPeer("adam_fn make_step", adam_fn.adam(RATE), made_step, ("tree", "eager")),
+    JaxPeer("optax", optax.adam(RATE), ("tree", "eager", "training", "loop")),
+    JaxPeer("adam_fn", adam_fn.adam(RATE), ("tree", "eager", "training", "loop")),
+    JaxPeer("adam_fn make_step", adam_fn.adam(RATE), ("tree", "eager"), adam_fn.make_step),
     *(
-        JaxPeer(f"adam_fn {name}{way}", adam_fn.adam(RATE, storage=storage), step, leaves=200)
+        JaxPeer(f"adam_fn {name}{way}", adam_fn.adam(RATE, storage=storage), step=step, leaves=200)
         for name, storage in STORAGES.items()
-        for way, step in (("", made_step), (APPLIED, plain_step))
+        for way, step in (("", adam_fn.make_step), (", update and apply", None))
     ),
 )
 #: The implementations of torch.optim.Adam.
@@ -218,29 +224,22 @@ def jax_peers(case: workloads.Case) -> list[JaxPeer]:
 
 
 def runners(case: workloads.Case) -> list[Runner]:
-    """Every peer of a `tree` or `training` case; the gradients or the batch are shared, nothing else is."""
+    """Every peer of a case whose steps run; the gradients or the batch are shared, nothing else is."""
     training = case.kind == "training"
     params = workloads.weights(case, 0) if training else case.tree(0, 0.02)
     inputs = workloads.images(case, 1) if training else case.tree(1, 0.01)
     found = [jax_runner(peer, peer.step_of(case), params, inputs) for peer in jax_peers(case)]
     found += [torch_runner(name, case, params, inputs) for name in TORCH_PEERS if torch_device()]
-    return found if training else found + limits(next(runner.traffic for runner in found if runner.name == "optax"))
+    traffic = next(runner.traffic for runner in found if runner.name == "optax")
+    return found + limits(traffic) if case.kind == "tree" else found
 
 
-def eager_runners(case: workloads.Case) -> tuple[list[Runner], list[Runner]]:
-    """Runners of the update alone, and of the update with its application, all outside jit."""
+def updates(case: workloads.Case) -> list[Runner]:
+    """The updates alone, outside jit."""
     params, grads = case.tree(0, 0.02), case.tree(1, 0.01)
-    updates, steps = [], []
-    for peer in jax_peers(case):
-        if peer.step is plain_step:
-            update = functools.partial(_updated, peer.tx, params, grads)
-            updates.append(Runner(peer.name, update, (None, peer.tx.init(params))))
-        step = plain(peer.tx) if peer.step is plain_step else peer.step(peer.tx)
-        steps.append(jax_runner(peer, step, params, grads))
-    steps += [torch_runner(name, case, params, grads) for name in TORCH_PEERS if torch_device()]
-    return updates, steps
 
+    def update(tx: optax.GradientTransformation, carry: tuple[Tree, optax.OptState]) -> object:
+        return tx.update(grads, carry[1], params)
 
-def _updated(tx: optax.GradientTransformation, params: Tree, grads: Tree, carry: tuple[Tree, optax.OptState]) -> object:
-    """The updates and the next state; `carry` are those of the step before."""
-    return tx.update(grads, carry[1], params)
+    alone = (peer for peer in jax_peers(case) if peer.step is None)
+    return [Runner(peer.name, functools.partial(update, peer.tx), (None, peer.tx.init(params))) for peer in alone]

@@ -80,6 +80,11 @@ def merged(old: Sequence[Row], new: Sequence[Row], *keys: str) -> list[Row]:
     return list({tuple(row[key] for key in keys): row for row in (*old, *new)}.values())
 
 
+def where(rows: Iterable[Row], **wanted: object) -> list[Row]:
+    """The rows that have these values."""
+    return [row for row in rows if wanted.items() <= row.items()]
+
+
 def cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -136,6 +141,6 @@ def named(versions: dict[str, str]) -> str:
 
 
 def span(values: Iterable[float | None], form: str) -> str:
-    """The least and the largest, or the one; nothing where there is none."""
+    """The least and the largest, or the one; a dash where there is none."""
     known = sorted(x for x in values if x is not None)
-    return " to ".join(dict.fromkeys(format(end, form) for end in (*known[:1], *known[-1:])))
+    return " to ".join(dict.fromkeys(format(end, form) for end in (*known[:1], *known[-1:]))) or NONE

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
-from measure.peers import JittedStep, Runner
+from measure.peers import Runner, jax_peers
+from measure.workloads import Case
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,21 +62,17 @@ def alternate(runners: Sequence[Runner], effort: Effort) -> dict[str, list[float
     return seconds
 
 
-def compilations(
-    programs: dict[str, Callable[[], tuple[JittedStep, tuple[object, ...]]]], repetitions: int
-) -> tuple[dict[str, dict[str, list[float]]], dict[str, int]]:
-    """Trace, lower and compile every program, alternating, each time with all of JAX's caches empty.
+def compilations(case: Case, repetitions: int) -> tuple[dict[str, dict[str, list[float]]], dict[str, int]]:
+    """Trace, lower and compile every JAX peer's step, alternating, each time with all of JAX's caches empty.
 
-    A program is a function that builds the jitted step and its arguments (shapes suffice). By stage, and for all of
-    them, the seconds of every program; and the bytes of its temporaries.
+    By stage, and for all of them, the seconds of every peer; and the bytes of its temporaries.
     """
-    seconds: dict[str, dict[str, list[float]]] = {
-        stage: {name: [] for name in programs} for stage in ("trace", "lower", "compile", "total")
-    }
+    stages = ("trace", "lower", "compile", "total")
+    seconds: dict[str, dict[str, list[float]]] = {stage: {} for stage in stages}
     temporaries: dict[str, int] = {}
     for _ in range(repetitions):
-        for name, build in programs.items():
-            function, arguments = build()
+        for peer in jax_peers(case):
+            function, arguments = peer.program(case)
             jax.clear_caches()
             gc.collect()
             times = [time.perf_counter()]
@@ -86,9 +83,9 @@ def compilations(
             compiled = lowered.compile()
             times.append(time.perf_counter())
             for stage, own in zip(seconds.values(), (*np.diff(times), times[-1] - times[0]), strict=True):
-                stage[name].append(float(own))
+                stage.setdefault(peer.name, []).append(float(own))
             if (analysis := compiled.memory_analysis()) is not None:
-                temporaries[name] = analysis.temp_size_in_bytes
+                temporaries[peer.name] = analysis.temp_size_in_bytes
     return seconds, temporaries
 
 

@@ -12,8 +12,8 @@ import tables
 from cases import CASES
 from compilers import figures, limits, meshes, steps, targets, worker
 from compilers.hlo import Array, Program, instruction
-from compilers.limits import Row
 from measure import scripts, workloads
+from measure.scripts import Row
 
 pytestmark = pytest.mark.quick
 
