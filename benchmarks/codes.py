@@ -8,7 +8,7 @@ Ours run as they are, `adam_fn.adam` in float32 with ε = 0; those of other libr
 
 - random: normal gradients, each element with a scale of lognormal(0.7) times σ; of lognormal(2.5); with other βs;
 - sparse: an element has a gradient at 1% of the steps;
-- recorded: gradients of a character transformer's weights while it trains (`char_model.py`), with `--gradients DIR`,
+- recorded: gradients of a character transformer's weights while it trains (`training`), with `--gradients DIR`,
   which keeps them; recording takes minutes;
 - steady: each element's gradient is its scale times 1 + noise;
 - quiet: every fourth element's gradient becomes 0 after the step 10;
@@ -38,7 +38,7 @@ from emulation import peers
 from exactness import updates
 from measure import scripts
 from measure.scripts import Row
-from training import char_model
+from training import tasks
 
 import adam_fn
 from adam_fn import StorageName
@@ -153,12 +153,12 @@ def recorded(folder: pathlib.Path, steps: int, elements: int) -> Float32:
 
     They are kept in the folder, and taken from there if they are there.
     """
-    rows, file = elements // 256, folder / "recorded.npy"
+    rows, file = elements // tasks.GROUP, folder / "recorded.npy"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        np.save(file, char_model.recorded(steps, rows=rows))
+        np.save(file, tasks.recorded(tasks.characters(), steps, rows))
     gradients = np.load(file)
-    if gradients.shape != (steps, rows, 256):
+    if gradients.shape != (steps, rows, tasks.GROUP):
         raise ValueError(f"{file} holds gradients of other sizes, {gradients.shape}")
     return gradients.reshape(steps, elements)
 

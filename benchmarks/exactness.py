@@ -1,6 +1,6 @@
 """How far Adam's update is from exact arithmetic.
 
-    python benchmarks/exactness.py [--steps N] [--coordinates N] [--out DIR]
+    python benchmarks/exactness.py [--quick] [--out DIR]
 
 Random gradients, coordinates whose scales span e^-9 to e^9; the relative L2 error of the update at some steps against
 a float64 transcription that reads the very same float32 gradients and the very same hyperparameters.
@@ -22,6 +22,8 @@ import adam_fn
 
 TIMES = (1, 2, 10, 100, 1000, 10000)
 B2 = (0.999, 0.9999, 0.99999, 0.999999)
+SIZES = {"steps": 10000, "coordinates": 1000, "seed": 0}
+QUICK = {"steps": 1000, "coordinates": 100, "seed": 0}
 DEFAULTS = {"learning_rate": 1e-3, "b1": 0.9, "b2": 0.999, "eps": 1e-8}
 
 Hyperparameter = float | jax.Array | Callable[[jax.Array], jax.typing.ArrayLike]
@@ -90,30 +92,28 @@ FORMS: dict[str, tuple[Callable[[float], Hyperparameter], bool]] = {
     "schedules of float32 arrays": (lambda value: lambda count: np.float32(value), True),
     "traced arrays": (jnp.float32, True),
 }
+#: optax.adam takes a schedule for the rate alone.
+PEERS: dict[str, tuple[Callable[..., optax.GradientTransformation], dict[str, typing.Any]]] = {
+    "adam_fn": (adam_fn.adam, FORMS),
+    "optax": (optax.adam, {name: FORMS[name] for name in ("numbers", "traced arrays")}),
+}
 
 
 def measured(sizes: dict[str, int]) -> Iterator[scripts.Row]:
-    """A row for every β₂, peer and form; optax.adam takes a schedule for the rate alone."""
+    """A row for every β₂, peer and form."""
     for b2 in B2:
         exact = DEFAULTS | {"b2": b2}
         rounded = {name: float(np.float32(value)) for name, value in exact.items()}
-        for peer, make_tx in (("adam_fn", adam_fn.adam), ("optax", optax.adam)):
-            for form, (give, rounds) in FORMS.items():
-                if peer == "adam_fn" or not form.startswith("schedules"):
-                    given = {name: give(value) for name, value in exact.items()}
-                    errors = compare(
-                        lambda given, make_tx=make_tx: make_tx(**given), given, rounded if rounds else exact, **sizes
-                    )
-                    yield {"b2": b2, "peer": peer, "form": form, "errors": errors}
+        for peer, (adam, forms) in PEERS.items():
+            for form, (give, rounds) in forms.items():
+                given = {name: give(value) for name, value in exact.items()}
+                errors = compare(lambda given, adam=adam: adam(**given), given, rounded if rounds else exact, **sizes)
+                yield {"b2": b2, "peer": peer, "form": form, "errors": errors}
 
 
 def main() -> None:
-    parser = scripts.parser(__doc__)
-    sizes = {"steps": 10000, "coordinates": 1000, "seed": 0}
-    for name, default in sizes.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    options = parser.parse_args()
-    sizes = {name: getattr(options, name) for name in sizes}
+    options = scripts.parser(__doc__, quick="1,000 steps of 100 coordinates").parse_args()
+    sizes = QUICK if options.quick else SIZES
     rows = scripts.collected(measured(sizes))
     if options.out:
         scripts.write(options.out / "exactness.json", {**scripts.about(), **sizes, "rows": rows})

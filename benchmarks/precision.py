@@ -1,6 +1,6 @@
 """What storage costs in quality: two networks trained with parameters and moments of fewer bytes.
 
-    python benchmarks/precision.py [--quick] [--only LABEL]... [--workload NAME] [--seeds N] [--again] [--out DIR]
+    python benchmarks/precision.py [--quick] [--only LABEL]... [--seeds N] [--out DIR]
 
 The character transformer of `char_model` on tinyshakespeare, the same trained further at a low rate, and the MLP
 784-1000-1000-10 on MNIST, for every entry of `CONFIGURATIONS` and several seeds. The runs of one seed begin with the
@@ -23,13 +23,10 @@ import numpy as np
 import optax
 from measure import scripts
 from measure.scripts import Row
-from training import char_model
-from training.tasks import POINTS, Data, Params, Workload, characters, images
+from training.tasks import POINTS, Carry, Data, Params, Workload, characters, images
 
 import adam_fn
 from adam_fn import StorageLike
-
-Carry: typing.TypeAlias = tuple[Params, optax.OptState]
 
 
 class Configuration(typing.NamedTuple):
@@ -56,12 +53,12 @@ CONFIGURATIONS = {
 }
 
 
-def tuned(quick: bool = False, text: char_model.Text | None = None) -> Workload:
+def tuned(quick: bool = False) -> Workload:
     """`characters` trained to its end in float32, then some more steps at a low rate, as in fine-tuning.
 
     At this rate most updates are below half a unit of a bfloat16 parameter's last place.
     """
-    base = characters(quick, text)
+    base = characters(quick)
     done, steps, rate = base.settings.steps, *((96, 1e-3) if quick else (480, 1e-4))
 
     @functools.cache
@@ -77,7 +74,7 @@ def tuned(quick: bool = False, text: char_model.Text | None = None) -> Workload:
     )
 
 
-WORKLOADS = {"char": characters, "tuned": tuned, "mnist": images}
+WORKLOADS = (characters, tuned, images)
 
 
 class Program:
@@ -88,16 +85,12 @@ class Program:
         self.tx = configuration.wrap(workload.settings.adam(storage=configuration.storage))
         self.length = workload.settings.steps // POINTS
 
-        def step(data: Data, seed: jax.Array, carry: Carry, number: jax.Array) -> tuple[Carry, jax.Array]:
-            params, state = carry
-            loss, grads = jax.value_and_grad(workload.loss)(params, workload.batch(data, seed, number))
-            # Without the barrier the compiler is free to leave out the rounding of the gradients to bfloat16.
-            grads = jax.lax.optimization_barrier(grads)
-            updates, state = self.tx.update(grads, state, params)
-            return (typing.cast(Params, optax.apply_updates(params, updates)), state), loss
-
         def chunk(carry: Carry, data: Data, seed: jax.Array, first: jax.Array) -> tuple[Carry, jax.Array]:
-            return jax.lax.scan(functools.partial(step, data, seed), carry, first + jnp.arange(self.length))
+            def step(carry: Carry, number: jax.Array) -> tuple[Carry, jax.Array]:
+                carry, (loss, _) = workload.step(self.tx, data, seed, carry, number)
+                return carry, loss
+
+            return jax.lax.scan(step, carry, first + jnp.arange(self.length))
 
         params = jax.eval_shape(self.start, workload.init(0))
         shapes = ((params, jax.eval_shape(self.tx.init, params)), workload.data, jnp.int32(0), jnp.int32(0))
@@ -137,8 +130,8 @@ class Program:
         return carry[0], found | {"date": scripts.now()}
 
 
-def measure(workload: Workload, labels: list[str], seeds: int, path: pathlib.Path, again: bool = False) -> None:
-    """Every configuration of the seed 0, then of the next; those that the file has are left out, unless `again`.
+def measure(workload: Workload, labels: list[str], seeds: int, path: pathlib.Path) -> None:
+    """Every configuration of the seed 0, then of the next; those that the file has are left out.
 
     The file is written after every run. Runs that were made with other settings, or of no configuration, are forgotten.
     """
@@ -149,7 +142,7 @@ def measure(workload: Workload, labels: list[str], seeds: int, path: pathlib.Pat
         kept = [run for run in kept if run["workload"] != workload.name]
     settings |= {workload.name: dataclasses.asdict(workload.settings)}
     program = functools.cache(lambda label: Program(workload, CONFIGURATIONS[label]))
-    done = {(run["label"], run["seed"]) for run in kept if run["workload"] == workload.name and not again}
+    done = {(run["label"], run["seed"]) for run in kept if run["workload"] == workload.name}
     for seed in range(seeds):
         for label in (label for label in labels if (label, seed) not in done):
             run = {"workload": workload.name, "label": label, "seed": seed, **program(label).run(seed)[1]}
@@ -203,15 +196,13 @@ def main() -> None:
     parser = scripts.parser(
         __doc__, quick="small networks and few steps, about a minute", only="a label or a part of one", out="out"
     )
-    parser.add_argument("--workload", choices=list(WORKLOADS), help="one of them alone")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--again", action="store_true", help="repeat the runs that the file has")
     options = parser.parse_args()
 
     labels = scripts.selected(CONFIGURATIONS, options.only)
     path = options.out / f"precision-{'quick-' if options.quick else ''}{scripts.slug()}.json"
-    for name in [options.workload] if options.workload else WORKLOADS:
-        measure(WORKLOADS[name](options.quick), labels, options.seeds, path, options.again)
+    for workload in WORKLOADS:
+        measure(workload(options.quick), labels, options.seeds, path)
     if any(run["label"] == BASE for run in scripts.read(path)["runs"]):
         plot(path)
 

@@ -52,26 +52,21 @@ def measure_steps(case: workloads.Case, effort: timing.Effort, records: report.R
 def count_compilations(case: workloads.Case, records: report.Records) -> None:
     """Programs compiled per new learning rate, for every way of giving one."""
     params, grads = case.tree(0, 0.02), case.tree(1, 0.01)
-    rates = (1e-3, 2e-3, 3e-3, 4e-3, 5e-3)
+    first, *rates = 1e-3, 2e-3, 3e-3, 4e-3, 5e-3
+    tx = adam_fn.adam(first)
+    state = tx.init(params)
 
-    def argument(wrap: Callable[[Callable[[float], object]], Callable[[float], object]]) -> Callable[[float], object]:
-        tx = adam_fn.adam(1e-3)
-        state = tx.init(params)
-        return wrap(lambda rate: tx.update(grads, state, params, learning_rate=rate))
+    def argument(rate: float) -> object:
+        return tx.update(grads, state, params, learning_rate=rate)
 
     def injected(build: Callable[..., optax.GradientTransformation]) -> Callable[[float], object]:
-        tx = optax.inject_hyperparams(build)(learning_rate=1e-3)
+        tx = optax.inject_hyperparams(build)(learning_rate=first)
         state = typing.cast(optax.InjectStatefulHyperparamsState, tx.init(params))
-        step = jax.jit(lambda params, state: tx.update(grads, state, params))
-
-        def call(rate: float) -> object:
-            hyperparams = {**state.hyperparams, "learning_rate": jnp.float32(rate)}
-            return step(params, state._replace(hyperparams=hyperparams))
-
-        return call
+        step = jax.jit(lambda state: tx.update(grads, state, params))
+        return lambda rate: step(state._replace(hyperparams=state.hyperparams | {"learning_rate": jnp.float32(rate)}))
 
     def rebuilt(build: Callable[..., optax.GradientTransformation]) -> Callable[[float], object]:
-        state = build(rates[0]).init(params)
+        state = build(first).init(params)
 
         def call(rate: float) -> object:
             own, carried = jax.tree.map(jnp.copy, (params, state))
@@ -79,22 +74,21 @@ def count_compilations(case: workloads.Case, records: report.Records) -> None:
 
         return call
 
-    ways: dict[str, Callable[[], Callable[[float], object]]] = {
-        "adam_fn, update(learning_rate=) in a jitted step": lambda: argument(jax.jit),
-        "adam_fn, update(learning_rate=) eager": lambda: argument(lambda update: update),
-        "adam_fn, inject_hyperparams": lambda: injected(adam_fn.adam),
-        "adam_fn, a new transformation": lambda: rebuilt(adam_fn.adam),
-        "optax, inject_hyperparams": lambda: injected(optax.adam),
-        "optax, a new transformation": lambda: rebuilt(optax.adam),
+    ways: dict[str, Callable[[float], object]] = {
+        "adam_fn, update(learning_rate=) in a jitted step": jax.jit(argument),
+        "adam_fn, update(learning_rate=) eager": argument,
+        "adam_fn, inject_hyperparams": injected(adam_fn.adam),
+        "adam_fn, a new transformation": rebuilt(adam_fn.adam),
+        "optax, inject_hyperparams": injected(optax.adam),
+        "optax, a new transformation": rebuilt(optax.adam),
     }
     counts: dict[str, float] = {}
-    for name, make in ways.items():
-        call = make()
-        jax.block_until_ready(call(rates[0]))
+    for name, call in ways.items():
+        jax.block_until_ready(call(first))
         with timing.compiled() as events:
-            for rate in rates[1:]:
+            for rate in rates:
                 jax.block_until_ready(call(rate))
-        counts[name] = len(events) / len(rates[1:])
+        counts[name] = len(events) / len(rates)
     records.add(case, "compilations per new rate", "", counts)
 
 

@@ -33,7 +33,8 @@ class Limit:
     Attributes:
       steps: those that it holds for; by default all but optax's.
       least: the least that it may be.
-      base: the step in whose figure it is counted; that of float32 is the same step with another storage.
+      base: the step in whose figure it is counted; that of float32 is the same step with another storage, and ORDINARY
+        the same step after all gradients.
       way: the one that it holds for; all by default.
     """
 
@@ -53,7 +54,9 @@ class Limit:
 
     def compared(self, row: Row) -> str:
         """The step in whose figure that of a row is counted."""
-        return ", ".join([*row["step"].split(", ")[:-1], self.base]) if self.base == "float32" else self.base
+        if self.base == "float32":
+            return ", ".join([*row["step"].split(", ")[:-1], self.base])
+        return f"{row['step']}{ORDINARY}" if self.base == ORDINARY else self.base
 
     def broken(self, row: Row, rows: Sequence[Row]) -> str:
         """What is wrong with a row that it holds for; nothing if nothing is."""
@@ -67,6 +70,9 @@ class Limit:
         return f"{found}, at least {self.least:g}" if value < self.least else ""
 
 
+#: Bytes of state per parameter.
+SIZES = {"float32": 8, "24bit": 3, "16bit": 2, "masters, 16bit": 4}
+STEPPED = ("16bit", "masters, 16bit")
 LIMITS = (
     # One pass, no temporaries, and no more bytes than what is given and kept.
     Limit(BOTH, LEAF, "passes", 1),
@@ -82,10 +88,7 @@ LIMITS = (
     Limit(BOTH, LLAMA, "collectives", 0),
     Limit(BOTH, LLAMA, "temporaries", 0.02),
     Limit(BOTH, LLAMA, "moved", 0),
-    *(
-        Limit(BOTH, LLAMA, "state", size, (step,), least=size)
-        for step, size in (("float32", 8), ("24bit", 3), ("16bit", 2), ("masters, 16bit", 4))
-    ),
+    *(Limit(BOTH, LLAMA, "state", size, (step,), least=size) for step, size in SIZES.items()),
     # The gradients are summed once, into parts, and the parameters put together once. What is left of all-reduces: a
     # loss, a leaf that four devices cannot divide and, on TPU, a bias.
     *(
@@ -98,7 +101,7 @@ LIMITS = (
     Limit(BOTH, ZERO1, "share", 0.251),
     *(
         Limit(BOTH, OFFLOAD, figure, 1.001 * size, (step,), least=0.999 * size)
-        for step, size in (("float32", 8), ("24bit", 3), ("16bit", 2), ("masters, 16bit", 4))
+        for step, size in SIZES.items()
         for figure in ("on the host", "kept there", "read", "stored")
     ),
     Limit(GPU, OFFLOAD, "saved", 8.01, ("training",), least=7.9, way="one program"),
@@ -106,17 +109,12 @@ LIMITS = (
     Limit(TPU, OFFLOAD, "saved", 8.01, ("training",), least=-10.5, way="one program"),
     Limit(BOTH, OFFLOAD, "saved", 8.01, ("training",), least=7.9, way="two programs"),
     # Beside the activations and the gradient of one layer.
-    Limit(("v5e", "h200"), BACKWARD, "beside", 0.15, ("16bit", "masters, 16bit")),
-    *(
-        Limit(("v5e",), BACKWARD, figure, most, (step,), base=f"{step}{ORDINARY}")
-        for step in ("16bit", "masters, 16bit")
-        for figure, most in (("cycles", 1.02), ("temporaries", 1))
-    ),
-    *(
-        Limit(("v5e",), BACKWARD, figure, 1, (step,), base=f"{step}{ORDINARY}", way=way)
-        for step in ("16bit", "masters, 16bit")
-        for way, figure in (("FSDP 16", "exchanged"), ("ZeRO-1 16", "exchanged"), ("ZeRO-1 16", "collectives"))
-    ),
+    Limit(("v5e", "h200"), BACKWARD, "beside", 0.15, STEPPED),
+    Limit(("v5e",), BACKWARD, "cycles", 1.02, STEPPED, base=ORDINARY),
+    Limit(("v5e",), BACKWARD, "temporaries", 1, STEPPED, base=ORDINARY),
+    Limit(("v5e",), BACKWARD, "exchanged", 1, STEPPED, base=ORDINARY, way="FSDP 16"),
+    Limit(("v5e",), BACKWARD, "exchanged", 1, STEPPED, base=ORDINARY, way="ZeRO-1 16"),
+    Limit(("v5e",), BACKWARD, "collectives", 1, STEPPED, base=ORDINARY, way="ZeRO-1 16"),
     Limit(GPU, OFFLOAD, "peak", 10.7, ("GPT-2 small",)),
     Limit(TPU, OFFLOAD, "peak", 20.5, ("GPT-2 small",)),  # 16.2, as on the device: all is fetched at once.
 )

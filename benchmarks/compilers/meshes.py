@@ -1,18 +1,16 @@
 """Steps on several devices: Llama-7B, divided as people divide it, and `zero1`."""
 
 import functools
-import itertools
 import math
 import typing
 import unittest.mock
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from compilers.hlo import Program
-from compilers.limits import LLAMA, ZERO1
-from compilers.steps import STEPS, Shapes, Step, Tree, llama, placed, spent
+from compilers.steps import STEPS, Shapes, Tree, llama, placed, spent
 from compilers.targets import devices
 from jax.sharding import AxisType, Mesh
 from measure.scripts import Row
@@ -20,7 +18,6 @@ from measure.workloads import held, size
 
 import adam_fn
 
-STORED = ("float32", "24bit", "16bit", "masters, 16bit")
 #: As where there are several devices.
 several = functools.partial(unittest.mock.patch, "adam_fn.execute.cpu.single_device", lambda: False)
 
@@ -42,11 +39,13 @@ def division(name: str, shape: Sequence[int]) -> jax.P:
     return jax.P("tp", "fsdp") if name.endswith(("o", "down", "embedding")) else jax.P("fsdp", "tp")
 
 
-def sharded(step: Step, target: str, name: str, kind: AxisType) -> Row:
+def sharded(name: str, way: str, target: str) -> Row:
     """A step of Llama-7B, the state where `jit(tx.init)` puts it; bytes per parameter of a device."""
-    topology, sizes = MESHES[target][name]
-    mesh = Mesh(np.array(devices(target, topology)).reshape(sizes), ("fsdp", "tp"), axis_types=(kind, kind))
-    tree = llama(LAYERS)
+    division_, kind = way.split(", ")
+    topology, sizes = MESHES[target][division_]
+    kinds = (AxisType[kind.capitalize()],) * 2
+    mesh = Mesh(np.array(devices(target, topology)).reshape(sizes), ("fsdp", "tp"), axis_types=kinds)
+    step, tree = STEPS[name], llama(LAYERS)
     params, state, _ = step.arguments(tree)
     params = placed(params, {name: jax.NamedSharding(mesh, division(name, shape)) for name, shape in tree.items()})
     jax.clear_caches()
@@ -97,9 +96,9 @@ def net(params: Mapping[str, jax.Array], batch: jax.Array) -> jax.Array:
     return jnp.mean((hidden @ params["out"]).astype("float32") ** 2) + odd * jnp.mean(batch.astype("float32"))
 
 
-def zero1(step: Step, way: str, target: str) -> Row:
+def zero1(name: str, way: str, target: str) -> Row:
     """A step of training, of a batch that is divided over four devices, gradients and all; bytes per parameter."""
-    every, tree = devices(target), net_of(target)
+    step, every, tree = STEPS[name], devices(target), net_of(target)
     mesh = Mesh(np.array(every), ("data",), axis_types=(AxisType.Auto,))
     params = placed(step.params(tree), jax.NamedSharding(mesh, jax.P()))
     tx = adam_fn.zero1(step.tx, params, mesh, "data")
@@ -127,13 +126,3 @@ def zero1(step: Step, way: str, target: str) -> Row:
         "others": sum(moved for kind, moved in exchanges if kind not in KINDS) / size(tree),
         "share": share / held(state),
     }
-
-
-def jobs(target: str) -> Iterator[tuple[Row, Callable[[], Row]]]:
-    """What can be compiled: what identifies it, and a function that does it."""
-    kinds = (AxisType.Auto, AxisType.Explicit)
-    for name, kind, step in itertools.product(MESHES.get(target, ()), kinds, STORED):
-        run = functools.partial(sharded, STEPS[step], target, name, kind)
-        yield {"part": LLAMA, "step": step, "way": f"{name}, {kind.name.lower()}"}, run
-    for step, way in itertools.product(STORED, ("jit", "shard_map")):
-        yield {"part": ZERO1, "step": step, "way": way}, functools.partial(zero1, STEPS[step], way, target)

@@ -1,15 +1,14 @@
 """Steps whose state is in the host's memory: `offload`."""
 
-import functools
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
 from compilers.hlo import Program
-from compilers.limits import OFFLOAD
-from compilers.steps import GPT2, ONE, STEPS, Shapes, Step, placed
+from compilers.limits import TREE
+from compilers.steps import GPT2, ONE, STEPS, Shapes, placed
 from compilers.targets import first
 from measure.scripts import Row
 from measure.workloads import held, size
@@ -18,6 +17,8 @@ import adam_fn
 
 #: Layers whose activations, of a batch of 16,384, need more memory than a step.
 DEEP: Shapes = {f"layer{i}": (2048, 2048) for i in range(4)}
+#: What else than a leaf has its state on the host, all in float32.
+TREES = {TREE: GPT2, "training": DEEP}
 
 
 def deep(params: Mapping[str, jax.Array], batch: jax.Array) -> jax.Array:
@@ -33,9 +34,10 @@ def peak(memory: typing.Any) -> int:  # noqa: ANN401 (JAX has no public type for
     return given + memory.temp_size_in_bytes
 
 
-def offload(step: Step, tree: Shapes, way: str, target: str) -> Row:
+def offload(name: str, way: str, target: str) -> Row:
     """A step with the state on the host beside one with it on the device, alone or after the gradients of `deep`."""
-    place = first(target)
+    tree, place = TREES.get(name, ONE), first(target)
+    step = STEPS["float32" if name in TREES else name]
     params = placed(step.params(tree), place)
     batch = jax.ShapeDtypeStruct((16384, 2048), step.dtype, sharding=place)
 
@@ -62,13 +64,3 @@ def offload(step: Step, tree: Shapes, way: str, target: str) -> Row:
     found = {"on the host": memory.host_argument_size_in_bytes, "kept there": memory.host_output_size_in_bytes}
     found |= {"read": read, "stored": stored, "peak": now, "saved": most - now}
     return {name: figure / size(tree) for name, figure in found.items()}
-
-
-def jobs(target: str) -> Iterator[tuple[Row, Callable[[], Row]]]:
-    """What can be compiled: what identifies it, and a function that does it."""
-    every = [(name, name, ONE, "make_step") for name in ("float32", "24bit", "16bit", "masters, 16bit")]
-    every += [("GPT-2 small", "float32", GPT2, "make_step")]
-    every += [("training", "float32", DEEP, way) for way in ("one program", "two programs")]
-    for name, step, tree, way in every:
-        run = functools.partial(offload, STEPS[step], tree, way, target)
-        yield {"part": OFFLOAD, "step": name, "way": way}, run

@@ -75,7 +75,7 @@ class Step:
         return params, jax.eval_shape(self.tx.init, params), params
 
 
-STORAGES = ("float32", "bfloat16", "24bit", "16bit")
+STORAGES = typing.get_args(adam_fn.StorageName)
 #: What is made of a transformation, and the dtype of its parameters.
 WRITES: dict[str, tuple[Callable[[Tx], Tx], str]] = {
     "": (lambda tx: tx, "float32"),

@@ -6,16 +6,17 @@ Prints a line of JSON for the versions and for every program. Nothing that it co
 import argparse
 import functools
 import importlib.metadata
+import itertools
 import json
 import typing
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-from compilers import layered, meshes, offloaded, steps
+from compilers import layered, limits, meshes, offloaded, steps
 from compilers.hlo import Program
-from compilers.limits import BASE, FAMILY, GPU, LEAF, LIMITS, TPU, TREE, label
+from compilers.limits import BASE, ORDINARY, SIZES, TREE
 from compilers.steps import STEPS, WAYS, Shapes, Step, placed, spent
 from compilers.targets import first
 from measure.scripts import Row
@@ -35,8 +36,9 @@ def versions() -> dict[str, str]:
     return {"adam_fn": adam_fn.__version__} | {x: importlib.metadata.version(x) for x in packages if x in there}
 
 
-def measured(step: Step, way: str, tree: Shapes, target: str) -> Row:
+def measured(tree: Shapes, name: str, way: str, target: str) -> Row:
     """What a step's program needs and runs; bytes per parameter."""
+    step = STEPS[name]
     arguments, count = placed(step.arguments(tree), first(target)), size(tree)
     jax.clear_caches()
     began = spent()
@@ -78,7 +80,7 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
 
 
-def member(name: str, target: str) -> Row:
+def member(name: str, _: str, target: str) -> Row:
     """Whether the steps of a member of the family compile."""
     began, every = spent(), steps.family(name)
     failed = together(every, target)
@@ -87,15 +89,25 @@ def member(name: str, target: str) -> Row:
 
 def jobs(target: str) -> Iterator[Job]:
     """What can be compiled for a target: what identifies it, and a function that does it."""
-    parts = ((LEAF, steps.ONE, name, way) for name, step in STEPS.items() for way in step.ways)
-    trees = ((TREE, steps.GPT2, name, STEPS[name].ways[0]) for name in steps.WHOLE)
-    for part, tree, name, way in (*parts, *trees):
-        yield {"part": part, "step": name, "way": way}, functools.partial(measured, STEPS[name], way, tree, target)
-    yield from meshes.jobs(target)
-    yield from offloaded.jobs(target)
-    yield from layered.jobs(target)
-    for name in steps.MEMBERS if target in (TPU[0], GPU[0]) else ():  # One target of a compiler tells.
-        yield {"part": FAMILY, "step": name, "way": "make_step"}, functools.partial(member, name, target)
+    divisions = itertools.product(meshes.MESHES.get(target, ()), ("auto", "explicit"), SIZES)
+    trainings = itertools.product(layered.WAYS.get(target, ()), layered.STEPS, ("", ORDINARY))
+    offloads = [*((x, "make_step") for x in (*SIZES, TREE)), ("training", "one program"), ("training", "two programs")]
+    told = target in (limits.TPU[0], limits.GPU[0])  # One target of a compiler tells.
+    parts: dict[str, tuple[Callable[[str, str, str], Row], Iterable[tuple[str, str]]]] = {
+        limits.LEAF: (
+            functools.partial(measured, steps.ONE),
+            ((x, way) for x, step in STEPS.items() for way in step.ways),
+        ),
+        TREE: (functools.partial(measured, steps.GPT2), ((x, STEPS[x].ways[0]) for x in steps.WHOLE)),
+        limits.LLAMA: (meshes.sharded, ((step, f"{name}, {kind}") for name, kind, step in divisions)),
+        limits.ZERO1: (meshes.zero1, itertools.product(SIZES, ("jit", "shard_map"))),
+        limits.OFFLOAD: (offloaded.offload, offloads),
+        limits.BACKWARD: (layered.compiled, ((f"{step}{kind}", way) for way, step, kind in trainings)),
+        limits.FAMILY: (member, ((x, "make_step") for x in steps.MEMBERS if told)),
+    }
+    for part, (run, names) in parts.items():
+        for step, way in names:
+            yield {"part": part, "step": step, "way": way}, functools.partial(run, step, way, target)
 
 
 def wanted(target: str, only: Sequence[str]) -> list[Job]:
@@ -103,10 +115,10 @@ def wanted(target: str, only: Sequence[str]) -> list[Job]:
     every = [({"target": target, **name}, run) for name, run in jobs(target)]
 
     def named(row: Row) -> bool:
-        return not only or any(text in label(row) for text in only)
+        return not only or any(text in limits.label(row) for text in only)
 
     chosen = [row for row, _ in every if named(row)]
-    held = ((limit, row) for limit in LIMITS for row in chosen if limit.base and limit.holds_for(row))
+    held = ((limit, row) for limit in limits.LIMITS for row in chosen if limit.base and limit.holds_for(row))
     bases = {(row["part"], name) for limit, row in held for name in (limit.compared(row), BASE)}
     return [(row, run) for row, run in every if named(row) or (row["part"], row["step"]) in bases]
 

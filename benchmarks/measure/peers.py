@@ -226,7 +226,7 @@ def jax_peers(case: workloads.Case) -> list[JaxPeer]:
 def runners(case: workloads.Case) -> list[Runner]:
     """Every peer of a case whose steps run; the gradients or the batch are shared, nothing else is."""
     training = case.kind == "training"
-    params = workloads.weights(case, 0) if training else case.tree(0, 0.02)
+    params = workloads.weights(case.shapes, 0) if training else case.tree(0, 0.02)
     inputs = workloads.images(case, 1) if training else case.tree(1, 0.01)
     found = [jax_runner(peer, peer.step_of(case), params, inputs) for peer in jax_peers(case)]
     found += [torch_runner(name, case, params, inputs) for name in TORCH_PEERS if torch_device()]

@@ -118,14 +118,14 @@ def images(case: Case, seed: int) -> tuple[jax.Array, jax.Array]:
     return jnp.array(pixels), jnp.array(random.integers(0, case.shapes["b3"][0], case.batch), jnp.int32)
 
 
-def weights(case: Case, seed: int) -> dict[str, jax.Array]:
+def weights(shapes: Mapping[str, Shape], seed: int) -> dict[str, jax.Array]:
     """He initialisation of the MLP."""
     random = np.random.default_rng(seed)
     return {
         name: jnp.array(random.standard_normal(shape, np.float32) * np.sqrt(2 / shape[0], dtype=np.float32))
         if len(shape) == 2
         else jnp.zeros(shape)
-        for name, shape in case.shapes.items()
+        for name, shape in shapes.items()
     }
 
 

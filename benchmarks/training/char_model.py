@@ -6,50 +6,18 @@ their storage and, because a gradient has its parameter's dtype, the rounding of
 """
 
 import dataclasses
-import functools
-import pathlib
-import sys
 import typing
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy.typing as npt
 import optax
 from measure import workloads
 
-import adam_fn
-
-sys.path.insert(1, str(pathlib.Path(__file__).resolve().parents[2] / "examples"))
-from loaders import shakespeare
-
 BATCH = 8
 RATE = 4e-3  # The best of 1e-3, 2e-3, 4e-3 and 8e-3 for float32 and the seed 0.
-GROUP = 256
 
 Params: typing.TypeAlias = dict[str, jax.Array]
-
-
-class Text(typing.NamedTuple):
-    """Characters by their place in the sorted alphabet, int32[n]: the first nine tenths train, the last validates."""
-
-    train: npt.NDArray[np.int32]
-    validation: npt.NDArray[np.int32]
-    vocabulary: int
-
-
-def split(text: shakespeare.Text) -> Text:
-    """The two parts of a text."""
-    end = len(text.codes) * 9 // 10
-    return Text(text.codes[:end], text.codes[end:], text.vocabulary)
-
-
-def load() -> Text:
-    """tinyshakespeare, 1,115,394 characters of 65 kinds; nothing else will do."""
-    text = shakespeare.load()
-    if len(text.codes) != 1_115_394:
-        raise ConnectionError(f"{shakespeare.URL} cannot be reached: put it in $ADAM_FN_DATA/tinyshakespeare")
-    return split(text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,51 +116,3 @@ def spread(text: jax.Array, windows: int, time: int) -> jax.Array:
 def schedule(rate: float, steps: int) -> optax.Schedule:
     """Linear warm-up over a twentieth of the steps, then a cosine to a tenth of `rate`."""
     return optax.warmup_cosine_decay_schedule(0.0, rate, max(1, steps // 20), steps, 0.1 * rate)
-
-
-def groups(model: Model, rows: int) -> dict[str, npt.NDArray[np.intp]]:
-    """Which elements are recorded: by leaf, indices [its rows, 256] into the flat leaf, spread evenly over it.
-
-    `rows`, an even share of them a leaf, come from the embedding, the attention and the MLP of the first and the last
-    block, and the head. A group is 256 neighbours in memory: whole rows, or a whole part of one.
-    """
-    first, last = "block0.", f"block{model.blocks - 1}."
-    names = ["embedding", *(first + x for x in ("qkv", "out", "down")), *(last + x for x in ("qkv", "up", "down"))]
-    names.append("head")
-    shapes = model.shapes()
-    found = {}
-    for name, own in zip(names, np.array_split(np.arange(rows), len(names)), strict=True):
-        starts = np.linspace(0, np.prod(shapes[name]) // GROUP - 1, len(own)).astype(int)
-        found[name] = starts[:, None] * GROUP + np.arange(GROUP)
-    return found
-
-
-def recorded(
-    steps: int, seed: int = 0, rows: int = 128, *, model: Model | None = None, text: Text | None = None
-) -> npt.NDArray[np.float32]:
-    """float32[steps, rows, 256]: gradients of the elements of `groups` while `adam_fn.adamw` trains in float32.
-
-    The transformer on tinyshakespeare, unless another `model` and `text` are given.
-    """
-    model, text = model or Model(), text or load()
-    chosen, train = groups(model, rows), jnp.array(text.train)
-    tx = adam_fn.adamw(schedule(RATE, steps), b2=0.999, weight_decay=0.1)
-
-    def step(
-        carry: tuple[Params, optax.OptState], number: jax.Array
-    ) -> tuple[tuple[Params, optax.OptState], jax.Array]:
-        params, state = carry
-        grads = jax.grad(model.loss)(params, sample(train, seed, number, BATCH, model.context))
-        updates, state = tx.update(grads, state, params)
-        params = typing.cast(Params, optax.apply_updates(params, updates))
-        return (params, state), jnp.concatenate([grads[name].reshape(-1)[own] for name, own in chosen.items()])
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def chunk(carry: tuple[Params, optax.OptState], numbers: jax.Array) -> tuple[typing.Any, jax.Array]:
-        return jax.lax.scan(step, carry, numbers)
-
-    carry = (params := model.init(seed), tx.init(params))
-    found = np.empty((steps, *np.concatenate([*chosen.values()]).shape), np.float32)
-    for numbers in np.array_split(np.arange(steps), -(-steps // 50)):
-        carry, found[numbers] = chunk(carry, numbers)
-    return found

@@ -13,9 +13,9 @@ import precision
 import pytest
 from loaders import mnist, shakespeare
 from measure import scripts
-from training import char_model
+from training import char_model, tasks
 
-TEXT = char_model.split(shakespeare.Text(np.random.default_rng(0).integers(0, 10, 4000, np.int32), 10))
+TEXT = shakespeare.Text(np.random.default_rng(0).integers(0, 10, 4000, np.int32), 10)
 MODEL = dataclasses.replace(char_model.TINY, vocabulary=TEXT.vocabulary)
 
 
@@ -49,7 +49,7 @@ def test_the_transformer_is_flax_s() -> None:
     params = MODEL.init(0)
     random = np.random.default_rng(1)
     params = {name: leaf + jnp.array(random.normal(0, 0.2, leaf.shape), jnp.float32) for name, leaf in params.items()}
-    tokens = char_model.sample(jnp.array(TEXT.train), 0, 0, 3, MODEL.context)[:, :-1]
+    tokens = char_model.sample(jnp.array(TEXT.codes), 0, 0, 3, MODEL.context)[:, :-1]
     expected = jax.jit(_flax_logits)(params, tokens).reshape(-1, TEXT.vocabulary)
     np.testing.assert_allclose(jax.jit(MODEL.logits)(params, tokens), expected, rtol=1e-4, atol=1e-4)
 
@@ -60,7 +60,9 @@ def test_the_model_has_the_stated_number_of_parameters() -> None:
 
 
 def test_split_and_windows() -> None:
-    assert (len(TEXT.train), len(TEXT.validation), TEXT.vocabulary) == (3600, 400, 10)
+    data = tasks.characters(quick=True, text=TEXT).data
+    assert data["train"].tolist() == TEXT.codes[:3600].tolist()
+    assert data["validation"].ravel()[:5].tolist() == TEXT.codes[3600:3605].tolist()
     text = jnp.arange(1000)
     windows = np.asarray(char_model.sample(text, 3, 5, 64, 20))
     assert windows.shape == (64, 21) and (np.diff(windows) == 1).all() and len(set(windows[:, 0])) > 32
@@ -71,11 +73,13 @@ def test_split_and_windows() -> None:
 
 
 def test_recorded_gradients() -> None:
-    found = char_model.recorded(2, 7, 16, model=MODEL, text=TEXT)
-    windows = char_model.sample(jnp.array(TEXT.train), 7, 0, char_model.BATCH, MODEL.context)
-    grads = jax.jit(jax.grad(MODEL.loss))(MODEL.init(7), windows)
+    workload = tasks.characters(quick=True, text=TEXT)
+    found = tasks.recorded(workload, 2, 16, seed=7)
+    windows = char_model.sample(workload.data["train"], 7, 0, char_model.BATCH, MODEL.context)
+    params = MODEL.init(7)
+    grads = jax.jit(jax.grad(MODEL.loss))(params, windows)
     assert found.shape == (2, 16, 256)
-    chosen = char_model.groups(MODEL, 16)
+    chosen = tasks.groups(params, 16)
     expected = np.concatenate([np.asarray(grads[name]).reshape(-1)[own] for name, own in chosen.items()])
     np.testing.assert_allclose(found[0], expected, rtol=1e-3, atol=1e-6)
     assert len(chosen) == 8 and (found[1] != found[0]).mean() > 0.9
@@ -118,9 +122,9 @@ def test_runs_are_kept(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) 
         return types.SimpleNamespace(run=lambda seed: (None, {"loss": 0.0}))
 
     monkeypatch.setattr(precision, "Program", instead)
-    for seeds, again, new, kept in ((1, False, 0, 2), (2, False, 2, 4), (1, True, 2, 4)):
+    for seeds, new, kept in ((1, 0, 2), (2, 2, 4)):
         made.clear()
-        precision.measure(digits, LABELS, seeds, path, again)
+        precision.measure(digits, LABELS, seeds, path)
         assert (len(made), len(scripts.read(path)["runs"])) == (new, kept)
     fewer = dataclasses.replace(digits, settings=dataclasses.replace(digits.settings, steps=24))
     precision.measure(fewer, LABELS[:1], 1, path)
