@@ -1,6 +1,6 @@
 """Storages of Adam's two moments, of this package and of other libraries: how far the updates are from exact Adam's.
 
-    python benchmarks/codes.py [--quick] [--only TEXT ...] [--gradients DIR] [--check] [--out DIR]
+    python benchmarks/codes.py [--quick] [--only TEXT ...] [--gradients DIR] [--out DIR]
 
 Ours run as they are, `adam_fn.adam` in float32 with ε = 0; those of other libraries are emulated in float64
 (`emulation/peers.py`), but for optax's own; exact is Adam in float64 with ε = 0, and 0/0 counts as 0. The rate is 1,
@@ -17,15 +17,13 @@ Ours run as they are, `adam_fn.adam` in float32 with ε = 0; those of other libr
 - slow: the slow moment of `adam_fn.ademamix`, of steady gradients.
 
 Of the last 200 updates: the relative L2 error, their RMS and largest magnitude in units of exact Adam's, and the RMS of
-the error in units of the rate; of falling gradients that and the mean error of the second half of the updates. With
---check the exit status is 1 when a storage of ours misses a bar.
+the error in units of the rate; of falling gradients that and the mean error of the second half of the updates.
 """
 
 import dataclasses
 import functools
 import itertools
 import pathlib
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, TypeAlias, cast, get_args
 
@@ -269,70 +267,15 @@ def measured(candidates: list[Storage], sizes: Sizes, folder: pathlib.Path | Non
     yield from slow(candidates, sizes)
 
 
-class Bar(NamedTuple):
-    """How far a number may be from the right one, of the storages that are `BARRED`."""
-
-    scenario: str
-    metric: str
-    most: tuple[float, float, float]
-    right: float = 0.0
-
-
-BARRED = ("bfloat16", "24bit", "16bit")
-ALIKE = ("random", "wide", "recorded")
-BARS = (
-    *(Bar(name, "error", (0.016, 0.040, 0.15)) for name in ALIKE),
-    *(Bar(name, "rms", (0.01, 0.01, 0.03), right=1) for name in ALIKE),
-    *(Bar(name, "largest", (1.1, 1.1, 1.25)) for name in ALIKE),
-    Bar("sparse", "error", (0.016, 0.035, 0.10)),
-    Bar("β₁ = β₂ = 0.95", "error", (0.016, 0.055, 0.165)),
-    Bar("β₁ = 0.99", "error", (0.02, 0.11, 0.26)),
-    Bar("steady", "step", (0.002, 0.01, 0.02), right=1),
-    Bar("noisy", "step", (0.002, 0.01, 0.025), right=1),
-    Bar("quiet", "moved", (0.02, 0.02, 0.02), right=1),
-    Bar("quiet", "last", (1e-30, 1e-30, 1e-30)),  # Where subnormal numbers are not 0, m may stop at one.
-    Bar("falling", "absolute", (0.004, 0.004, 0.02)),
-    Bar("falling", "mean", (0.0004, 0.0004, 0.002)),
-    Bar("slow", "step", (0.02, 0.02, 0.02), right=1),
-)
-PERIODIC = 2  # The most that the error of periodic gradients may be, in units of that of random ones.
-
-
-def misses(rows: Iterable[Row]) -> list[str]:
-    """Which bars our storages miss, and by how much."""
-    rows, found = list(rows), []
-    for place, storage in enumerate(BARRED):
-        own = [row for row in rows if row["storage"] == storage]
-        random = [row["error"] for row in own if (row["scenario"], row["case"]) == ("random", "σ = 1")]
-        periodic = [Bar(name, "error", (PERIODIC * error,) * 3) for name in ("periodic", "golden") for error in random]
-        for bar in (*BARS, *periodic):
-            for row in (row for row in own if row["scenario"] == bar.scenario):
-                value, most = row[bar.metric], bar.most[place]
-                if not abs(value - bar.right) <= most:
-                    name = f"{storage}, {bar.scenario} {row['case']}".rstrip()
-                    within = f"{bar.right:g} ± {most:.3g}" if bar.right else f"at most {most:.3g}"
-                    found.append(f"{name}: {bar.metric} {value:.4g}, not {within}")
-    return found
-
-
 def main() -> None:
-    parser = scripts.parser(
-        __doc__,
-        quick="few steps and elements, to try the script",
-        only="part of a storage's name",
-        check="exit 1 when a storage of ours misses a bar",
-    )
+    quick, only = "few steps and elements, to try the script", "part of a storage's name"
+    parser = scripts.parser(__doc__, quick=quick, only=only)
     parser.add_argument("--gradients", type=pathlib.Path, help="folder that keeps recorded gradients")
     options = parser.parse_args()
-
     sizes, every = QUICK if options.quick else Sizes(), {storage.name: storage for storage in storages()}
     chosen = [every[name] for name in scripts.selected(every, options.only)]
     rows = scripts.collected(measured(chosen, sizes, options.gradients))
-    if options.out:
-        about = {**scripts.about(), **sizes._asdict(), "last": LAST, "b1": B1, "b2": B2}
-        scripts.write(options.out / "codes.json", {**about, "rows": rows})
-    if options.check and (missed := misses(rows)):
-        sys.exit("\n".join(["bars missed:", *missed]))
+    scripts.save(options, "codes", rows, **sizes._asdict(), last=LAST, b1=B1, b2=B2)
 
 
 if __name__ == "__main__":

@@ -115,8 +115,7 @@ def main() -> None:
     options = scripts.parser(__doc__, quick="1,000 steps of 100 coordinates").parse_args()
     sizes = QUICK if options.quick else SIZES
     rows = scripts.collected(measured(sizes))
-    if options.out:
-        scripts.write(options.out / "exactness.json", {**scripts.about(), **sizes, "rows": rows})
+    scripts.save(options, "exactness", rows, **sizes)
 
 
 if __name__ == "__main__":

@@ -94,19 +94,15 @@ class Program:
 
         params = jax.eval_shape(self.start, workload.init(0))
         shapes = ((params, jax.eval_shape(self.tx.init, params)), workload.data, jnp.int32(0), jnp.int32(0))
-        self.bytes = self._bytes(params)
+        # Bytes per parameter, of what lives at the end of the backward pass; a gradient has its parameter's dtype.
+        size, state = jnp.dtype(self.dtype).itemsize, adam_fn.state_bytes(self.tx, typing.cast(optax.Params, params))
+        self.bytes = {"parameter": size, "gradient": size, "state": state / workload.settings.parameters}
         self.chunk = jax.jit(chunk, donate_argnums=0).lower(*shapes).compile()
         self.evaluate = jax.jit(workload.evaluate).lower(params, workload.data).compile()
 
     def start(self, params: Params) -> Params:
         """The initial parameters of the configuration."""
         return {name: leaf.astype(self.dtype) for name, leaf in params.items()}
-
-    def _bytes(self, params: typing.Any) -> dict[str, float]:  # noqa: ANN401 (shapes)
-        """Bytes per parameter, of what lives at the end of the backward pass; a gradient has its parameter's dtype."""
-        size = jnp.dtype(self.dtype).itemsize
-        state = adam_fn.state_bytes(self.tx, params) / self.workload.settings.parameters
-        return {"parameter": size, "gradient": size, "state": state}
 
     def run(self, seed: int) -> tuple[Params, Row]:
         """Trains: the parameters, and what is kept of it.

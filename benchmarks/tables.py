@@ -102,6 +102,12 @@ def comparison() -> str:
     def state(peer: str) -> str:
         return device.value(next(iter(device.cases("state"))), peer, "state")
 
+    def ratio(metric: str, case: str = LARGE) -> list[str]:
+        return ["1", device.value(case, "adam_fn", f"/{metric}")]
+
+    def lost(label: str) -> str:
+        return f"{statistics.mean(above(trained['runs'], 'tuned', label)):+.5f}"
+
     def cycles(step: str) -> str:
         return f"{relative(where(programs, part=LEAF, step=step)[0], 'cycles', programs):.2f}"
 
@@ -112,41 +118,25 @@ def comparison() -> str:
         found = where(coded["rows"], storage=storage, scenario="steady")
         return ", ".join(f"{row['step']:.2f}" for row in found if row["case"].endswith("noise 0"))
 
-    ours = ", ".join(state(f"adam_fn {name}") for name in ("bfloat16 moments", "24-bit state", "16-bit state"))
+    def each(cell: Callable[[str], str], *names: str) -> str:
+        return ", ".join(map(cell, names))
+
+    ours = each(state, "adam_fn bfloat16 moments", "adam_fn 24-bit state", "adam_fn 16-bit state")
+    losses = "change of the final loss with 3 and with 2 bytes of state instead of 8"
+    tpu = "cycles of a step on a TPU v5e with 8, 3 and 2 bytes of state (compiled, not run)"
+    gpt = "bytes per parameter that a training step of a stacked GPT needs besides parameters and state (compiled)"
+    constant = "size of the steps for a constant gradient, moments in bfloat16 (exact: 1)"
     rows = [
         ["error of an update, β₂ = 0.999", *error(0.999)],
         ["error of an update, β₂ = 0.999999", *error(0.999999)],
         ["bytes of state per parameter", state("optax"), f"{state('adam_fn')}, or {ours} on request"],
-        ["time of one step of 67 million parameters, relative to optax", "1", device.value(LARGE, "adam_fn", "/step")],
-        ["time to compile that step, relative to optax", "1", device.value(LARGE, "adam_fn", "/total")],
-        [
-            "time of one update of 200 leaves outside `jit`, relative to optax",
-            "1",
-            device.value("eager", "adam_fn", "/eager update"),
-        ],
-        [
-            "change of the final loss with 3 and with 2 bytes of state instead of 8",
-            "– (no such state)",
-            ", ".join(
-                f"{statistics.mean(above(trained['runs'], 'tuned', label)):+.5f}"
-                for label in ("24-bit state", "16-bit state")
-            ),
-        ],
-        [
-            "cycles of a step on a TPU v5e with 8, 3 and 2 bytes of state (compiled, not run)",
-            "1",
-            ", ".join(map(cycles, ("float32", "24bit", "16bit"))),
-        ],
-        [
-            "bytes per parameter that a training step of a stacked GPT needs besides parameters and state (compiled)",
-            beside(f"16bit{ORDINARY}"),
-            f"{beside('16bit')} with the step in the backward pass",
-        ],
-        [
-            "size of the steps for a constant gradient, moments in bfloat16 (exact: 1)",
-            steady("plain bfloat16"),
-            steady("bfloat16"),
-        ],
+        ["time of one step of 67 million parameters, relative to optax", *ratio("step")],
+        ["time to compile that step, relative to optax", *ratio("total")],
+        ["time of one update of 200 leaves outside `jit`, relative to optax", *ratio("eager update", "eager")],
+        [losses, "– (no such state)", each(lost, "24-bit state", "16-bit state")],
+        [tpu, "1", each(cycles, "float32", "24bit", "16bit")],
+        [gpt, beside(f"16bit{ORDINARY}"), f"{beside('16bit')} with the step in the backward pass"],
+        [constant, steady("plain bfloat16"), steady("bfloat16")],
         ["the state of a running optax training", "", "restored as it is"],
     ]
     return (

@@ -43,8 +43,7 @@ def measured(shape: tuple[int, ...], storage: StorageName) -> scripts.Row:
 def main() -> None:
     options = scripts.parser(__doc__).parse_args()
     rows = scripts.collected(itertools.starmap(measured, itertools.product(SHAPES, typing.get_args(StorageName))))
-    if options.out:
-        scripts.write(options.out / f"temporaries-{scripts.slug()}.json", {**scripts.about(), "rows": rows})
+    scripts.save(options, f"temporaries-{scripts.slug()}", rows)
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ class Program:
             yield each, [array for operand in given for array in operand.result], times
             if each.opcode in CALLS:
                 condition = re.search(r"\bcondition=%?([\w.-]+)", each.rest)
-                loops = max(self.constants[condition.group(1)], default=1) if condition else 1
+                loops = max(self.constants.get(condition.group(1), []), default=1) if condition else 1
                 for called in re.findall(rf"\b{CALLS[each.opcode]}=%?([\w.-]+)", each.rest):
                     yield from self.run(called, times * loops)
 

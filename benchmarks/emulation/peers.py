@@ -5,7 +5,7 @@ the nearest.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -99,15 +99,11 @@ PEERS = {
 def adam(mu: Moment, nu: Moment, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
     """Adam at the rate 1, for one array: the update is that of the new moments, which are then stored. 0/0 is 0."""
 
-    def init(params: optax.Params) -> optax.OptState:
-        zeros = jnp.zeros_like(cast(jax.Array, params))
-        return jnp.zeros(()), zeros, zeros
+    def init(params: Any) -> optax.OptState:  # noqa: ANN401 (an array)
+        return jnp.zeros(()), jnp.zeros_like(params), jnp.zeros_like(params)
 
-    def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.OptState]:
-        del params
-        g, (count, m, v) = cast(jax.Array, updates), cast(tuple[jax.Array, jax.Array, jax.Array], state)
+    def update(updates: Any, state: Any, params: object = None) -> tuple[optax.Updates, optax.OptState]:  # noqa: ANN401 (an array)
+        g, (count, m, v) = updates, state
         m, v, count = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g, count + 1
         root = jnp.sqrt(v / (1 - b2**count)) + eps
         ratio = jnp.where(m == 0, 0.0, m / (1 - b1**count) / root)

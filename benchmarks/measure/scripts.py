@@ -130,6 +130,12 @@ def about() -> Row:
     return {"device": device(), "versions": versions(), "date": now()}
 
 
+def save(options: argparse.Namespace, name: str, rows: Sequence[Row], **more: object) -> None:
+    """Writes the rows, what they were measured on and what else a script says of them, if it has a folder for it."""
+    if options.out:
+        write(options.out / f"{name}.json", {**about(), **more, "rows": rows})
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; the first column stands left, the others right."""
     lines = [head, [":--", *["--:"] * (len(head) - 1)], *rows]

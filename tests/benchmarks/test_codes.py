@@ -1,4 +1,4 @@
-"""The storages that the benchmark emulates are those that the other libraries publish; ours keep to the bars."""
+"""The storages that the benchmark emulates are those that the other libraries publish; ours err as little as is said."""
 
 import pathlib
 import sys
@@ -117,26 +117,24 @@ def test_a_peer_that_keeps_everything_is_exact() -> None:
     np.testing.assert_allclose([row["error"], row["rms"], row["largest"]], [0, 1, 1], atol=1e-6)
 
 
-def test_misses_lists_every_bar_that_is_not_kept() -> None:
-    """Bars from both sides, from one, and of periodic gradients in units of random ones; of nan all are missed."""
-
-    def row(scenario: str, case: str = "", **found: float) -> codes.Row:
-        return {"storage": "16bit", "scenario": scenario, "case": case, **found}
-
-    good = [row("random", "σ = 1", error=0.1, rms=0.98, largest=0.5), row("golden", error=0.19)]
-    assert codes.misses([*good, row("steady", step=1.019)]) == []
-    assert codes.misses([*good, row("steady", "β₁ = 0.9", step=0.97), row("periodic", "period 2", error=0.3)]) == [
-        "16bit, steady β₁ = 0.9: step 0.97, not 1 ± 0.02",
-        "16bit, periodic period 2: error 0.3, not at most 0.2",
-    ]
-    assert codes.misses([row("quiet", moved=1.0, last=float("nan"))]) == ["16bit, quiet: last nan, not at most 1e-30"]
+#: Of 24 bits the errors of the updates, and of the second half of them where the gradient falls, at the most.
+MOST = {"random": 0.04, "wide": 0.04, "sparse": 0.035, "β₁ = β₂ = 0.95": 0.055, "periodic": 0.08, "golden": 0.08}
 
 
-def test_a_quick_run_keeps_to_the_bars(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
-    """Even with few steps and elements 24 bits keep to the bars, but for those that need the steps."""
+def test_a_quick_run(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """Even with few steps and elements 24 bits keep to what the documentation says of them."""
     monkeypatch.setattr(sys, "argv", ["codes.py", "--quick", "--only", "24bit", "--out", str(tmp_path)])
     codes.main()
     rows = scripts.read(tmp_path / "codes.json")["rows"]
     assert {row["storage"] for row in rows} == {"24bit"}
-    assert {bar.scenario for bar in codes.BARS} - {row["scenario"] for row in rows} == {"recorded"}
-    assert codes.misses(row for row in rows if row["scenario"] not in {"periodic", "golden", "β₁ = 0.99"}) == []
+    assert {row["scenario"] for row in rows} == {*MOST, "β₁ = 0.99", "steady", "noisy", "quiet", "falling", "slow"}
+    for row in rows:
+        name = row["scenario"], row["case"]
+        if row["scenario"] in MOST:
+            assert row["error"] <= MOST[row["scenario"]], name
+        if row["scenario"] in ("random", "wide"):
+            assert abs(row["rms"] - 1) <= 0.01 and row["largest"] <= 1.1, name
+        assert abs(row.get("step", 1) - 1) <= (0.02 if row["scenario"] == "slow" else 0.01), name
+        assert abs(row.get("moved", 1) - 1) <= 0.02 and row.get("last", 0) <= 1e-30, name
+    (falling,) = scripts.where(rows, scenario="falling")
+    assert falling["absolute"] <= 0.004 and abs(falling["mean"]) <= 0.0004
