@@ -49,40 +49,33 @@ def updates(tx: optax.GradientTransformation, grads: jax.Array) -> jax.Array:
     return typing.cast(jax.Array, found)
 
 
-def compare(
-    make_tx: Callable[[dict[str, typing.Any]], optax.GradientTransformation],
-    given: dict[str, Hyperparameter],
-    exact: dict[str, float],
-    *,
-    steps: int,
-    coordinates: int,
-    seed: int = 0,
-) -> Errors:
-    """The relative L2 error by step of `make_tx(given)` beside Adam in float64, whose hyperparameters are `exact`.
-
-    Arrays among those given reach `make_tx` as tracers of one jit.
-    """
-    grads = gradients(steps, coordinates, seed)
-    arrays = {name: value for name, value in given.items() if isinstance(value, jax.Array)}
-    found = np.asarray(jax.jit(lambda arrays, grads: updates(make_tx(given | arrays), grads))(arrays, grads))
-    rate, betas = exact["learning_rate"], (exact["b1"], exact["b2"], exact["eps"])
-    with jax.enable_x64(True):
-        program = jax.jit(functools.partial(updates, peers.adam(peers.EXACT, peers.EXACT, *betas)))
-        right = rate * np.asarray(program(jnp.asarray(grads, jnp.float64)))
-    times, norm = (time for time in TIMES if time <= steps), np.linalg.norm
-    return {time: float(norm(found[time - 1] - right[time - 1]) / norm(right[time - 1])) for time in times}
-
-
 def measure(
     make_tx: Callable[[typing.Any], optax.GradientTransformation],
-    b2: Hyperparameter,
-    oracle_b2: float,
+    given: Hyperparameter | dict[str, Hyperparameter],
+    exact: float | dict[str, float],
     steps: int = 10000,
     coordinates: int = 1000,
+    seed: int = 0,
 ) -> Errors:
-    """`compare` for a `b2` alone, whose value is `oracle_b2`; the rest are the defaults."""
-    exact = DEFAULTS | {"b2": oracle_b2}
-    return compare(lambda given: make_tx(given["b2"]), {"b2": b2}, exact, steps=steps, coordinates=coordinates)
+    """The relative L2 error by step of `make_tx(given)` beside Adam in float64.
+
+    What is given is b2 or any hyperparameters, of which `make_tx` gets arrays as tracers of one jit; `exact` are their
+    values. Those that have none are the defaults.
+    """
+    exact = DEFAULTS | (exact if isinstance(exact, dict) else {"b2": exact})
+    grads, (leaves, tree) = gradients(steps, coordinates, seed), jax.tree.flatten(given)
+    arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
+
+    def run(arrays: dict[int, jax.Array], grads: jax.Array) -> jax.Array:
+        return updates(make_tx(tree.unflatten(arrays.get(i, leaf) for i, leaf in enumerate(leaves))), grads)
+
+    found = np.asarray(jax.jit(run)(arrays, grads))
+    with jax.enable_x64(True):
+        tx = peers.adam(peers.EXACT, peers.EXACT, exact["b1"], exact["b2"], exact["eps"])
+        program = jax.jit(functools.partial(updates, tx))
+        right = exact["learning_rate"] * np.asarray(program(jnp.asarray(grads, jnp.float64)))
+    times, norm = (time for time in TIMES if time <= steps), np.linalg.norm
+    return {time: float(norm(found[time - 1] - right[time - 1]) / norm(right[time - 1])) for time in times}
 
 
 #: The ways of giving a hyperparameter, and whether it is then rounded to float32.
@@ -107,7 +100,7 @@ def measured(sizes: dict[str, int]) -> Iterator[scripts.Row]:
         for peer, (adam, forms) in PEERS.items():
             for form, (give, rounds) in forms.items():
                 given = {name: give(value) for name, value in exact.items()}
-                errors = compare(lambda given, adam=adam: adam(**given), given, rounded if rounds else exact, **sizes)
+                errors = measure(lambda given, adam=adam: adam(**given), given, rounded if rounds else exact, **sizes)
                 yield {"b2": b2, "peer": peer, "form": form, "errors": errors}
 
 

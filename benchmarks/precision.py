@@ -20,9 +20,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 import optax
+from matplotlib.figure import Figure
 from measure import scripts
-from measure.scripts import Row
+from measure.scripts import Row, where
 from training.tasks import POINTS, Carry, Data, Params, Workload, characters, images
 
 import adam_fn
@@ -154,27 +156,21 @@ def plot(path: pathlib.Path) -> None:
 
     The grey band is float32's standard deviation over the seeds, around its mean.
     """
-    import matplotlib  # noqa: PLC0415 (optional)
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot  # noqa: PLC0415
-
     found = scripts.read(path)
-    curves: dict[tuple[str, str], dict[int, list[tuple[int, float]]]] = {}
-    for run in found["runs"]:
-        curves.setdefault((run["workload"], run["label"]), {})[run["seed"]] = run["curve"]
-    names = [name for name in found["settings"] if (name, BASE) in curves]
-    figure, axes = pyplot.subplots(
-        2, len(names), figsize=(7 * len(names), 9), squeeze=False, sharex="col", layout="constrained"
-    )
+
+    def curves(workload: str, label: str) -> dict[int, npt.NDArray[np.floating]]:
+        return {run["seed"]: np.array(run["curve"]) for run in where(found["runs"], workload=workload, label=label)}
+
+    names = [name for name in found["settings"] if curves(name, BASE)]
+    figure = Figure(figsize=(7 * len(names), 9), layout="constrained")
+    axes = figure.subplots(2, len(names), squeeze=False, sharex="col")
     for (top, bottom), name in zip(axes.T, names, strict=True):
-        base = {seed: np.array(curve) for seed, curve in curves[name, BASE].items()}
+        base = curves(name, BASE)
         steps = next(iter(base.values()))[:, 0]
         band = np.std([curve[:, 1] for curve in base.values()], axis=0, ddof=min(1, len(base) - 1))
         bottom.fill_between(steps, -band, band, color="0.85", label="± standard deviation of float32's seeds")
         for (label, configuration), colour in zip(CONFIGURATIONS.items(), COLOURS, strict=True):
-            own = {seed: np.array(curve) for seed, curve in curves.get((name, label), {}).items() if seed in base}
-            if own:
+            if own := {seed: curve for seed, curve in curves(name, label).items() if seed in base}:
                 style = {"color": colour, "linestyle": "-" if configuration.dtype == "float32" else "--"}
                 mean = np.mean([curve[:, 1] for curve in own.values()], axis=0)
                 above = np.mean([(curve - base[seed])[:, 1] for seed, curve in own.items()], axis=0)
@@ -185,13 +181,11 @@ def plot(path: pathlib.Path) -> None:
     figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     figure.suptitle(found["device"], fontsize=9)
     figure.savefig(path.with_suffix(".png"), dpi=130)
-    pyplot.close(figure)
 
 
 def main() -> None:
-    parser = scripts.parser(
-        __doc__, quick="small networks and few steps, about a minute", only="a label or a part of one", out="out"
-    )
+    quick = "small networks and few steps, about a minute"
+    parser = scripts.parser(__doc__, quick=quick, only="a label or a part of one", out="out")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
 

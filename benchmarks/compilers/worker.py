@@ -5,7 +5,6 @@ Prints a line of JSON for the versions and for every program. Nothing that it co
 
 import argparse
 import functools
-import importlib.metadata
 import itertools
 import json
 import typing
@@ -19,6 +18,7 @@ from compilers.hlo import Program
 from compilers.limits import BASE, ORDINARY, SIZES, TREE
 from compilers.steps import STEPS, WAYS, Shapes, Step, placed, spent
 from compilers.targets import first
+from measure import scripts
 from measure.scripts import Row
 from measure.workloads import held, size
 
@@ -27,13 +27,6 @@ import adam_fn
 Job = tuple[Row, Callable[[], Row]]
 #: For programs that need only compile: a TPU's take a tenth of the time.
 HASTY: typing.Any = {"exec_time_optimization_effort": -1.0}
-
-
-def versions() -> dict[str, str]:
-    """Those of the packages that have a part in what is compiled."""
-    packages = ("jax", "jaxlib", "optax", "libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")
-    there = {x.name for x in importlib.metadata.distributions()}
-    return {"adam_fn": adam_fn.__version__} | {x: importlib.metadata.version(x) for x in packages if x in there}
 
 
 def measured(tree: Shapes, name: str, way: str, target: str) -> Row:
@@ -133,7 +126,8 @@ def main() -> None:
         print(json.dumps(row), flush=True)
 
     warnings.filterwarnings("ignore", message="Some donated buffers were not usable")  # Where dtypes differ.
-    say({"versions": versions()})
+    parts = scripts.versions("jax", "jaxlib", "optax", "libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")
+    say({"versions": {"adam_fn": adam_fn.__version__} | parts})
     for target in options.target:
         # The first compilation also starts the compiler; it belongs to nobody.
         jax.jit(jnp.sin).lower(placed(jax.ShapeDtypeStruct((8, 128), "float32"), first(target))).compile()

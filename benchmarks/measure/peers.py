@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import math
+import time
 import typing
 from collections.abc import Callable
 
@@ -22,15 +23,8 @@ RATE = 1e-3
 Tree = optax.Params
 Leaves = dict[str, jax.Array]
 Batch = tuple[jax.Array, jax.Array]  # pixels, labels
-Step = Callable[[Tree, optax.OptState, Tree], tuple[Tree, optax.OptState]]
-
-
-class JittedStep(typing.Protocol):
-    """A step that jax.jit made, as far as it is used here."""
-
-    def __call__(self, params: Tree, state: optax.OptState, inputs: Tree, /) -> tuple[Tree, optax.OptState]: ...
-
-    def trace(self, *arguments: object) -> jax.stages.Traced: ...
+#: (params, state, gradients or a batch) -> (params, state)
+Step = Callable[..., tuple[Tree, optax.OptState]]
 
 
 def plain(tx: optax.GradientTransformation) -> Step:
@@ -43,20 +37,20 @@ def plain(tx: optax.GradientTransformation) -> Step:
     return step
 
 
-def jitted(step: Step) -> JittedStep:
-    return typing.cast(JittedStep, jax.jit(step, donate_argnums=(0, 1)))
+def plain_step(tx: optax.GradientTransformation) -> jax.stages.Wrapped:
+    return jax.jit(plain(tx), donate_argnums=(0, 1))
 
 
-def plain_step(tx: optax.GradientTransformation) -> JittedStep:
-    return jitted(plain(tx))
-
-
-def training_step(tx: optax.GradientTransformation) -> JittedStep:
+def training_step(tx: optax.GradientTransformation) -> jax.stages.Wrapped:
     """Loss, gradients, update: the same program for every optimizer."""
-    return jitted(lambda params, state, batch: plain(tx)(params, state, jax.grad(workloads.loss)(params, batch)))
+
+    def step(params: Tree, state: optax.OptState, batch: Batch) -> tuple[Tree, optax.OptState]:
+        return plain(tx)(params, state, jax.grad(workloads.loss)(params, batch))
+
+    return jax.jit(step, donate_argnums=(0, 1))
 
 
-def loop_step(tx: optax.GradientTransformation) -> Step:
+def loop_step(tx: optax.GradientTransformation) -> jax.stages.Wrapped:
     """A hundred steps in a loop, as solvers take them, with the parameters as their own gradients."""
 
     def steps(params: Tree, state: optax.OptState, grads: Tree) -> tuple[Tree, optax.OptState]:
@@ -69,8 +63,9 @@ def loop_step(tx: optax.GradientTransformation) -> Step:
     return jax.jit(steps)
 
 
+Way = Callable[[optax.GradientTransformation], Step]
 #: The step around a transformation for each kind of case.
-STEPS = {"tree": plain_step, "eager": plain, "training": training_step, "loop": loop_step}
+WAYS: dict[str, Way] = {"tree": plain_step, "eager": plain, "training": training_step, "loop": loop_step}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,17 +78,18 @@ class JaxPeer:
     name: str
     tx: optax.GradientTransformation
     kinds: tuple[workloads.Kind, ...] = ("tree",)
-    step: Callable[[optax.GradientTransformation], object] | None = None
+    step: Way | None = None
     leaves: float = math.inf
 
-    def step_of(self, case: workloads.Case) -> JittedStep:
-        return typing.cast(JittedStep, (self.step or STEPS[case.kind])(self.tx))
+    def step_of(self, case: workloads.Case) -> Step:
+        return (self.step or WAYS[case.kind])(self.tx)
 
-    def program(self, case: workloads.Case) -> tuple[JittedStep, tuple[object, ...]]:
+    def program(self, case: workloads.Case) -> tuple[jax.stages.Wrapped, tuple[object, ...]]:
         """The step, made anew, and the shapes that it is compiled for."""
         params = {name: jax.ShapeDtypeStruct(shape, case.dtype) for name, shape in case.shapes.items()}
         inputs = jax.eval_shape(lambda: workloads.images(case, 1)) if case.kind == "training" else params
-        return self.step_of(case), (params, jax.eval_shape(self.tx.init, params), inputs)
+        step = typing.cast(jax.stages.Wrapped, self.step_of(case))
+        return step, (params, jax.eval_shape(self.tx.init, params), inputs)
 
 
 STORAGES: dict[str, StorageName] = {"bfloat16 moments": "bfloat16", "24-bit state": "24bit", "16-bit state": "16bit"}
@@ -130,14 +126,13 @@ class Runner:
         """The least a step can move: all read once, parameters and state written once, each in its own dtype."""
         return self.given + 2 * self.state_bytes
 
-    def run(self, steps: int) -> None:
+    def seconds(self, steps: int) -> float:
+        """Runs so many steps."""
+        start = time.perf_counter()
         for _ in range(steps):
             self.carry = self.step(self.carry)
         self.wait(self.carry)
-
-
-def given(inputs: Tree, params: Tree) -> int:
-    return workloads.held(inputs) + 2 * workloads.held(params)
+        return time.perf_counter() - start
 
 
 def jax_runner(peer: JaxPeer, step: Step, params: Tree, inputs: Tree) -> Runner:
@@ -148,7 +143,9 @@ def jax_runner(peer: JaxPeer, step: Step, params: Tree, inputs: Tree) -> Runner:
     def advance(carry: tuple[Tree, optax.OptState]) -> object:
         return step(*carry, inputs)
 
-    return Runner(peer.name, advance, carry, state_bytes=workloads.held(state), given=given(inputs, params))
+    return Runner(
+        peer.name, advance, carry, state_bytes=workloads.held(state), given=workloads.held((inputs, params, params))
+    )
 
 
 def torch_device() -> str | None:
@@ -195,7 +192,7 @@ def torch_runner(name: str, case: workloads.Case, params: Leaves, inputs: Leaves
     step(None)  # the state exists after the first step
     slots = [value for own in optimizer.state.values() for value in own.values() if torch.is_tensor(value)]
     state = sum(value.nbytes for value in slots)
-    return Runner(name, step, wait=wait, state_bytes=state, given=given(inputs, params))
+    return Runner(name, step, wait=wait, state_bytes=state, given=workloads.held((inputs, params, params)))
 
 
 def limits(traffic: int) -> list[Runner]:

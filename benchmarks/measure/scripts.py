@@ -109,15 +109,10 @@ def slug() -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages compared, those that are installed."""
-    found = {"python": platform.python_version()}
-    for package in ("adam_fn", "jax", "jaxlib", "optax", "torch", "numpy"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of those that are installed."""
+    there = {x.name for x in importlib.metadata.distributions()}
+    return {name: importlib.metadata.version(name) for name in packages if name in there}
 
 
 def now() -> str:
@@ -127,7 +122,8 @@ def now() -> str:
 
 def about() -> Row:
     """On what and when something is measured."""
-    return {"device": device(), "versions": versions(), "date": now()}
+    compared = versions("adam_fn", "jax", "jaxlib", "optax", "torch", "numpy")
+    return {"device": device(), "versions": {"python": platform.python_version()} | compared, "date": now()}
 
 
 def save(options: argparse.Namespace, name: str, rows: Sequence[Row], **more: object) -> None:

@@ -5,7 +5,7 @@ import dataclasses
 import gc
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -30,12 +30,6 @@ FULL = Effort(20.0, 15, 300, 3)
 QUICK = Effort(0.3, 5, 20, 1)
 
 
-def clock(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 def alternate(runners: Sequence[Runner], effort: Effort) -> dict[str, list[float]]:
     """Seconds a step of every runner: each round times each runner once, in an order drawn anew for every round.
 
@@ -44,8 +38,8 @@ def alternate(runners: Sequence[Runner], effort: Effort) -> dict[str, list[float
     cpu = jax.devices()[0].platform == "cpu"
     steps = 1 if cpu else 10
     for runner in runners:
-        runner.run(3)
-    one = sum(clock(lambda runner=runner: runner.run(steps)) for runner in runners)
+        runner.seconds(3)
+    one = sum(runner.seconds(steps) for runner in runners)
     order, shuffle = list(runners), random.Random(0).shuffle
     seconds: dict[str, list[float]] = {runner.name: [] for runner in runners}
     gc.collect()
@@ -56,7 +50,7 @@ def alternate(runners: Sequence[Runner], effort: Effort) -> dict[str, list[float
             for runner in order:
                 if cpu:
                     time.sleep(0.002)  # the threads of the last peer's pool spin for a while before they sleep
-                seconds[runner.name].append(clock(lambda runner=runner: runner.run(steps)) / steps)
+                seconds[runner.name].append(runner.seconds(steps) / steps)
     finally:
         gc.enable()
     return seconds

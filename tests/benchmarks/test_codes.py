@@ -1,4 +1,4 @@
-"""The storages that the benchmark emulates are those that the other libraries publish; ours err as little as is said."""
+"""The storages that the benchmark emulates are those that the other libraries publish; ours err as said."""
 
 import pathlib
 import sys
