@@ -87,7 +87,6 @@ class Scenario:
     b1: float = B1
     b2: float = B2
     sigma: float = 1.0
-    steady: bool = False
 
 
 def emulated(name: str, mu: peers.Moment, nu: peers.Moment) -> Storage:
@@ -206,7 +205,7 @@ def scenarios(sizes: Sizes, folder: pathlib.Path | None = None) -> Iterator[Scen
         yield Scenario("recorded", "", lambda *_: gradients, errors)
     for noise, b1 in itertools.product((0, 1 / 3, 1, 3), BETAS):
         name, made = "noisy" if noise else "steady", functools.partial(steady, noise=noise)
-        yield Scenario(name, f"β₁ = {b1}, noise {noise:.2g}", made, mean_step, b1=b1, steady=True)
+        yield Scenario(name, f"β₁ = {b1}, noise {noise:.2g}", made, mean_step, b1=b1)
     yield Scenario("quiet", "", quiet, quiet_rows)
     yield Scenario("falling", "", falling, late_errors)
     for period in PERIODS:
@@ -229,7 +228,7 @@ def made_by(storage: Storage, scenario: Scenario, gradients: Float32) -> Updates
 
 def compared(candidates: Iterable[Storage], scenario: Scenario, sizes: Sizes) -> Iterator[Row]:
     """A row for each of them."""
-    random, steps = np.random.default_rng(0), sizes.steady if scenario.steady else sizes.steps
+    random, steps = np.random.default_rng(0), sizes.steady if scenario.measure is mean_step else sizes.steps
     gradients = (scenario.sigma * scenario.gradients(random, steps, sizes.elements)).astype(np.float32)
     exact = made_by(EXACT, scenario, gradients)
     for storage in candidates:
@@ -260,13 +259,6 @@ def slow(candidates: Iterable[Storage], sizes: Sizes) -> Iterator[Row]:
             yield {**about(storage), "scenario": "slow", "case": f"noise {noise:g}", "step": ratio}
 
 
-def measured(candidates: list[Storage], sizes: Sizes, folder: pathlib.Path | None = None) -> Iterator[Row]:
-    """All rows."""
-    for scenario in scenarios(sizes, folder):
-        yield from compared(candidates, scenario, sizes)
-    yield from slow(candidates, sizes)
-
-
 def main() -> None:
     quick, only = "few steps and elements, to try the script", "part of a storage's name"
     parser = scripts.parser(__doc__, quick=quick, only=only)
@@ -274,7 +266,8 @@ def main() -> None:
     options = parser.parse_args()
     sizes, every = QUICK if options.quick else Sizes(), {storage.name: storage for storage in storages()}
     chosen = [every[name] for name in scripts.selected(every, options.only)]
-    rows = scripts.collected(measured(chosen, sizes, options.gradients))
+    updated = (row for scenario in scenarios(sizes, options.gradients) for row in compared(chosen, scenario, sizes))
+    rows = scripts.collected(itertools.chain(updated, slow(chosen, sizes)))
     scripts.save(options, "codes", rows, **sizes._asdict(), last=LAST, b1=B1, b2=B2)
 
 

@@ -19,8 +19,7 @@ import sys
 import venv
 from collections.abc import Iterator
 
-from compilers.figures import family, summary
-from compilers.limits import GPU, TARGETS, TPU, exceeded
+from compilers.figures import GPU, TARGETS, TPU, exceeded, family, summary
 from measure import scripts
 from measure.scripts import Row
 

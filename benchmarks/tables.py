@@ -18,7 +18,7 @@ import typing
 from collections.abc import Callable, Sequence
 
 from compilers import figures
-from compilers.limits import BACKWARD, LEAF, ORDINARY, TARGETS, relative
+from compilers.figures import BACKWARD, LEAF, ORDINARY, TARGETS, relative
 from measure import scripts
 from measure.report import Device
 from measure.scripts import NONE, Row, named, span, table, where
@@ -30,16 +30,12 @@ LARGE = "leaf-2^26-float32"
 EXAMPLES = ROOT / "examples" / "results"
 
 
-class MissingError(Exception):
-    """There is nothing to make a table of; the message says what makes it."""
-
-
 def read(script: str, options: str = "--out benchmarks/results", of: str = "") -> typing.Any:  # noqa: ANN401 (JSON)
-    """The first file of the results of a script, or of those whose name goes on with `of`."""
+    """The first file of the results of a script, or of those whose name goes on with `of`; ends where there is none."""
     folder = EXAMPLES if script.startswith("examples/paper") else RESULTS
     path = next(iter(sorted(folder.glob(f"{pathlib.Path(script).stem}{of}*.json"))), None)
     if path is None:
-        raise MissingError(f"nothing in {folder.relative_to(ROOT)}: python {script} {options}")
+        raise SystemExit(f"nothing in {folder.relative_to(ROOT)}: python {script} {options}")
     return scripts.read(path)
 
 
@@ -322,15 +318,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a file is out of date")
     options = parser.parse_args()
-    wrong, left = list[str](), [*TABLES]
+    wrong, left = list[str](), {*TABLES}
 
     def filled(found: re.Match[str]) -> str:
-        try:
-            left.remove(found["name"])
-            return f"{found['begin']}\n{TABLES[found['name']]()}\n{found['end']}"
-        except (MissingError, ValueError) as missing:
-            wrong.append(f"{found['name']}: {missing}")
-            return found[0]
+        left.remove(found["name"])
+        return f"{found['begin']}\n{TABLES[found['name']]()}\n{found['end']}"
 
     for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         old = file.read_text()
@@ -340,7 +332,7 @@ def main() -> None:
         elif new != old:
             file.write_text(new)
             print(f"wrote {file.relative_to(ROOT)}")
-    wrong += [f"there is no place for {name}" for name in left]
+    wrong += [f"there is no place for {name}" for name in sorted(left)]
     if wrong:
         sys.exit("\n".join(wrong))
 

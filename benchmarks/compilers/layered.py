@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from compilers.figures import ORDINARY
 from compilers.hlo import Program
-from compilers.limits import ORDINARY
 from compilers.meshes import several
-from compilers.steps import Tree, placed
-from compilers.targets import devices, first
+from compilers.steps import Tree, devices, first, placed
 from jax.sharding import AxisType, Mesh
 from measure.scripts import Row
 from measure.workloads import held

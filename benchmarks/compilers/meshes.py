@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from compilers.hlo import Program
-from compilers.steps import STEPS, Shapes, Tree, llama, placed, spent
-from compilers.targets import devices
+from compilers.steps import STEPS, Shapes, Tree, devices, llama, placed, spent
 from jax.sharding import AxisType, Mesh
 from measure.scripts import Row
 from measure.workloads import held, size

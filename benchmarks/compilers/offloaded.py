@@ -6,10 +6,9 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import optax
+from compilers.figures import TREE
 from compilers.hlo import Program
-from compilers.limits import TREE
-from compilers.steps import GPT2, ONE, STEPS, Shapes, placed
-from compilers.targets import first
+from compilers.steps import GPT2, ONE, STEPS, Shapes, first, placed
 from measure.scripts import Row
 from measure.workloads import held, size
 

@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-from compilers import layered, limits, meshes, offloaded, steps
+from compilers import figures, layered, meshes, offloaded, steps
+from compilers.figures import BASE, ORDINARY, SIZES, TREE
 from compilers.hlo import Program
-from compilers.limits import BASE, ORDINARY, SIZES, TREE
-from compilers.steps import STEPS, WAYS, Shapes, Step, placed, spent
-from compilers.targets import first
+from compilers.steps import STEPS, WAYS, Shapes, Step, first, placed, spent
 from measure import scripts
 from measure.scripts import Row
 from measure.workloads import held, size
@@ -85,18 +84,18 @@ def jobs(target: str) -> Iterator[Job]:
     divisions = itertools.product(meshes.MESHES.get(target, ()), ("auto", "explicit"), SIZES)
     trainings = itertools.product(layered.WAYS.get(target, ()), layered.STEPS, ("", ORDINARY))
     offloads = [*((x, "make_step") for x in (*SIZES, TREE)), ("training", "one program"), ("training", "two programs")]
-    told = target in (limits.TPU[0], limits.GPU[0])  # One target of a compiler tells.
+    told = target in (figures.TPU[0], figures.GPU[0])  # One target of a compiler tells.
     parts: dict[str, tuple[Callable[[str, str, str], Row], Iterable[tuple[str, str]]]] = {
-        limits.LEAF: (
+        figures.LEAF: (
             functools.partial(measured, steps.ONE),
             ((x, way) for x, step in STEPS.items() for way in step.ways),
         ),
         TREE: (functools.partial(measured, steps.GPT2), ((x, STEPS[x].ways[0]) for x in steps.WHOLE)),
-        limits.LLAMA: (meshes.sharded, ((step, f"{name}, {kind}") for name, kind, step in divisions)),
-        limits.ZERO1: (meshes.zero1, itertools.product(SIZES, ("jit", "shard_map"))),
-        limits.OFFLOAD: (offloaded.offload, offloads),
-        limits.BACKWARD: (layered.compiled, ((f"{step}{kind}", way) for way, step, kind in trainings)),
-        limits.FAMILY: (member, ((x, "make_step") for x in steps.MEMBERS if told)),
+        figures.LLAMA: (meshes.sharded, ((step, f"{name}, {kind}") for name, kind, step in divisions)),
+        figures.ZERO1: (meshes.zero1, itertools.product(SIZES, ("jit", "shard_map"))),
+        figures.OFFLOAD: (offloaded.offload, offloads),
+        figures.BACKWARD: (layered.compiled, ((f"{step}{kind}", way) for way, step, kind in trainings)),
+        figures.FAMILY: (member, ((x, "make_step") for x in steps.MEMBERS if told)),
     }
     for part, (run, names) in parts.items():
         for step, way in names:
@@ -108,10 +107,10 @@ def wanted(target: str, only: Sequence[str]) -> list[Job]:
     every = [({"target": target, **name}, run) for name, run in jobs(target)]
 
     def named(row: Row) -> bool:
-        return not only or any(text in limits.label(row) for text in only)
+        return not only or any(text in figures.label(row) for text in only)
 
     chosen = [row for row, _ in every if named(row)]
-    held = ((limit, row) for limit in limits.LIMITS for row in chosen if limit.base and limit.holds_for(row))
+    held = ((limit, row) for limit in figures.LIMITS for row in chosen if limit.base and limit.holds_for(row))
     bases = {(row["part"], name) for limit, row in held for name in (limit.compared(row), BASE)}
     return [(row, run) for row, run in every if named(row) or (row["part"], row["step"]) in bases]
 

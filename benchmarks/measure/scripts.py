@@ -8,7 +8,7 @@ import os
 import pathlib
 import platform
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -46,17 +46,11 @@ def selected(names: Iterable[str], texts: Sequence[str]) -> list[str]:
     return [name for name in names if not texts or name in meant]
 
 
-def _shown(value: object) -> str:
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key} {_shown(own)}" for key, own in value.items()) + "}"
-    return f"{value:.6g}" if isinstance(value, float) else "…" if isinstance(value, list) else str(value)
-
-
 def collected(rows: Iterable[Row]) -> list[Row]:
     """The rows, each printed as soon as it is there."""
     found = []
     for row in rows:
-        print(", ".join(f"{key} {_shown(value)}".strip() for key, value in row.items()), flush=True)
+        print(json.dumps(row, ensure_ascii=False), flush=True)
         found.append(row)
     return found
 

@@ -10,7 +10,7 @@ import jax
 import pytest
 import tables
 from cases import CASES
-from compilers import figures, limits, meshes, steps, targets, worker
+from compilers import figures, meshes, steps, worker
 from compilers.hlo import Array, Program, instruction
 from measure import scripts, workloads
 from measure.scripts import Row
@@ -175,28 +175,28 @@ def test_an_instruction_is_parsed() -> None:
 
 def names() -> list[Row]:
     """What identifies each program."""
-    return [{"target": target, **name} for target in limits.BOTH for name, _ in worker.jobs(target)]
+    return [{"target": target, **name} for target in figures.BOTH for name, _ in worker.jobs(target)]
 
 
 def fitting() -> list[Row]:
     """Rows of all that is compiled, with figures that every limit allows."""
-    bases = {limit.figure: 1.0 for limit in limits.LIMITS if limit.base}
-    held = [(row, [limit for limit in limits.LIMITS if limit.holds_for(row)]) for row in names()]
+    bases = {limit.figure: 1.0 for limit in figures.LIMITS if limit.base}
+    held = [(row, [limit for limit in figures.LIMITS if limit.holds_for(row)]) for row in names()]
     return [row | bases | {x.figure: x.most for x in found if not x.base} for row, found in held]
 
 
 def test_every_limit_is_of_something_that_is_compiled() -> None:
     rows = fitting()
-    assert list(limits.exceeded([row | {"cycles": 0.5} if row["step"] != limits.BASE else row for row in rows])) == []
-    for limit in limits.LIMITS:
+    assert list(figures.exceeded([row | {"cycles": 0.5} if row["step"] != figures.BASE else row for row in rows])) == []
+    for limit in figures.LIMITS:
         found = {(row["target"], row["step"]) for row in rows if limit.holds_for(row)}
-        targets = meshes.MESHES if limit.part == limits.LLAMA else limit.targets
+        targets = meshes.MESHES if limit.part == figures.LLAMA else limit.targets
         steps_ = limit.steps or {step for _, step in found}
         assert steps_ and found == {(target, step) for target in targets for step in steps_}, limit
 
 
 def test_every_exceeded_limit_is_listed() -> None:
-    rows = {limits.label(row): row | {"cycles": 1 if row["step"] == limits.BASE else 0.5} for row in fitting()}
+    rows = {figures.label(row): row | {"cycles": 1 if row["step"] == figures.BASE else 0.5} for row in fitting()}
     rows["v5e, leaf: 24bit, make_step"]["cycles"] = 0.7
     rows["v6e, leaf: Lion, 24bit, make_step"]["passes"] = 2
     rows["h200, leaf: masters, 16bit, make_step"]["kernels"] = 3
@@ -205,7 +205,7 @@ def test_every_exceeded_limit_is_listed() -> None:
     rows["v5e, Llama-7B: 16bit, FSDP 256, explicit"]["state"] = 1.9
     rows["v5e, offload: 16bit, make_step"]["error"] = "JaxRuntimeError: no"
     rows["v5e, family: adam, make_step"]["failed"] = ["masters, 24bit does not compile: no"]
-    assert sorted(limits.exceeded(list(rows.values()))) == [
+    assert sorted(figures.exceeded(list(rows.values()))) == [
         "a100, GPT-2 small: 24bit, make_step: beside was not measured",
         "h200, leaf: masters, 16bit, make_step: kernels 3 times that of masters, float32, at most 1",
         "h200, zero1: 24bit, jit: all-reduce 4, at most 0.004",
@@ -217,7 +217,7 @@ def test_every_exceeded_limit_is_listed() -> None:
         "v6e, leaf: Lion, 24bit, make_step: passes 2, at most 1",
     ]
     del rows["h200, leaf: masters, float32, make_step"]
-    assert "h200, leaf: masters, 16bit, make_step: kernels was not measured" in limits.exceeded(list(rows.values()))
+    assert "h200, leaf: masters, 16bit, make_step: kernels was not measured" in figures.exceeded(list(rows.values()))
 
 
 def test_what_is_compiled() -> None:
@@ -227,7 +227,7 @@ def test_what_is_compiled() -> None:
     assert {x.dtype.name for x in made["8-bit masters, 24bit"] if x.size > 16} == {"int8", "bfloat16"}
     assert [math.prod(steps.GPT2["wte"]), workloads.size(steps.GPT2)] == [50257 * 768, 124_439_808]
     assert workloads.size(steps.llama(32)) == 6_738_415_616
-    assert {*targets.GPUS} == {*limits.GPU}
+    assert {*steps.GPUS} == {*figures.GPU}
 
 
 def test_requirements_are_pinned_to_what_is_installed() -> None:
@@ -239,23 +239,23 @@ def test_requirements_are_pinned_to_what_is_installed() -> None:
 def test_summary(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tables of the documentation: two targets in one cell, cycles in optax's; and what is kept of earlier runs."""
     rows: list[Row] = [
-        {"target": target, "part": limits.LEAF, "step": step, "way": "make_step", "passes": 1, "cycles": cycles}
+        {"target": target, "part": figures.LEAF, "step": step, "way": "make_step", "passes": 1, "cycles": cycles}
         for target, step, cycles in (
-            ("v5e", limits.BASE, 1000),
+            ("v5e", figures.BASE, 1000),
             ("v5e", "24bit", 650),
-            ("v6e", limits.BASE, 2000),
+            ("v6e", figures.BASE, 2000),
             ("v6e", "24bit", 1400),
         )
     ]
-    rows.append({"target": "v6e", "part": limits.LEAF, "step": "16bit", "way": "make_step", "error": "no"})
-    rows.append({"target": "v5e", "part": limits.FAMILY, "step": "adam", "way": "", "failed": ["x"], "programs": 20})
+    rows.append({"target": "v6e", "part": figures.LEAF, "step": "16bit", "way": "make_step", "error": "no"})
+    rows.append({"target": "v5e", "part": figures.FAMILY, "step": "adam", "way": "", "failed": ["x"], "programs": 20})
     (text,) = figures.summary(rows)
     assert text.splitlines() == [
         "leaf:",
         "",
         "| step | by | passes | cycles / optax |",
         "| :-- | --: | --: | --: |",
-        f"| {limits.BASE} | make_step | 1 | 1.00 |",
+        f"| {figures.BASE} | make_step | 1 | 1.00 |",
         "| 24bit | make_step | 1 | 0.65 to 0.70 |",
         "| 16bit | make_step | – | – |",
     ]
