@@ -27,17 +27,14 @@ def measured(shape: tuple[int, ...], storage: StorageName) -> scripts.Row:
     leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
     state = jax.eval_shape(tx.init, leaf)
 
-    def size(function: typing.Any) -> float:  # noqa: ANN401 (what `jax.jit` makes of a function)
-        memory = function.lower(leaf, state, leaf).compile().memory_analysis()
-        return memory.temp_size_in_bytes / (4 * math.prod(shape))
-
-    return {
-        "shape": shape,
-        "storage": storage,
-        "make_step": size(adam_fn.make_step(tx)),
-        "update and apply": size(peers.plain_step(tx)),
-        "update": size(jax.jit(tx.update)),
+    ways: typing.Any = {
+        "make_step": adam_fn.make_step(tx),
+        "update and apply": peers.plain_step(tx),
+        "update": jax.jit(tx.update),
     }
+    memory = {way: step.lower(leaf, state, leaf).compile().memory_analysis() for way, step in ways.items()}
+    sizes = {way: found.temp_size_in_bytes / (4 * math.prod(shape)) for way, found in memory.items()}
+    return {"shape": shape, "storage": storage} | sizes
 
 
 def main() -> None:

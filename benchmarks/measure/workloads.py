@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -113,15 +113,21 @@ def images(case: Case, seed: int) -> tuple[jax.Array, jax.Array]:
     return jnp.array(pixels), jnp.array(random.integers(0, case.shapes["b3"][0], case.batch), jnp.int32)
 
 
-def weights(shapes: Mapping[str, Shape], seed: int) -> dict[str, jax.Array]:
-    """He initialisation of the MLP."""
+def he(_: str, shape: Shape) -> float:
+    """The standard deviation of He initialisation."""
+    return (2 / shape[0]) ** 0.5
+
+
+def weights(
+    shapes: Mapping[str, Shape], seed: int, scale: Callable[[str, Shape], float] = he, vector: float = 0.0
+) -> dict[str, jax.Array]:
+    """Float32: normal matrices of the standard deviation `scale`, and vectors of one value."""
     random = np.random.default_rng(seed)
-    return {
-        name: jnp.array(random.standard_normal(shape, np.float32) * np.sqrt(2 / shape[0], dtype=np.float32))
-        if len(shape) == 2
-        else jnp.zeros(shape)
-        for name, shape in shapes.items()
-    }
+
+    def made(name: str, shape: Shape) -> jax.Array:
+        return jnp.array(random.standard_normal(shape, np.float32) * np.float32(scale(name, shape)))
+
+    return {name: made(name, shape) if len(shape) > 1 else jnp.full(shape, vector) for name, shape in shapes.items()}
 
 
 def logits(params: dict[str, jax.Array], pixels: jax.Array) -> jax.Array:

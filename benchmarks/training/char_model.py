@@ -10,7 +10,6 @@ import typing
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from measure import workloads
 
@@ -53,17 +52,12 @@ class Model:
         """float32; ones for the norms, else normal with the variance 1/inputs (1/width for embeddings and head), and
         1/(2 blocks) of that for the two matrices of a block that write to the residual stream.
         """
-        random = np.random.default_rng(seed)
-        found: Params = {}
-        for name, shape in self.shapes().items():
-            leaf = name.rpartition(".")[2]
-            if len(shape) == 1:
-                found[name] = jnp.ones(shape)
-                continue
+
+        def scale(name: str, shape: tuple[int, ...]) -> float:
             inputs = shape[0] if "." in name else shape[1]
-            scale = (inputs * (2 * self.blocks if leaf in ("out", "down") else 1)) ** -0.5
-            found[name] = jnp.array(random.standard_normal(shape, np.float32) * np.float32(scale))
-        return found
+            return (inputs * (2 * self.blocks if name.endswith((".out", ".down")) else 1)) ** -0.5
+
+        return workloads.weights(self.shapes(), seed, scale, 1.0)
 
     def logits(self, params: Params, tokens: jax.Array) -> jax.Array:
         """``[batch time, vocabulary]`` float32 of int32 ``[batch, time]``.
