@@ -4,20 +4,10 @@
 
 Ours run as they are, `adam_fn.adam` in float32 with ε = 0; those of other libraries are emulated in float64
 (`emulation/peers.py`), but for optax's own; exact is Adam in float64 with ε = 0, and 0/0 counts as 0. The rate is 1,
-β₁ = 0.9 and β₂ = 0.999 unless a scenario says otherwise, the others' ε 1e-8 of the gradients' scale σ. The scenarios:
-
-- random: normal gradients, each element with a scale of lognormal(0.7) times σ; of lognormal(2.5); with other βs;
-- sparse: an element has a gradient at 1% of the steps;
-- recorded: gradients of a character transformer's weights while it trains (`training`), with `--gradients DIR`,
-  which keeps them; recording takes minutes;
-- steady: each element's gradient is its scale times 1 + noise;
-- quiet: every fourth element's gradient becomes 0 after the step 10;
-- falling: the gradient falls tenfold every quarter of the steps, the right update far below the rate;
-- periodic: a sine of a whole period; golden: one whose frequency is the golden ratio;
-- slow: the slow moment of `adam_fn.ademamix`, of steady gradients.
-
-Of the last 200 updates: the relative L2 error, their RMS and largest magnitude in units of exact Adam's, and the RMS of
-the error in units of the rate; of falling gradients that and the mean error of the second half of the updates.
+β₁ = 0.9 and β₂ = 0.999 unless a scenario says otherwise, the others' ε 1e-8 of the gradients' scale σ. `scenarios` has
+what gradients there are, each element's with a scale of lognormal(0.7) times σ, and what is measured of their updates.
+Those of the scenario `recorded` come from a character transformer while it trains, with `--gradients DIR`, which keeps
+them; recording takes minutes.
 """
 
 import dataclasses
@@ -122,20 +112,24 @@ def normal(random: Random, steps: int, elements: int, *, spread: float = 0.7) ->
 
 
 def sparse(random: Random, steps: int, elements: int) -> npt.NDArray[np.floating]:
+    """An element has a gradient at 1% of the steps, and no scale."""
     return random.standard_normal((steps, elements)) * (random.random((steps, elements)) < 0.01)
 
 
 def steady(random: Random, steps: int, elements: int, *, noise: float) -> npt.NDArray[np.floating]:
+    """Each element's gradient is its scale times 1 + noise."""
     return (1 + noise * random.standard_normal((steps, elements))) * scales(random, elements)
 
 
 def quiet(random: Random, steps: int, elements: int) -> npt.NDArray[np.floating]:
+    """Every fourth element's gradient becomes 0 after the step 10."""
     found = normal(random, steps, elements)
     found[10:, ::4] = 0
     return found
 
 
 def falling(random: Random, steps: int, elements: int) -> npt.NDArray[np.floating]:
+    """The gradient falls tenfold every quarter of the steps, the right update far below the rate."""
     return 10 ** (-4 * np.arange(steps)[:, None] / steps) * scales(random, elements)
 
 
@@ -161,7 +155,7 @@ def recorded(folder: pathlib.Path, steps: int, elements: int) -> Float32:
 
 
 def errors(found: Updates, exact: Updates) -> dict[str, float]:
-    """Of the last updates."""
+    """Of the last updates: the relative L2 error, RMS and largest in units of exact Adam's, RMS of the error."""
     found, exact = found[-LAST:], exact[-LAST:]
     return {
         "error": rms(found - exact) / rms(exact),

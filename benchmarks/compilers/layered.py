@@ -12,8 +12,8 @@ import numpy as np
 import optax
 from compilers.figures import ORDINARY
 from compilers.hlo import Program
-from compilers.meshes import several
-from compilers.steps import Tree, devices, first, placed
+from compilers.placements import several
+from compilers.steps import STEPS, Tree, devices, first, placed
 from jax.sharding import AxisType, Mesh
 from measure.scripts import Row
 from measure.workloads import held
@@ -25,10 +25,6 @@ DEPTH, WIDTH, HEADS, LENGTH, BATCH, WORDS = 12, 2048, 16, 256, 4, 8192
 SHAPES = {"qkv": (WIDTH, 3 * WIDTH), "out": (WIDTH, WIDTH), "up": (WIDTH, 4 * WIDTH), "down": (4 * WIDTH, WIDTH)}
 #: For each target.
 WAYS = {"v5e": ("one device", "FSDP 16", "ZeRO-1 16"), "h200": ("one device",)}
-STEPS: dict[str, optax.GradientTransformation] = {
-    "16bit": adam_fn.adamw(1e-3, storage="16bit"),
-    "masters, 16bit": adam_fn.master_weights(adam_fn.adamw(1e-3, storage="16bit")),
-}
 
 
 def params() -> Tree:
@@ -91,7 +87,7 @@ def inputs_only(p: Tree, batch: jax.Array) -> Tree:
 
 def compiled(name: str, way: str, target: str) -> Row:
     """A step of training; bytes per parameter of a device."""
-    tx, p = STEPS[name.removesuffix(ORDINARY)], params()
+    tx, p = STEPS[name.removesuffix(ORDINARY)].tx, params()
     batch = jax.ShapeDtypeStruct((BATCH * (1 if way == "one device" else 16), LENGTH), "int32")
     context = contextlib.ExitStack()
     if way == "one device":

@@ -12,7 +12,7 @@ import optax
 from compilers.figures import BASE
 from jax.experimental import topologies
 from measure import workloads
-from measure.peers import plain_step
+from measure.peers import Tree, plain_step
 
 import adam_fn
 
@@ -20,7 +20,6 @@ RATE = 1e-3
 BF16 = "bfloat16"
 Tx = optax.GradientTransformation
 Shapes = Mapping[str, tuple[int, ...]]
-Tree = typing.Any  # Any pytree.
 
 # --- trees ---
 

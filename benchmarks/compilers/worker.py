@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-from compilers import figures, layered, meshes, offloaded, steps
+from compilers import figures, layered, placements, steps
 from compilers.figures import BASE, ORDINARY, SIZES, TREE
 from compilers.hlo import Program
 from compilers.steps import STEPS, WAYS, Shapes, Step, first, placed, spent
@@ -81,8 +81,8 @@ def member(name: str, _: str, target: str) -> Row:
 
 def jobs(target: str) -> Iterator[Job]:
     """What can be compiled for a target: what identifies it, and a function that does it."""
-    divisions = itertools.product(meshes.MESHES.get(target, ()), ("auto", "explicit"), SIZES)
-    trainings = itertools.product(layered.WAYS.get(target, ()), layered.STEPS, ("", ORDINARY))
+    divisions = itertools.product(placements.MESHES.get(target, ()), ("auto", "explicit"), SIZES)
+    trainings = itertools.product(layered.WAYS.get(target, ()), figures.STEPPED, ("", ORDINARY))
     offloads = [*((x, "make_step") for x in (*SIZES, TREE)), ("training", "one program"), ("training", "two programs")]
     told = target in (figures.TPU[0], figures.GPU[0])  # One target of a compiler tells.
     parts: dict[str, tuple[Callable[[str, str, str], Row], Iterable[tuple[str, str]]]] = {
@@ -91,9 +91,9 @@ def jobs(target: str) -> Iterator[Job]:
             ((x, way) for x, step in STEPS.items() for way in step.ways),
         ),
         TREE: (functools.partial(measured, steps.GPT2), ((x, STEPS[x].ways[0]) for x in steps.WHOLE)),
-        figures.LLAMA: (meshes.sharded, ((step, f"{name}, {kind}") for name, kind, step in divisions)),
-        figures.ZERO1: (meshes.zero1, itertools.product(SIZES, ("jit", "shard_map"))),
-        figures.OFFLOAD: (offloaded.offload, offloads),
+        figures.LLAMA: (placements.sharded, ((step, f"{name}, {kind}") for name, kind, step in divisions)),
+        figures.ZERO1: (placements.zero1, itertools.product(SIZES, ("jit", "shard_map"))),
+        figures.OFFLOAD: (placements.offload, offloads),
         figures.BACKWARD: (layered.compiled, ((f"{step}{kind}", way) for way, step, kind in trainings)),
         figures.FAMILY: (member, ((x, "make_step") for x in steps.MEMBERS if told)),
     }

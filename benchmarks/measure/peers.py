@@ -20,9 +20,7 @@ import adam_fn
 from adam_fn import StorageName
 
 RATE = 1e-3
-Tree = optax.Params
-Leaves = dict[str, jax.Array]
-Batch = tuple[jax.Array, jax.Array]  # pixels, labels
+Tree: typing.TypeAlias = typing.Any  # Any pytree.
 #: (params, state, gradients or a batch) -> (params, state)
 Step = Callable[..., tuple[Tree, optax.OptState]]
 
@@ -44,7 +42,7 @@ def plain_step(tx: optax.GradientTransformation) -> jax.stages.Wrapped:
 def training_step(tx: optax.GradientTransformation) -> jax.stages.Wrapped:
     """Loss, gradients, update: the same program for every optimizer."""
 
-    def step(params: Tree, state: optax.OptState, batch: Batch) -> tuple[Tree, optax.OptState]:
+    def step(params: Tree, state: optax.OptState, batch: Tree) -> tuple[Tree, optax.OptState]:
         return plain(tx)(params, state, jax.grad(workloads.loss)(params, batch))
 
     return jax.jit(step, donate_argnums=(0, 1))
@@ -159,7 +157,7 @@ def torch_device() -> str | None:
     return "cuda" if torch.cuda.is_available() else None
 
 
-def torch_runner(name: str, case: workloads.Case, params: Leaves, inputs: Leaves | Batch) -> Runner:
+def torch_runner(name: str, case: workloads.Case, params: Tree, inputs: Tree) -> Runner:
     """torch.optim.Adam over the same leaves; the gradients share JAX's memory."""
     torch = importlib.import_module("torch")
     device = typing.cast(str, torch_device())
@@ -172,7 +170,7 @@ def torch_runner(name: str, case: workloads.Case, params: Leaves, inputs: Leaves
 
     if case.kind == "training":
         functional = importlib.import_module("torch.nn.functional")
-        pixels, labels = (torch.from_dlpack(array).to(device) for array in typing.cast(Batch, inputs))
+        pixels, labels = (torch.from_dlpack(array).to(device) for array in inputs)
         labels = labels.long()
 
         def step(_: object) -> object:
@@ -184,7 +182,7 @@ def torch_runner(name: str, case: workloads.Case, params: Leaves, inputs: Leaves
             return optimizer.step()
     else:
         for key, leaf in leaves.items():
-            leaf.grad = torch.from_dlpack(typing.cast(Leaves, inputs)[key]).to(device)
+            leaf.grad = torch.from_dlpack(inputs[key]).to(device)
 
         def step(_: object) -> object:
             return optimizer.step()

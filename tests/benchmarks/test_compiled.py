@@ -10,7 +10,7 @@ import jax
 import pytest
 import tables
 from cases import CASES
-from compilers import figures, meshes, steps, worker
+from compilers import figures, placements, steps, worker
 from compilers.hlo import Array, Program, instruction
 from measure import scripts, workloads
 from measure.scripts import Row
@@ -190,7 +190,7 @@ def test_every_limit_is_of_something_that_is_compiled() -> None:
     assert list(figures.exceeded([row | {"cycles": 0.5} if row["step"] != figures.BASE else row for row in rows])) == []
     for limit in figures.LIMITS:
         found = {(row["target"], row["step"]) for row in rows if limit.holds_for(row)}
-        targets = meshes.MESHES if limit.part == figures.LLAMA else limit.targets
+        targets = placements.MESHES if limit.part == figures.LLAMA else limit.targets
         steps_ = limit.steps or {step for _, step in found}
         assert steps_ and found == {(target, step) for target in targets for step in steps_}, limit
 
