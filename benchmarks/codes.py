@@ -25,18 +25,12 @@ import optax
 from emulation import peers
 from exactness import updates
 from measure import scripts
-from measure.scripts import Row
 from training import tasks
 
 import adam_fn
-from adam_fn import StorageName
 
 B1, B2 = 0.9, 0.999
 SLOW = 0.9999  # AdEMAMix's β₃
-SIGMAS = (1.0, 1e-3, 1e-6, 1e-9, 1e-15)
-BETAS = (0.9, 0.95, 0.99)
-GOLDEN = (5**0.5 - 1) / 2
-PERIODS = (2, 3, 4, 5, 8)
 LAST = 200
 
 Random: TypeAlias = np.random.Generator
@@ -90,9 +84,9 @@ EXACT = Storage("exact", 16, False, lambda b1, b2, _: peers.adam(peers.EXACT, pe
 def storages() -> Iterator[Storage]:
     """Ours, optax's own (which rounds β₁m to bfloat16 as well), then the emulations."""
     params = jnp.zeros(2**20)
-    for name in get_args(StorageName):
+    for name in get_args(adam_fn.StorageName):
 
-        def optimizer(b1: float, b2: float, _: float, name: StorageName = name) -> optax.GradientTransformation:
+        def optimizer(b1: float, b2: float, _: float, name: adam_fn.StorageName = name) -> optax.GradientTransformation:
             return adam_fn.adam(1.0, b1, b2, eps=0.0, storage=name)
 
         size = adam_fn.state_bytes(optimizer(B1, B2, 0), params) / params.size
@@ -188,7 +182,7 @@ def rms(x: Updates) -> float:
 
 def scenarios(sizes: Sizes, folder: pathlib.Path | None = None) -> Iterator[Scenario]:
     """All but those of the slow moment."""
-    for sigma in SIGMAS:
+    for sigma in (1.0, 1e-3, 1e-6, 1e-9, 1e-15):
         yield Scenario("random", f"σ = {sigma:g}", normal, errors, sigma=sigma)
     yield Scenario("wide", "", functools.partial(normal, spread=2.5), errors)
     yield Scenario("sparse", "", sparse, errors)
@@ -197,14 +191,14 @@ def scenarios(sizes: Sizes, folder: pathlib.Path | None = None) -> Iterator[Scen
     if folder is not None:
         gradients = recorded(folder, sizes.steps, 4 * sizes.elements)
         yield Scenario("recorded", "", lambda *_: gradients, errors)
-    for noise, b1 in itertools.product((0, 1 / 3, 1, 3), BETAS):
+    for noise, b1 in itertools.product((0, 1 / 3, 1, 3), (0.9, 0.95, 0.99)):
         name, made = "noisy" if noise else "steady", functools.partial(steady, noise=noise)
         yield Scenario(name, f"β₁ = {b1}, noise {noise:.2g}", made, mean_step, b1=b1)
     yield Scenario("quiet", "", quiet, quiet_rows)
     yield Scenario("falling", "", falling, late_errors)
-    for period in PERIODS:
+    for period in (2, 3, 4, 5, 8):
         yield Scenario("periodic", f"period {period}", functools.partial(periodic, frequency=1 / period), errors)
-    yield Scenario("golden", "", functools.partial(periodic, frequency=GOLDEN), errors)
+    yield Scenario("golden", "", functools.partial(periodic, frequency=(5**0.5 - 1) / 2), errors)
 
 
 @functools.partial(jax.jit, static_argnames=("storage", "b1", "b2"))
@@ -220,7 +214,7 @@ def made_by(storage: Storage, scenario: Scenario, gradients: Float32) -> Updates
         return np.asarray(trajectory(storage, scenario.b1, scenario.b2, 1e-8 * scenario.sigma, given))
 
 
-def compared(candidates: Iterable[Storage], scenario: Scenario, sizes: Sizes) -> Iterator[Row]:
+def compared(candidates: Iterable[Storage], scenario: Scenario, sizes: Sizes) -> Iterator[scripts.Row]:
     """A row for each of them."""
     random, steps = np.random.default_rng(0), sizes.steady if scenario.measure is mean_step else sizes.steps
     gradients = (scenario.sigma * scenario.gradients(random, steps, sizes.elements)).astype(np.float32)
@@ -230,25 +224,25 @@ def compared(candidates: Iterable[Storage], scenario: Scenario, sizes: Sizes) ->
         yield {**about(storage), "scenario": scenario.name, "case": scenario.case, **found}
 
 
-def about(storage: Storage) -> Row:
+def about(storage: Storage) -> scripts.Row:
     return {"storage": storage.name, "bytes": storage.bytes, "ours": storage.ours}
 
 
 @functools.partial(jax.jit, static_argnames="name")
-def slow_moment(name: StorageName, gradients: jax.Array) -> jax.Array:
+def slow_moment(name: adam_fn.StorageName, gradients: jax.Array) -> jax.Array:
     """AdEMAMix's after the last step, one of the storages of ours."""
     tx, params = adam_fn.ademamix(1.0, b3=SLOW, storage=name), jnp.zeros_like(gradients[0])
     state, _ = jax.lax.scan(lambda state, g: (tx.update(g, state, params)[1], None), tx.init(params), gradients)
     return adam_fn.diagnostics.moments(tx, state, params)["slow"]
 
 
-def slow(candidates: Iterable[Storage], sizes: Sizes) -> Iterator[Row]:
+def slow(candidates: Iterable[Storage], sizes: Sizes) -> Iterator[scripts.Row]:
     """The slow moment's mean, in units of the exact one's, of the storages that are ours."""
     weights = (1 - SLOW) * SLOW ** np.arange(sizes.slow)[::-1]
     for noise in (0, 0.3, 1, 10):
         gradients = steady(np.random.default_rng(0), sizes.slow, sizes.elements, noise=noise).astype(np.float32)
         for storage in (storage for storage in candidates if storage.ours):
-            mean = float(slow_moment(cast(StorageName, storage.name), jnp.asarray(gradients)).mean())
+            mean = float(slow_moment(cast(adam_fn.StorageName, storage.name), jnp.asarray(gradients)).mean())
             ratio = mean / float((weights @ gradients.astype(np.float64)).mean())
             yield {**about(storage), "scenario": "slow", "case": f"noise {noise:g}", "step": ratio}
 

@@ -21,7 +21,6 @@ from collections.abc import Iterator
 
 from compilers.figures import GPU, TARGETS, TPU, exceeded, family, summary
 from measure import scripts
-from measure.scripts import Row
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 WORKER = ROOT / "benchmarks" / "compilers" / "worker.py"
@@ -54,12 +53,12 @@ def python(folder: pathlib.Path, name: str) -> pathlib.Path:
     return interpreter
 
 
-def compiled(name: str, options: argparse.Namespace, versions: dict[str, dict[str, str]]) -> Iterator[Row]:
+def compiled(name: str, options: argparse.Namespace, versions: dict[str, dict[str, str]]) -> Iterator[scripts.Row]:
     """The rows of one compiler's targets; its versions are added to `versions`."""
     folder = options.environments / name
-    command = [str(python(folder, name)), str(WORKER), *(f"--only={text}" for text in options.only)]
-    command += [f"--target={target}" for target in TARGETS[name] if target in options.target]
-    begun: Row = {}
+    targets = [target for target in TARGETS[name] if target in options.target]
+    command = [str(python(folder, name)), str(WORKER), json.dumps([targets, options.only])]
+    begun: scripts.Row = {}
     with (folder / "log").open("w") as log:
         settings = {**os.environ, **SETTINGS}
         worker = subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=log, text=True)
@@ -86,7 +85,7 @@ def main() -> None:
     options = parser.parse_args()
     options.target = options.target or [*TPU, *GPU]
     print("Compiled ahead of time, for devices that are not there: nothing of this ran.")
-    rows: list[Row] = []
+    rows: list[scripts.Row] = []
     versions: dict[str, dict[str, str]] = {}
     wrong: list[str] = []
     for name in (name for name, targets in TARGETS.items() if {*targets} & {*options.target}):

@@ -24,18 +24,16 @@ import numpy.typing as npt
 import optax
 from matplotlib.figure import Figure
 from measure import scripts
-from measure.scripts import Row, where
 from training.tasks import POINTS, Carry, Data, Params, Workload, characters, images
 
 import adam_fn
-from adam_fn import StorageLike
 
 
 class Configuration(typing.NamedTuple):
     """The dtype of the parameters and of the gradients that come from the network; Adam's storage; what wraps it."""
 
     dtype: str
-    storage: StorageLike | None = None
+    storage: adam_fn.StorageLike | None = None
     wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda tx: tx
 
 
@@ -106,7 +104,7 @@ class Program:
         """The initial parameters of the configuration."""
         return {name: leaf.astype(self.dtype) for name, leaf in params.items()}
 
-    def run(self, seed: int) -> tuple[Params, Row]:
+    def run(self, seed: int) -> tuple[Params, scripts.Row]:
         """Trains: the parameters, and what is kept of it.
 
         `loss` and `accuracy` are of the validation part at the end, `train` the mean of the last twelfth's training
@@ -123,7 +121,7 @@ class Program:
             seconds += time.perf_counter() - begin
             loss, accuracy = self.evaluate(carry[0], data)
             curve.append((first + self.length, float(loss)))
-        found: Row = {"loss": curve[-1][1], "accuracy": None if np.isnan(accuracy) else float(accuracy)}
+        found: scripts.Row = {"loss": curve[-1][1], "accuracy": None if np.isnan(accuracy) else float(accuracy)}
         found |= {"train": float(np.mean(losses)), "curve": curve, "bytes": self.bytes, "seconds": seconds}
         return carry[0], found | {"date": scripts.now()}
 
@@ -133,18 +131,17 @@ def measure(workload: Workload, labels: list[str], seeds: int, path: pathlib.Pat
 
     The file is written after every run. Runs that were made with other settings, or of no configuration, are forgotten.
     """
-    old = scripts.read(path)
+    old, own = scripts.read(path), dataclasses.asdict(workload.settings)
     settings = old.get("settings", {})
-    kept = [run for run in old.get("runs", []) if run["label"] in CONFIGURATIONS]
-    if settings.get(workload.name) != dataclasses.asdict(workload.settings):
-        kept = [run for run in kept if run["workload"] != workload.name]
-    settings |= {workload.name: dataclasses.asdict(workload.settings)}
+    others = {name for name, kept in settings.items() if name != workload.name or kept == own}
+    kept = [run for run in old.get("runs", []) if run["label"] in CONFIGURATIONS and run["workload"] in others]
+    settings |= {workload.name: own}
     program = functools.cache(lambda label: Program(workload, CONFIGURATIONS[label]))
-    done = {(run["label"], run["seed"]) for run in kept if run["workload"] == workload.name}
+    done = {(run["label"], run["seed"]) for run in scripts.where(kept, workload=workload.name)}
     for seed in range(seeds):
         for label in (label for label in labels if (label, seed) not in done):
             run = {"workload": workload.name, "label": label, "seed": seed, **program(label).run(seed)[1]}
-            kept = scripts.merged(kept, scripts.collected([run]), "workload", "label", "seed")
+            kept += scripts.collected([run])
             scripts.write(path, {**scripts.about(), "settings": settings, "runs": kept})
 
 
@@ -159,7 +156,8 @@ def plot(path: pathlib.Path) -> None:
     found = scripts.read(path)
 
     def curves(workload: str, label: str) -> dict[int, npt.NDArray[np.floating]]:
-        return {run["seed"]: np.array(run["curve"]) for run in where(found["runs"], workload=workload, label=label)}
+        runs = scripts.where(found["runs"], workload=workload, label=label)
+        return {run["seed"]: np.array(run["curve"]) for run in runs}
 
     names = [name for name in found["settings"] if curves(name, BASE)]
     figure = Figure(figsize=(7 * len(names), 9), layout="constrained")

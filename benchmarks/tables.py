@@ -27,12 +27,11 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 #: The case of `speed.py` that the README quotes.
 LARGE = "leaf-2^26-float32"
-EXAMPLES = ROOT / "examples" / "results"
 
 
 def read(script: str, options: str = "--out benchmarks/results", of: str = "") -> typing.Any:  # noqa: ANN401 (JSON)
     """The first file of the results of a script, or of those whose name goes on with `of`; ends where there is none."""
-    folder = EXAMPLES if script.startswith("examples/paper") else RESULTS
+    folder = ROOT / "examples" / "results" if script.startswith("examples/paper") else RESULTS
     path = next(iter(sorted(folder.glob(f"{pathlib.Path(script).stem}{of}*.json"))), None)
     if path is None:
         raise SystemExit(f"nothing in {folder.relative_to(ROOT)}: python {script} {options}")
@@ -298,8 +297,17 @@ def claims(name: str) -> str:
 
 def backward() -> str:
     """The memory of a training step of a stacked GPT, both ways."""
+    rows, body = where(read("benchmarks/compiled.py")["rows"], part=BACKWARD), []
+    for row in rows:
+        target, way, step = row["target"], row["way"], row["step"]
+        for first in where(rows, target=target, way=way, step=f"{step}{ORDINARY}"):
+            sizes = (first["temporaries"], row["temporaries"], row["activations"], row["gradient"])
+            cycles = relative(row, "cycles", rows, first["step"])
+            body.append([f"{target}, {way}", step, *(span([x], ".2f") for x in (*sizes, cycles))])
+    head = ["device", "state", "gradients first", "step in the backward pass", "activations alone"]
+    head += ["one layer's gradient", "cycles, relative to gradients first"]
     return (
-        f"{figures.backward(read('benchmarks/compiled.py')['rows'])}\n\n"
+        f"{table(head, body)}\n\n"
         "Bytes per parameter (of a device) beside parameters and state, of a training step of "
         "a GPT with 12 stacked layers in bfloat16. Compiled, but **not run**, by `benchmarks/compiled.py`; cycles are "
         "the TPU compiler's estimate, every loop counted in full."

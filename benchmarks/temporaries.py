@@ -16,12 +16,11 @@ import jax.numpy as jnp
 from measure import peers, scripts
 
 import adam_fn
-from adam_fn import StorageName
 
 SHAPES = ((1 << 24,), (4096, 4096), (50304, 768), (50257, 768))
 
 
-def measured(shape: tuple[int, ...], storage: StorageName) -> scripts.Row:
+def measured(shape: tuple[int, ...], storage: adam_fn.StorageName) -> scripts.Row:
     """The temporaries, in leaves."""
     tx = adam_fn.adamw(1e-3, storage=storage)
     leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -39,7 +38,8 @@ def measured(shape: tuple[int, ...], storage: StorageName) -> scripts.Row:
 
 def main() -> None:
     options = scripts.parser(__doc__).parse_args()
-    rows = scripts.collected(itertools.starmap(measured, itertools.product(SHAPES, typing.get_args(StorageName))))
+    every = itertools.product(SHAPES, typing.get_args(adam_fn.StorageName))
+    rows = scripts.collected(itertools.starmap(measured, every))
     scripts.save(options, f"temporaries-{scripts.slug()}", rows)
 
 

@@ -173,16 +173,3 @@ def family(rows: Sequence[Row]) -> str:
     programs, failed = sum(row["programs"] for row in members), sum(len(row["failed"]) for row in members)
     about = f"{len({row['step'] for row in members})} members of the family with every storage and every kind of write"
     return f"{about}: {programs - failed} of {programs} steps compile." if members else ""
-
-
-def backward(rows: Sequence[Row]) -> str:
-    """The memory of a training step of a stacked GPT, both ways."""
-    body = []
-    for row in where(rows, part=BACKWARD):
-        target, way, step = row["target"], row["way"], row["step"]
-        for first in where(rows, target=target, part=BACKWARD, way=way, step=f"{step}{ORDINARY}"):
-            sizes = (first["temporaries"], row["temporaries"], row["activations"], row["gradient"])
-            cycles = relative(row, "cycles", rows, first["step"])
-            body.append([f"{target}, {way}", step, *(span([x], ".2f") for x in (*sizes, cycles))])
-    head = ["device", "state", "gradients first", "step in the backward pass", "activations alone"]
-    return table([*head, "one layer's gradient", "cycles, relative to gradients first"], body)

@@ -1,12 +1,13 @@
 """Compiles steps for accelerators that are not there; `compiled.py` runs it in an environment that has the compiler.
 
-Prints a line of JSON for the versions and for every program. Nothing that it compiles is run.
+It is given the targets and the texts asked for, as JSON, and prints a line of JSON for the versions and for every
+program. Nothing that it compiles is run.
 """
 
-import argparse
 import functools
 import itertools
 import json
+import sys
 import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,17 +19,16 @@ from compilers.figures import BASE, ORDINARY, SIZES, TREE
 from compilers.hlo import Program
 from compilers.steps import STEPS, WAYS, Shapes, Step, first, placed, spent
 from measure import scripts
-from measure.scripts import Row
 from measure.workloads import held, size
 
 import adam_fn
 
-Job = tuple[Row, Callable[[], Row]]
+Job = tuple[scripts.Row, Callable[[], scripts.Row]]
 #: For programs that need only compile: a TPU's take a tenth of the time.
 HASTY: typing.Any = {"exec_time_optimization_effort": -1.0}
 
 
-def measured(tree: Shapes, name: str, way: str, target: str) -> Row:
+def measured(tree: Shapes, name: str, way: str, target: str) -> scripts.Row:
     """What a step's program needs and runs; bytes per parameter."""
     step = STEPS[name]
     arguments, count = placed(step.arguments(tree), first(target)), size(tree)
@@ -38,7 +38,7 @@ def measured(tree: Shapes, name: str, way: str, target: str) -> Row:
     seconds = spent() - began
     memory, program = compiled.memory_analysis(), Program(compiled.as_text() or "")
     temporaries = program.temporaries(memory)
-    found: Row = {
+    found: scripts.Row = {
         "passes": program.kernels(max(x.size for x in arguments[0].values())),
         "temporaries": temporaries / count,
         "beside": (memory.output_size_in_bytes - memory.alias_size_in_bytes + temporaries) / count,
@@ -72,7 +72,7 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
 
 
-def member(name: str, _: str, target: str) -> Row:
+def member(name: str, _: str, target: str) -> scripts.Row:
     """Whether the steps of a member of the family compile."""
     began, every = spent(), steps.family(name)
     failed = together(every, target)
@@ -85,7 +85,7 @@ def jobs(target: str) -> Iterator[Job]:
     trainings = itertools.product(layered.WAYS.get(target, ()), figures.STEPPED, ("", ORDINARY))
     offloads = [*((x, "make_step") for x in (*SIZES, TREE)), ("training", "one program"), ("training", "two programs")]
     told = target in (figures.TPU[0], figures.GPU[0])  # One target of a compiler tells.
-    parts: dict[str, tuple[Callable[[str, str, str], Row], Iterable[tuple[str, str]]]] = {
+    parts: dict[str, tuple[Callable[[str, str, str], scripts.Row], Iterable[tuple[str, str]]]] = {
         figures.LEAF: (
             functools.partial(measured, steps.ONE),
             ((x, way) for x, step in STEPS.items() for way in step.ways),
@@ -106,7 +106,7 @@ def wanted(target: str, only: Sequence[str]) -> list[Job]:
     """The jobs whose name contains one of the texts asked for, and the steps that they are compared with."""
     every = [({"target": target, **name}, run) for name, run in jobs(target)]
 
-    def named(row: Row) -> bool:
+    def named(row: scripts.Row) -> bool:
         return not only or any(text in figures.label(row) for text in only)
 
     chosen = [row for row, _ in every if named(row)]
@@ -116,21 +116,17 @@ def wanted(target: str, only: Sequence[str]) -> list[Job]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--target", action="append", default=[])
-    parser.add_argument("--only", action="append", default=[])
-    options = parser.parse_args()
-
-    def say(row: Row) -> None:
+    def say(row: scripts.Row) -> None:
         print(json.dumps(row), flush=True)
 
     warnings.filterwarnings("ignore", message="Some donated buffers were not usable")  # Where dtypes differ.
     parts = scripts.versions("jax", "jaxlib", "optax", "libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")
     say({"versions": {"adam_fn": adam_fn.__version__} | parts})
-    for target in options.target:
+    targets, only = json.loads(sys.argv[1])
+    for target in targets:
         # The first compilation also starts the compiler; it belongs to nobody.
         jax.jit(jnp.sin).lower(placed(jax.ShapeDtypeStruct((8, 128), "float32"), first(target))).compile()
-        for about, run in wanted(target, options.only):
+        for about, run in wanted(target, only):
             say({"begin": about})
             try:
                 say({**about, **run()})

@@ -17,7 +17,6 @@ import optax
 from measure import scripts, workloads
 
 import adam_fn
-from adam_fn import StorageName
 
 RATE = 1e-3
 Tree: typing.TypeAlias = typing.Any  # Any pytree.
@@ -90,14 +89,14 @@ class JaxPeer:
         return step, (params, jax.eval_shape(self.tx.init, params), inputs)
 
 
-STORAGES: dict[str, StorageName] = {"bfloat16 moments": "bfloat16", "24-bit state": "24bit", "16-bit state": "16bit"}
+STORAGES = (("bfloat16 moments", "bfloat16"), ("24-bit state", "24bit"), ("16-bit state", "16bit"))
 JAX_PEERS = (
     JaxPeer("optax", optax.adam(RATE), ("tree", "eager", "training", "loop")),
     JaxPeer("adam_fn", adam_fn.adam(RATE), ("tree", "eager", "training", "loop")),
     JaxPeer("adam_fn make_step", adam_fn.adam(RATE), ("tree", "eager"), adam_fn.make_step),
     *(
         JaxPeer(f"adam_fn {name}{way}", adam_fn.adam(RATE, storage=storage), step=step, leaves=200)
-        for name, storage in STORAGES.items()
+        for name, storage in STORAGES
         for way, step in (("", adam_fn.make_step), (", update and apply", None))
     ),
 )

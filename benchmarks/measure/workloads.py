@@ -113,7 +113,7 @@ def images(case: Case, seed: int) -> tuple[jax.Array, jax.Array]:
     return jnp.array(pixels), jnp.array(random.integers(0, case.shapes["b3"][0], case.batch), jnp.int32)
 
 
-def he(_: str, shape: Shape) -> float:
+def he(name: str, shape: Shape) -> float:
     """The standard deviation of He initialisation."""
     return (2 / shape[0]) ** 0.5
 

@@ -17,7 +17,6 @@ from loaders import mnist, shakespeare
 from measure import workloads
 
 import adam_fn
-from adam_fn import StorageLike
 from training import char_model
 from training.char_model import Params
 
@@ -41,7 +40,7 @@ class Settings:
     weight_decay: float
     validation: int  # characters or images
 
-    def adam(self, *, storage: StorageLike | None = None) -> optax.GradientTransformation:
+    def adam(self, *, storage: adam_fn.StorageLike | None = None) -> optax.GradientTransformation:
         rate = char_model.schedule(self.rate, self.steps)
         return adam_fn.adamw(rate, b2=self.b2, weight_decay=self.weight_decay, storage=storage)
 
