@@ -34,8 +34,7 @@ SLOW = 0.9999  # AdEMAMix's β₃
 LAST = 200
 
 Random: TypeAlias = np.random.Generator
-Float32: TypeAlias = npt.NDArray[np.float32]
-Updates: TypeAlias = npt.NDArray[np.floating]
+Array: TypeAlias = npt.NDArray[np.floating]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,8 +65,8 @@ class Scenario:
 
     name: str
     case: str
-    gradients: Callable[[Random, int, int], npt.NDArray[np.floating]]
-    measure: Callable[[Updates, Updates], dict[str, float]]
+    gradients: Callable[[Random, int, int], Array]
+    measure: Callable[[Array, Array], dict[str, float]]
     b1: float = B1
     b2: float = B2
     sigma: float = 1.0
@@ -101,39 +100,39 @@ def scales(random: Random, elements: int, spread: float = 0.7) -> npt.NDArray[np
     return np.exp(spread * random.standard_normal(elements))
 
 
-def normal(random: Random, steps: int, elements: int, *, spread: float = 0.7) -> npt.NDArray[np.floating]:
+def normal(random: Random, steps: int, elements: int, *, spread: float = 0.7) -> Array:
     return random.standard_normal((steps, elements)) * scales(random, elements, spread)
 
 
-def sparse(random: Random, steps: int, elements: int) -> npt.NDArray[np.floating]:
+def sparse(random: Random, steps: int, elements: int) -> Array:
     """An element has a gradient at 1% of the steps, and no scale."""
     return random.standard_normal((steps, elements)) * (random.random((steps, elements)) < 0.01)
 
 
-def steady(random: Random, steps: int, elements: int, *, noise: float) -> npt.NDArray[np.floating]:
+def steady(random: Random, steps: int, elements: int, *, noise: float) -> Array:
     """Each element's gradient is its scale times 1 + noise."""
     return (1 + noise * random.standard_normal((steps, elements))) * scales(random, elements)
 
 
-def quiet(random: Random, steps: int, elements: int) -> npt.NDArray[np.floating]:
+def quiet(random: Random, steps: int, elements: int) -> Array:
     """Every fourth element's gradient becomes 0 after the step 10."""
     found = normal(random, steps, elements)
     found[10:, ::4] = 0
     return found
 
 
-def falling(random: Random, steps: int, elements: int) -> npt.NDArray[np.floating]:
+def falling(random: Random, steps: int, elements: int) -> Array:
     """The gradient falls tenfold every quarter of the steps, the right update far below the rate."""
     return 10 ** (-4 * np.arange(steps)[:, None] / steps) * scales(random, elements)
 
 
-def periodic(random: Random, steps: int, elements: int, *, frequency: float) -> npt.NDArray[np.floating]:
+def periodic(random: Random, steps: int, elements: int, *, frequency: float) -> Array:
     """Each element with a phase of its own."""
     turns = frequency * np.arange(steps)[:, None] + random.random(elements)
     return np.sin(2 * np.pi * turns) * scales(random, elements)
 
 
-def recorded(folder: pathlib.Path, steps: int, elements: int) -> Float32:
+def recorded(folder: pathlib.Path, steps: int, elements: int) -> Array:
     """Gradients of groups of 256 neighbours from eight weight matrices of the character transformer, as it trains.
 
     They are kept in the folder, and taken from there if they are there.
@@ -148,7 +147,7 @@ def recorded(folder: pathlib.Path, steps: int, elements: int) -> Float32:
     return gradients.reshape(steps, elements)
 
 
-def errors(found: Updates, exact: Updates) -> dict[str, float]:
+def errors(found: Array, exact: Array) -> dict[str, float]:
     """Of the last updates: the relative L2 error, RMS and largest in units of exact Adam's, RMS of the error."""
     found, exact = found[-LAST:], exact[-LAST:]
     return {
@@ -159,24 +158,24 @@ def errors(found: Updates, exact: Updates) -> dict[str, float]:
     }
 
 
-def late_errors(found: Updates, exact: Updates) -> dict[str, float]:
+def late_errors(found: Array, exact: Array) -> dict[str, float]:
     """Of the second half of the updates, in units of the rate."""
     error = (found - exact)[len(exact) // 2 :]
     return {"absolute": rms(error), "mean": float(error.mean())}
 
 
-def mean_step(found: Updates, exact: Updates) -> dict[str, float]:
+def mean_step(found: Array, exact: Array) -> dict[str, float]:
     """Of all updates, in units of the right one."""
     return {"step": float(found.mean() / exact.mean())}
 
 
-def quiet_rows(found: Updates, exact: Updates) -> dict[str, float]:
+def quiet_rows(found: Array, exact: Array) -> dict[str, float]:
     """Of the elements without gradients: how far they went, in units of how far they should, and their last update."""
     found, exact = found[:, ::4], exact[:, ::4]
     return {"moved": rms(found.sum(0)) / rms(exact.sum(0)), "last": rms(found[-1])}
 
 
-def rms(x: Updates) -> float:
+def rms(x: Array) -> float:
     return float(np.sqrt(np.square(x, dtype=np.float64).mean()))
 
 
@@ -207,7 +206,7 @@ def trajectory(storage: Storage, b1: float, b2: float, eps: float, gradients: ja
     return -updates(storage.optimizer(b1, b2, eps), gradients)
 
 
-def made_by(storage: Storage, scenario: Scenario, gradients: Float32) -> Updates:
+def made_by(storage: Storage, scenario: Scenario, gradients: Array) -> Array:
     """Ours in float32, all others in float64."""
     with jax.enable_x64(not storage.ours):
         given = jnp.asarray(gradients, jnp.float32 if storage.ours else jnp.float64)

@@ -2,7 +2,7 @@
 
     python benchmarks/precision.py [--quick] [--only LABEL]... [--seeds N] [--out DIR]
 
-The character transformer of `char_model` on tinyshakespeare, the same trained further at a low rate, and the MLP
+The character transformer of `training` on tinyshakespeare, the same trained further at a low rate, and the MLP
 784-1000-1000-10 on MNIST, for every entry of `CONFIGURATIONS` and several seeds. The runs of one seed begin with the
 same float32 numbers, rounded where the parameters are bfloat16, and see the same batches; optimizer, schedule and
 number of steps are the same for all, with a rate that is the best of a short search for float32. Writes

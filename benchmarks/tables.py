@@ -38,19 +38,17 @@ def read(script: str, options: str = "--out benchmarks/results", of: str = "") -
     return scripts.read(path)
 
 
-def largest_errors(rows: Sequence[Row]) -> dict[tuple[float, str], dict[str, float]]:
-    """Per b2 and peer, the largest error by step of adam_fn over the ways of giving hyperparameters, and optax's."""
-    found: dict[tuple[float, str], dict[str, float]] = {}
-    for row in rows:
-        if row["peer"] == "adam_fn" or row["form"] == "numbers":
-            old = found.setdefault((row["b2"], row["peer"]), row["errors"])
-            found[row["b2"], row["peer"]] = {time: max(error, old[time]) for time, error in row["errors"].items()}
-    return found
+def largest_errors(rows: Sequence[Row], b2: float, peer: str) -> dict[str, float]:
+    """The largest error by step of adam_fn over the ways of giving hyperparameters, or optax's."""
+    forms = {} if peer == "adam_fn" else {"form": "numbers"}
+    own = [row["errors"] for row in where(rows, b2=b2, peer=peer, **forms)]
+    return {time: max(errors[time] for errors in own) for time in own[0]}
 
 
 def exactness() -> str:
     found = read("benchmarks/exactness.py")
-    errors = largest_errors(found["rows"])
+    columns = dict.fromkeys((row["b2"], row["peer"]) for row in found["rows"])
+    errors = {column: largest_errors(found["rows"], *column) for column in columns}
     forms = dict.fromkeys(row["form"] for row in found["rows"])
     head = ["step", *(f"{peer}, b2 = {b2}" for b2, peer in errors)]
     times = found["rows"][0]["errors"]
@@ -86,13 +84,12 @@ def above(runs: Sequence[Row], workload: str, label: str) -> list[float]:
 def comparison() -> str:
     """The README's table: what matters to somebody who uses optax.adam, each figure from the results of a script."""
     exact, trained, coded = (read(f"benchmarks/{name}.py") for name in ("exactness", "precision", "codes"))
-    errors = largest_errors(exact["rows"])
     device = Device(read("benchmarks/speed.py", of="-cpu"))
     machines = {x["device"].split(",")[0] for x in (exact, trained, coded, device.records[0])}
     programs = where(read("benchmarks/compiled.py")["rows"], target="v5e")
 
     def error(b2: float) -> list[str]:
-        return [f"{errors[b2, peer]['1000']:.0e}" for peer in ("optax", "adam_fn")]
+        return [f"{largest_errors(exact['rows'], b2, peer)['1000']:.0e}" for peer in ("optax", "adam_fn")]
 
     def state(peer: str) -> str:
         return device.value(next(iter(device.cases("state"))), peer, "state")

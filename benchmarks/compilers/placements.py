@@ -22,8 +22,6 @@ import adam_fn
 #: As where there are several devices.
 several = functools.partial(unittest.mock.patch, "adam_fn.execute.cpu.single_device", lambda: False)
 
-# --- Llama-7B ---
-
 #: Of the 32 layers, which are alike.
 LAYERS = 4
 #: Of a target: the topology, and how many devices divide each parameter and each layer.
@@ -74,8 +72,6 @@ def sharded(name: str, way: str, target: str) -> Row:
         "seconds": seconds,
     }
 
-
-# --- ZeRO, stage 1 ---
 
 KINDS = ("reduce-scatter", "all-gather", "all-reduce")
 
@@ -128,8 +124,6 @@ def zero1(name: str, way: str, target: str) -> Row:
         "share": share / held(state),
     }
 
-
-# --- offload ---
 
 #: Layers whose activations, of a batch of 16,384, need more memory than a step.
 DEEP: Shapes = {f"layer{i}": (2048, 2048) for i in range(4)}

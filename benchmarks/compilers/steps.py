@@ -21,8 +21,6 @@ BF16 = "bfloat16"
 Tx = optax.GradientTransformation
 Shapes = Mapping[str, tuple[int, ...]]
 
-# --- trees ---
-
 ONE: Shapes = {"leaf": (65536, 1024)}
 SMALL: Shapes = {"leaf": (256, 512)}
 GPT2: Shapes = workloads.gpt2(50257, 1024, 768, 12)
@@ -50,8 +48,6 @@ def spent() -> float:
     """Seconds that this process has computed, with those that it started: other work on the machine does not count."""
     return sum(os.times()[:4])
 
-
-# --- targets ---
 
 #: What XLA's GPU compiler asks of a device: what all have, and what each has.
 ALL = """
@@ -88,9 +84,6 @@ def devices(target: str, topology: str = "") -> Sequence[typing.Any]:  # `jax.De
 def first(target: str) -> jax.sharding.Sharding:
     """Where the arrays are of a program for one device."""
     return jax.sharding.SingleDeviceSharding(devices(target)[0])
-
-
-# --- steps ---
 
 
 #: (params, state, grads) -> (params, state), in place.

@@ -89,14 +89,14 @@ class JaxPeer:
         return step, (params, jax.eval_shape(self.tx.init, params), inputs)
 
 
-STORAGES = (("bfloat16 moments", "bfloat16"), ("24-bit state", "24bit"), ("16-bit state", "16bit"))
+STORAGES: tuple[adam_fn.StorageName, ...] = ("bfloat16", "24bit", "16bit")
 JAX_PEERS = (
     JaxPeer("optax", optax.adam(RATE), ("tree", "eager", "training", "loop")),
     JaxPeer("adam_fn", adam_fn.adam(RATE), ("tree", "eager", "training", "loop")),
     JaxPeer("adam_fn make_step", adam_fn.adam(RATE), ("tree", "eager"), adam_fn.make_step),
     *(
         JaxPeer(f"adam_fn {name}{way}", adam_fn.adam(RATE, storage=storage), step=step, leaves=200)
-        for name, storage in STORAGES
+        for storage, name in zip(STORAGES, ("bfloat16 moments", "24-bit state", "16-bit state"), strict=True)
         for way, step in (("", adam_fn.make_step), (", update and apply", None))
     ),
 )
@@ -163,29 +163,24 @@ def torch_runner(name: str, case: workloads.Case, params: Tree, inputs: Tree) ->
     leaves = {key: torch.from_dlpack(leaf).to(device).clone().requires_grad_() for key, leaf in params.items()}
     optimizer = torch.optim.Adam(list(leaves.values()), lr=RATE, **TORCH_PEERS[name])
 
-    def wait(_: object) -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    if case.kind == "training":
-        functional = importlib.import_module("torch.nn.functional")
-        pixels, labels = (torch.from_dlpack(array).to(device) for array in inputs)
-        labels = labels.long()
-
-        def step(_: object) -> object:
-            optimizer.zero_grad(set_to_none=True)
-            hidden = functional.relu(torch.addmm(leaves["b1"], pixels, leaves["w1"]))
-            hidden = functional.relu(torch.addmm(leaves["b2"], hidden, leaves["w2"]))
-            logits = torch.addmm(leaves["b3"], hidden, leaves["w3"])
-            functional.cross_entropy(logits, labels).backward()
-            return optimizer.step()
+    functional = importlib.import_module("torch.nn.functional")
+    given = jax.tree.map(lambda array: torch.from_dlpack(array).to(device), inputs)
+    if training := case.kind == "training":
+        given = given[0], given[1].long()
     else:
         for key, leaf in leaves.items():
-            leaf.grad = torch.from_dlpack(inputs[key]).to(device)
+            leaf.grad = given[key]
 
-        def step(_: object) -> object:
-            return optimizer.step()
+    def step(_: object) -> object:
+        if training:
+            optimizer.zero_grad(set_to_none=True)
+            hidden = functional.relu(torch.addmm(leaves["b1"], given[0], leaves["w1"]))
+            hidden = functional.relu(torch.addmm(leaves["b2"], hidden, leaves["w2"]))
+            logits = torch.addmm(leaves["b3"], hidden, leaves["w3"])
+            functional.cross_entropy(logits, given[1]).backward()
+        return optimizer.step()
 
+    wait = torch.cuda.synchronize if device == "cuda" else bool
     step(None)  # the state exists after the first step
     slots = [value for own in optimizer.state.values() for value in own.values() if torch.is_tensor(value)]
     state = sum(value.nbytes for value in slots)

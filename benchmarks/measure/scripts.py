@@ -84,16 +84,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _processor() -> str:
-    info = pathlib.Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
-
-
 def device() -> str:
     """The device JAX computes on; for a CPU, its model and the number of cores."""
-    first = jax.devices()[0]
-    return f"{_processor()}, {cores()} cores" if first.platform == "cpu" else first.device_kind
+    first, info = jax.devices()[0], pathlib.Path("/proc/cpuinfo")
+    if first.platform != "cpu":
+        return first.device_kind
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return f"{found[1].strip() if found else platform.processor() or platform.machine()}, {cores()} cores"
 
 
 def slug() -> str:

@@ -13,13 +13,13 @@ import precision
 import pytest
 from loaders import mnist, shakespeare
 from measure import scripts
-from training import char_model, tasks
+from training import tasks
 
 TEXT = shakespeare.Text(np.random.default_rng(0).integers(0, 10, 4000, np.int32), 10)
-MODEL = dataclasses.replace(char_model.TINY, vocabulary=TEXT.vocabulary)
+MODEL = dataclasses.replace(tasks.TINY, vocabulary=TEXT.vocabulary)
 
 
-def _flax_logits(params: char_model.Params, tokens: jax.Array) -> jax.Array:
+def _flax_logits(params: tasks.Params, tokens: jax.Array) -> jax.Array:
     """The same network of flax's layers, block by block."""
     width, time = MODEL.width, tokens.shape[1]
 
@@ -49,13 +49,13 @@ def test_the_transformer_is_flax_s() -> None:
     params = MODEL.init(0)
     random = np.random.default_rng(1)
     params = {name: leaf + jnp.array(random.normal(0, 0.2, leaf.shape), jnp.float32) for name, leaf in params.items()}
-    tokens = char_model.sample(jnp.array(TEXT.codes), 0, 0, 3, MODEL.context)[:, :-1]
+    tokens = tasks.sample(jnp.array(TEXT.codes), 0, 0, 3, MODEL.context)[:, :-1]
     expected = jax.jit(_flax_logits)(params, tokens).reshape(-1, TEXT.vocabulary)
     np.testing.assert_allclose(jax.jit(MODEL.logits)(params, tokens), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_model_has_the_stated_number_of_parameters() -> None:
-    assert char_model.Model().parameters == 1_017_472
+    assert tasks.Model().parameters == 1_017_472
     assert MODEL.parameters == sum(leaf.size for leaf in MODEL.init(0).values())
 
 
@@ -64,18 +64,18 @@ def test_split_and_windows() -> None:
     assert data["train"].tolist() == TEXT.codes[:3600].tolist()
     assert data["validation"].ravel()[:5].tolist() == TEXT.codes[3600:3605].tolist()
     text = jnp.arange(1000)
-    windows = np.asarray(char_model.sample(text, 3, 5, 64, 20))
+    windows = np.asarray(tasks.sample(text, 3, 5, 64, 20))
     assert windows.shape == (64, 21) and (np.diff(windows) == 1).all() and len(set(windows[:, 0])) > 32
     for seed, step, same in ((3, 5, True), (3, 6, False), (4, 5, False)):
-        assert np.array_equal(windows, char_model.sample(text, seed, step, 64, 20)) == same
-    found = char_model.spread(text, 40, 20)
+        assert np.array_equal(windows, tasks.sample(text, seed, step, 64, 20)) == same
+    found = tasks.spread(text, 40, 20)
     assert found[0, 0] == 0 and found[-1, -1] == 999 and (jnp.diff(found[:, 0]) >= 20).all()
 
 
 def test_recorded_gradients() -> None:
     workload = tasks.characters(quick=True, text=TEXT)
     found = tasks.recorded(workload, 2, 16, seed=7)
-    windows = char_model.sample(workload.data["train"], 7, 0, char_model.BATCH, MODEL.context)
+    windows = tasks.sample(workload.data["train"], 7, 0, tasks.BATCH, MODEL.context)
     params = MODEL.init(7)
     grads = jax.jit(jax.grad(MODEL.loss))(params, windows)
     assert found.shape == (2, 16, 256)
