@@ -84,10 +84,7 @@ def storages() -> Iterator[Storage]:
     """Ours, optax's own (which rounds β₁m to bfloat16 as well), then the emulations."""
     params = jnp.zeros(2**20)
     for name in get_args(adam_fn.StorageName):
-
-        def optimizer(b1: float, b2: float, _: float, name: adam_fn.StorageName = name) -> optax.GradientTransformation:
-            return adam_fn.adam(1.0, b1, b2, eps=0.0, storage=name)
-
+        optimizer = functools.partial(lambda name, b1, b2, _: adam_fn.adam(1.0, b1, b2, eps=0.0, storage=name), name)
         size = adam_fn.state_bytes(optimizer(B1, B2, 0), params) / params.size
         yield Storage(name, round(size, 3), True, optimizer)
     low = functools.partial(optax.adam, 1.0, mu_dtype="bfloat16")

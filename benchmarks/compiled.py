@@ -78,7 +78,8 @@ def compiled(name: str, options: argparse.Namespace, versions: dict[str, dict[st
 
 def main() -> None:
     check = "exit 1 when a limit is exceeded or a compiler missing"
-    parser = scripts.parser(__doc__, only="part of a program's name", check=check)
+    parser = scripts.parser(__doc__, only="part of a program's name")
+    parser.add_argument("--check", action="store_true", help=check)
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "adam_fn" / "compilers"
     parser.add_argument("--target", action="append", choices=[*TPU, *GPU], help="repeatable; all by default")
     parser.add_argument("--environments", type=pathlib.Path, default=cache, help="where the compilers are installed")

@@ -186,7 +186,6 @@ def main() -> None:
     parser = scripts.parser(__doc__, quick=quick, only="a label or a part of one", out="out")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
-
     labels = scripts.selected(CONFIGURATIONS, options.only)
     path = options.out / f"precision-{'quick-' if options.quick else ''}{scripts.slug()}.json"
     for workload in WORKLOADS:

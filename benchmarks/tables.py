@@ -270,11 +270,10 @@ def mnist() -> str:
             best = max(epoch["test_accuracy"] for epoch in epochs)
             row = [run["label"], *numbers, run["schedule"], str(len(epochs)), cost]
             body.append([*row, f"{last['test_accuracy']:.2%}", f"{best:.2%}", f"{images / seconds:,.0f}"])
-        layers = "-".join(str(width) for width in found["layers"])
         about = (
             f"{found['dataset']}, {found['train_images']:,} training and {found['test_images']:,} test images, "
-            f"MLP {layers}, batch {found['batch']}, seed {found['seed']}, on {found['device']} with "
-            f"{named(found['versions'])}, by `examples/mnist_mlp.py`:"
+            f"MLP {'-'.join(map(str, found['layers']))}, batch {found['batch']}, seed {found['seed']}, "
+            f"on {found['device']} with {named(found['versions'])}, by `examples/mnist_mlp.py`:"
         )
         texts.append(f"{about}\n\n{table(head, body)}")
     return "\n\n".join(texts)

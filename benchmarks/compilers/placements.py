@@ -59,16 +59,14 @@ def sharded(name: str, way: str, target: str) -> Row:
         large = (x for x in jax.tree.leaves(tree) if x.size > 16)
         return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in large)
 
-    def differ(x: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> bool:
-        return not place.is_equivalent_to(x.sharding, x.ndim)
-
+    places = zip(jax.tree.leaves((params, state)), jax.tree.leaves(compiled.output_shardings), strict=True)
     count = own(params) / params["norm"].dtype.itemsize
     program = Program(compiled.as_text() or "")
     return {
         "collectives": len(program.exchanges()),
         "temporaries": program.temporaries(compiled.memory_analysis()) / count,
         "state": own(state) / count,
-        "moved": sum(jax.tree.leaves(jax.tree.map(differ, (params, state), compiled.output_shardings))),
+        "moved": sum(not at.is_equivalent_to(x.sharding, x.ndim) for x, at in places),
         "seconds": seconds,
     }
 

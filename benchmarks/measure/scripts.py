@@ -19,17 +19,13 @@ Row: TypeAlias = dict[str, Any]
 NONE = "–"
 
 
-def parser(
-    doc: str | None, *, quick: str = "", only: str = "", check: str = "", out: str | None = None
-) -> argparse.ArgumentParser:
+def parser(doc: str | None, *, quick: str = "", only: str = "", out: str | None = None) -> argparse.ArgumentParser:
     """The options of a script: --out, and those that it gives a help for."""
     found = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     if quick:
         found.add_argument("--quick", action="store_true", help=quick)
     if only:
         found.add_argument("--only", action="extend", nargs="+", default=[], metavar="TEXT", help=f"{only}; repeatable")
-    if check:
-        found.add_argument("--check", action="store_true", help=check)
     found.add_argument("--out", type=pathlib.Path, default=out and pathlib.Path(out), help="folder for the results")
     return found
 
