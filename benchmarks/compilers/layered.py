@@ -89,21 +89,22 @@ def compiled(name: str, way: str, target: str) -> Row:
     """A step of training; bytes per parameter of a device."""
     tx, p = STEPS[name.removesuffix(ORDINARY)].tx, params()
     batch = jax.ShapeDtypeStruct((BATCH * (1 if way == "one device" else 16), LENGTH), "int32")
-    context = contextlib.ExitStack()
+    mesh = None
     if way == "one device":
-        whole = rows = first(target)
-        p = placed(p, whole)
+        rows = first(target)
+        p = placed(p, rows)
     else:
         mesh = Mesh(np.array(devices(target, "4x4")), ("data",), axis_types=(AxisType.Auto,))
         whole, rows = (jax.NamedSharding(mesh, spec) for spec in (jax.P(), jax.P("data")))
         p = placed(p, shardings(mesh) if way == "FSDP 16" else whole)
         tx = tx if way == "FSDP 16" else adam_fn.zero1(tx, p, mesh, layers="layers")
-        context.enter_context(several())
-        context.enter_context(jax.set_mesh(mesh))
     state, batch = placed(jax.eval_shape(tx.init, p), adam_fn.state_shardings(tx, p)), placed(batch, rows)
     step = ordinary(tx) if name.endswith(ORDINARY) else backward.value_and_step(tx, embed, layer, head)
     jax.clear_caches()
-    with context:
+    with contextlib.ExitStack() as context:
+        if mesh is not None:  # Not earlier: `state_shardings` fails in it.
+            context.enter_context(several())
+            context.enter_context(jax.set_mesh(mesh))
         program: typing.Any = jax.jit(step, donate_argnums=(0, 1)).lower(p, state, batch).compile()
         alone: typing.Any = jax.jit(inputs_only).lower(p, batch).compile()
     devices_ = 16 if way == "FSDP 16" else 1
