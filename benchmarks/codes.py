@@ -4,21 +4,10 @@
 
 Ours run as they are, `adam_fn.adam` in float32 with ε = 0; those of other libraries are emulated in float64
 (`emulation/peers.py`), but for optax's own; exact is Adam in float64 with ε = 0, and 0/0 counts as 0. The rate is 1,
-β₁ = 0.9 and β₂ = 0.999 unless a scenario says otherwise, the others' ε 1e-8 of the gradients' scale σ. The scenarios:
-
-- random: normal gradients, each element with a scale of lognormal(0.7) times σ; of lognormal(2.5); with other βs;
-- sparse: an element has a gradient at 1% of the steps;
-- recorded: gradients of a character transformer's weights while it trains (`char_model.py`), with `--gradients DIR`,
-  which keeps them; recording takes minutes;
-- steady: each element's gradient is its scale times 1 + noise;
-- quiet: every fourth element's gradient becomes 0 after the step 10;
-- falling: the gradient falls tenfold every quarter of the steps, the right update far below the rate;
-- periodic: a sine of a whole period; golden: one whose frequency is the golden ratio;
-- slow: the slow moment of `adam_fn.ademamix`, of steady gradients.
-
-Of the last 200 updates: the relative L2 error, their RMS and largest magnitude in units of exact Adam's, and the RMS of
-the error in units of the rate; of falling gradients that and the mean error of the second half of the updates. With
---check the exit status is 1 when a storage of ours misses a bar.
+β₁ = 0.9 and β₂ = 0.999 unless a scenario says otherwise, the others' ε 1e-8 of the gradients' scale σ. `scenarios` has
+what gradients there are, each element's with a scale of lognormal(0.7) times σ, and what is measured of their updates.
+Those of the scenario `recorded` come from a character transformer while it trains, with `--gradients DIR`, which keeps
+them; recording takes minutes.
 """
 
 import dataclasses
@@ -27,7 +16,7 @@ import itertools
 import pathlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal, NamedTuple, TypeAlias, cast, get_args
+from typing import NamedTuple, TypeAlias, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -37,25 +26,16 @@ import optax
 from emulation import peers
 from exactness import updates
 from measure import scripts
-from measure.scripts import Row
-from training import char_model
+from training import tasks
 
 import adam_fn
 
 B1, B2 = 0.9, 0.999
 SLOW = 0.9999  # AdEMAMix's β₃
-SIGMAS = (1.0, 1e-3, 1e-6, 1e-9, 1e-15)
-BETAS = (0.9, 0.95, 0.99)
-GOLDEN = (5**0.5 - 1) / 2
-PERIODS = (2, 3, 4, 5, 8)
 LAST = 200
 
-Name: TypeAlias = Literal["float32", "bfloat16", "24bit", "16bit"]
-OURS: tuple[Name, ...] = get_args(Name)
-
 Random: TypeAlias = np.random.Generator
-Float32: TypeAlias = npt.NDArray[np.float32]
-Updates: TypeAlias = npt.NDArray[np.floating]
+Array: TypeAlias = npt.NDArray[np.floating]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,28 +66,16 @@ class Scenario:
 
     name: str
     case: str
-    gradients: Callable[[Random, int, int], npt.NDArray[np.floating]]
-    measure: Callable[[Updates, Updates], dict[str, float]]
+    gradients: Callable[[Random, int, int], Array]
+    measure: Callable[[Array, Array], dict[str, float]]
     b1: float = B1
     b2: float = B2
     sigma: float = 1.0
-    steady: bool = False
 
 
-def library(name: Name) -> Storage:
-    """A storage of this package."""
-
-    def optimizer(b1: float, b2: float, _: float) -> optax.GradientTransformation:
-        return adam_fn.adam(1.0, b1, b2, eps=0.0, storage=name)
-
-    params = jnp.zeros(2**20)
-    return Storage(name, round(adam_fn.state_bytes(optimizer(B1, B2, 0), params) / params.size, 3), True, optimizer)
-
-
-def emulated(peer: peers.Peer) -> Storage:
+def emulated(name: str, mu: peers.Moment, nu: peers.Moment) -> Storage:
     """Another library's."""
-    size = peer.mu.bytes + peer.nu.bytes
-    return Storage(peer.name, size, False, functools.partial(peers.adam, peer.mu, peer.nu))
+    return Storage(name, mu.bytes + nu.bytes, False, functools.partial(peers.adam, mu, nu))
 
 
 EXACT = Storage("exact", 16, False, lambda b1, b2, _: peers.adam(peers.EXACT, peers.EXACT, b1, b2, 0.0))
@@ -115,11 +83,14 @@ EXACT = Storage("exact", 16, False, lambda b1, b2, _: peers.adam(peers.EXACT, pe
 
 def storages() -> Iterator[Storage]:
     """Ours, optax's own (which rounds β₁m to bfloat16 as well), then the emulations."""
-    yield from map(library, OURS)
-    yield Storage(
-        "optax, mu_dtype=bfloat16", 6, False, lambda b1, b2, eps: optax.adam(1.0, b1, b2, eps, mu_dtype="bfloat16")
-    )
-    yield from map(emulated, peers.peers())
+    params = jnp.zeros(2**20)
+    for name in get_args(adam_fn.StorageName):
+        optimizer = functools.partial(lambda name, b1, b2, _: adam_fn.adam(1.0, b1, b2, eps=0.0, storage=name), name)
+        size = adam_fn.state_bytes(optimizer(B1, B2, 0), params) / params.size
+        yield Storage(name, round(size, 3), True, optimizer)
+    low = functools.partial(optax.adam, 1.0, mu_dtype="bfloat16")
+    yield Storage("optax, mu_dtype=bfloat16", 6, False, low)
+    yield from itertools.starmap(emulated, ((name, *moments) for name, moments in peers.PEERS.items()))
 
 
 def scales(random: Random, elements: int, spread: float = 0.7) -> npt.NDArray[np.float64]:
@@ -127,51 +98,55 @@ def scales(random: Random, elements: int, spread: float = 0.7) -> npt.NDArray[np
     return np.exp(spread * random.standard_normal(elements))
 
 
-def normal(random: Random, steps: int, elements: int, *, spread: float = 0.7) -> npt.NDArray[np.floating]:
+def normal(random: Random, steps: int, elements: int, *, spread: float = 0.7) -> Array:
     return random.standard_normal((steps, elements)) * scales(random, elements, spread)
 
 
-def sparse(random: Random, steps: int, elements: int) -> npt.NDArray[np.floating]:
+def sparse(random: Random, steps: int, elements: int) -> Array:
+    """An element has a gradient at 1% of the steps, and no scale."""
     return random.standard_normal((steps, elements)) * (random.random((steps, elements)) < 0.01)
 
 
-def steady(random: Random, steps: int, elements: int, *, noise: float) -> npt.NDArray[np.floating]:
+def steady(random: Random, steps: int, elements: int, *, noise: float) -> Array:
+    """Each element's gradient is its scale times 1 + noise."""
     return (1 + noise * random.standard_normal((steps, elements))) * scales(random, elements)
 
 
-def quiet(random: Random, steps: int, elements: int) -> npt.NDArray[np.floating]:
+def quiet(random: Random, steps: int, elements: int) -> Array:
+    """Every fourth element's gradient becomes 0 after the step 10."""
     found = normal(random, steps, elements)
     found[10:, ::4] = 0
     return found
 
 
-def falling(random: Random, steps: int, elements: int) -> npt.NDArray[np.floating]:
+def falling(random: Random, steps: int, elements: int) -> Array:
+    """The gradient falls tenfold every quarter of the steps, the right update far below the rate."""
     return 10 ** (-4 * np.arange(steps)[:, None] / steps) * scales(random, elements)
 
 
-def periodic(random: Random, steps: int, elements: int, *, frequency: float) -> npt.NDArray[np.floating]:
+def periodic(random: Random, steps: int, elements: int, *, frequency: float) -> Array:
     """Each element with a phase of its own."""
     turns = frequency * np.arange(steps)[:, None] + random.random(elements)
     return np.sin(2 * np.pi * turns) * scales(random, elements)
 
 
-def recorded(folder: pathlib.Path, steps: int, elements: int) -> Float32:
+def recorded(folder: pathlib.Path, steps: int, elements: int) -> Array:
     """Gradients of groups of 256 neighbours from eight weight matrices of the character transformer, as it trains.
 
     They are kept in the folder, and taken from there if they are there.
     """
-    rows, file = elements // 256, folder / "recorded.npy"
+    rows, file = elements // tasks.GROUP, folder / "recorded.npy"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        np.save(file, char_model.recorded(steps, rows=rows))
+        np.save(file, tasks.recorded(tasks.characters(), steps, rows))
     gradients = np.load(file)
-    if gradients.shape != (steps, rows, 256):
+    if gradients.shape != (steps, rows, tasks.GROUP):
         raise ValueError(f"{file} holds gradients of other sizes, {gradients.shape}")
     return gradients.reshape(steps, elements)
 
 
-def errors(found: Updates, exact: Updates) -> dict[str, float]:
-    """Of the last updates."""
+def errors(found: Array, exact: Array) -> dict[str, float]:
+    """Of the last updates: the relative L2 error, RMS and largest in units of exact Adam's, RMS of the error."""
     found, exact = found[-LAST:], exact[-LAST:]
     return {
         "error": rms(found - exact) / rms(exact),
@@ -181,30 +156,30 @@ def errors(found: Updates, exact: Updates) -> dict[str, float]:
     }
 
 
-def late_errors(found: Updates, exact: Updates) -> dict[str, float]:
+def late_errors(found: Array, exact: Array) -> dict[str, float]:
     """Of the second half of the updates, in units of the rate."""
     error = (found - exact)[len(exact) // 2 :]
     return {"absolute": rms(error), "mean": float(error.mean())}
 
 
-def mean_step(found: Updates, exact: Updates) -> dict[str, float]:
+def mean_step(found: Array, exact: Array) -> dict[str, float]:
     """Of all updates, in units of the right one."""
     return {"step": float(found.mean() / exact.mean())}
 
 
-def quiet_rows(found: Updates, exact: Updates) -> dict[str, float]:
+def quiet_rows(found: Array, exact: Array) -> dict[str, float]:
     """Of the elements without gradients: how far they went, in units of how far they should, and their last update."""
     found, exact = found[:, ::4], exact[:, ::4]
     return {"moved": rms(found.sum(0)) / rms(exact.sum(0)), "last": rms(found[-1])}
 
 
-def rms(x: Updates) -> float:
+def rms(x: Array) -> float:
     return float(np.sqrt(np.square(x, dtype=np.float64).mean()))
 
 
 def scenarios(sizes: Sizes, folder: pathlib.Path | None = None) -> Iterator[Scenario]:
     """All but those of the slow moment."""
-    for sigma in SIGMAS:
+    for sigma in (1.0, 1e-3, 1e-6, 1e-9, 1e-15):
         yield Scenario("random", f"σ = {sigma:g}", normal, errors, sigma=sigma)
     yield Scenario("wide", "", functools.partial(normal, spread=2.5), errors)
     yield Scenario("sparse", "", sparse, errors)
@@ -213,14 +188,14 @@ def scenarios(sizes: Sizes, folder: pathlib.Path | None = None) -> Iterator[Scen
     if folder is not None:
         gradients = recorded(folder, sizes.steps, 4 * sizes.elements)
         yield Scenario("recorded", "", lambda *_: gradients, errors)
-    for noise, b1 in itertools.product((0, 1 / 3, 1, 3), BETAS):
+    for noise, b1 in itertools.product((0, 1 / 3, 1, 3), (0.9, 0.95, 0.99)):
         name, made = "noisy" if noise else "steady", functools.partial(steady, noise=noise)
-        yield Scenario(name, f"β₁ = {b1}, noise {noise:.2g}", made, mean_step, b1=b1, steady=True)
+        yield Scenario(name, f"β₁ = {b1}, noise {noise:.2g}", made, mean_step, b1=b1)
     yield Scenario("quiet", "", quiet, quiet_rows)
     yield Scenario("falling", "", falling, late_errors)
-    for period in PERIODS:
+    for period in (2, 3, 4, 5, 8):
         yield Scenario("periodic", f"period {period}", functools.partial(periodic, frequency=1 / period), errors)
-    yield Scenario("golden", "", functools.partial(periodic, frequency=GOLDEN), errors)
+    yield Scenario("golden", "", functools.partial(periodic, frequency=(5**0.5 - 1) / 2), errors)
 
 
 @functools.partial(jax.jit, static_argnames=("storage", "b1", "b2"))
@@ -229,16 +204,16 @@ def trajectory(storage: Storage, b1: float, b2: float, eps: float, gradients: ja
     return -updates(storage.optimizer(b1, b2, eps), gradients)
 
 
-def made_by(storage: Storage, scenario: Scenario, gradients: Float32) -> Updates:
+def made_by(storage: Storage, scenario: Scenario, gradients: Array) -> Array:
     """Ours in float32, all others in float64."""
     with jax.enable_x64(not storage.ours):
         given = jnp.asarray(gradients, jnp.float32 if storage.ours else jnp.float64)
         return np.asarray(trajectory(storage, scenario.b1, scenario.b2, 1e-8 * scenario.sigma, given))
 
 
-def compared(candidates: Iterable[Storage], scenario: Scenario, sizes: Sizes) -> Iterator[Row]:
+def compared(candidates: Iterable[Storage], scenario: Scenario, sizes: Sizes) -> Iterator[scripts.Row]:
     """A row for each of them."""
-    random, steps = np.random.default_rng(0), sizes.steady if scenario.steady else sizes.steps
+    random, steps = np.random.default_rng(0), sizes.steady if scenario.measure is mean_step else sizes.steps
     gradients = (scenario.sigma * scenario.gradients(random, steps, sizes.elements)).astype(np.float32)
     exact = made_by(EXACT, scenario, gradients)
     for storage in candidates:
@@ -246,34 +221,27 @@ def compared(candidates: Iterable[Storage], scenario: Scenario, sizes: Sizes) ->
         yield {**about(storage), "scenario": scenario.name, "case": scenario.case, **found}
 
 
-def about(storage: Storage) -> Row:
+def about(storage: Storage) -> scripts.Row:
     return {"storage": storage.name, "bytes": storage.bytes, "ours": storage.ours}
 
 
 @functools.partial(jax.jit, static_argnames="name")
-def slow_moment(name: Name, gradients: jax.Array) -> jax.Array:
+def slow_moment(name: adam_fn.StorageName, gradients: jax.Array) -> jax.Array:
     """AdEMAMix's after the last step, one of the storages of ours."""
     tx, params = adam_fn.ademamix(1.0, b3=SLOW, storage=name), jnp.zeros_like(gradients[0])
     state, _ = jax.lax.scan(lambda state, g: (tx.update(g, state, params)[1], None), tx.init(params), gradients)
     return adam_fn.diagnostics.moments(tx, state, params)["slow"]
 
 
-def slow(candidates: Iterable[Storage], sizes: Sizes) -> Iterator[Row]:
+def slow(candidates: Iterable[Storage], sizes: Sizes) -> Iterator[scripts.Row]:
     """The slow moment's mean, in units of the exact one's, of the storages that are ours."""
     weights = (1 - SLOW) * SLOW ** np.arange(sizes.slow)[::-1]
     for noise in (0, 0.3, 1, 10):
         gradients = steady(np.random.default_rng(0), sizes.slow, sizes.elements, noise=noise).astype(np.float32)
         for storage in (storage for storage in candidates if storage.ours):
-            mean = float(slow_moment(cast(Name, storage.name), jnp.asarray(gradients)).mean())
+            mean = float(slow_moment(cast(adam_fn.StorageName, storage.name), jnp.asarray(gradients)).mean())
             ratio = mean / float((weights @ gradients.astype(np.float64)).mean())
             yield {**about(storage), "scenario": "slow", "case": f"noise {noise:g}", "step": ratio}
-
-
-def measured(candidates: list[Storage], sizes: Sizes, folder: pathlib.Path | None = None) -> Iterator[Row]:
-    """All rows."""
-    for scenario in scenarios(sizes, folder):
-        yield from compared(candidates, scenario, sizes)
-    yield from slow(candidates, sizes)
 
 
 class Bar(NamedTuple):
@@ -305,7 +273,7 @@ BARS = (
 PERIODIC = 2  # The most that the error of periodic gradients may be, in units of that of random ones.
 
 
-def misses(rows: Iterable[Row]) -> list[str]:
+def misses(rows: Iterable[scripts.Row]) -> list[str]:
     """Which bars our storages miss, and by how much."""
     rows, found = list(rows), []
     for place, storage in enumerate(BARRED):
@@ -323,21 +291,16 @@ def misses(rows: Iterable[Row]) -> list[str]:
 
 
 def main() -> None:
-    parser = scripts.parser(
-        __doc__,
-        quick="few steps and elements, to try the script",
-        only="part of a storage's name",
-        check="exit 1 when a storage of ours misses a bar",
-    )
+    quick, only = "few steps and elements, to try the script", "part of a storage's name"
+    parser = scripts.parser(__doc__, quick=quick, only=only)
+    parser.add_argument("--check", action="store_true", help="exit 1 when a storage of ours misses a bar")
     parser.add_argument("--gradients", type=pathlib.Path, help="folder that keeps recorded gradients")
     options = parser.parse_args()
-
     sizes, every = QUICK if options.quick else Sizes(), {storage.name: storage for storage in storages()}
     chosen = [every[name] for name in scripts.selected(every, options.only)]
-    rows = scripts.collected(measured(chosen, sizes, options.gradients))
-    if options.out:
-        about = {**scripts.about(), **sizes._asdict(), "last": LAST, "b1": B1, "b2": B2}
-        scripts.write(options.out / "codes.json", {**about, "rows": rows})
+    updated = (row for scenario in scenarios(sizes, options.gradients) for row in compared(chosen, scenario, sizes))
+    rows = scripts.collected(itertools.chain(updated, slow(chosen, sizes)))
+    scripts.save(options, "codes", rows, **sizes._asdict(), last=LAST, b1=B1, b2=B2)
     if options.check and (missed := misses(rows)):
         sys.exit("\n".join(["bars missed:", *missed]))
 

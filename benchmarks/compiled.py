@@ -19,8 +19,7 @@ import sys
 import venv
 from collections.abc import Iterator
 
-from compilers.figures import family, summary
-from compilers.limits import GPU, TARGETS, TPU, Row, exceeded
+from compilers.figures import GPU, TARGETS, TPU, exceeded, family, summary
 from measure import scripts
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -54,12 +53,12 @@ def python(folder: pathlib.Path, name: str) -> pathlib.Path:
     return interpreter
 
 
-def compiled(name: str, options: argparse.Namespace, versions: dict[str, dict[str, str]]) -> Iterator[Row]:
+def compiled(name: str, options: argparse.Namespace, versions: dict[str, dict[str, str]]) -> Iterator[scripts.Row]:
     """The rows of one compiler's targets; its versions are added to `versions`."""
     folder = options.environments / name
-    command = [str(python(folder, name)), str(WORKER), *(f"--only={text}" for text in options.only)]
-    command += [f"--target={target}" for target in TARGETS[name] if target in options.target]
-    begun: Row = {}
+    targets = [target for target in TARGETS[name] if target in options.target]
+    command = [str(python(folder, name)), str(WORKER), json.dumps([targets, options.only])]
+    begun: scripts.Row = {}
     with (folder / "log").open("w") as log:
         settings = {**os.environ, **SETTINGS}
         worker = subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=log, text=True)
@@ -79,14 +78,15 @@ def compiled(name: str, options: argparse.Namespace, versions: dict[str, dict[st
 
 def main() -> None:
     check = "exit 1 when a limit is exceeded or a compiler missing"
-    parser = scripts.parser(__doc__, only="part of a program's name", check=check)
+    parser = scripts.parser(__doc__, only="part of a program's name")
+    parser.add_argument("--check", action="store_true", help=check)
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "adam_fn" / "compilers"
     parser.add_argument("--target", action="append", choices=[*TPU, *GPU], help="repeatable; all by default")
     parser.add_argument("--environments", type=pathlib.Path, default=cache, help="where the compilers are installed")
     options = parser.parse_args()
     options.target = options.target or [*TPU, *GPU]
     print("Compiled ahead of time, for devices that are not there: nothing of this ran.")
-    rows: list[Row] = []
+    rows: list[scripts.Row] = []
     versions: dict[str, dict[str, str]] = {}
     wrong: list[str] = []
     for name in (name for name, targets in TARGETS.items() if {*targets} & {*options.target}):

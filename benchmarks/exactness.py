@@ -1,13 +1,12 @@
 """How far Adam's update is from exact arithmetic.
 
-    python benchmarks/exactness.py [--steps N] [--coordinates N] [--out DIR]
+    python benchmarks/exactness.py [--quick] [--out DIR]
 
 Random gradients, coordinates whose scales span e^-9 to e^9; the relative L2 error of the update at some steps against
 a float64 transcription that reads the very same float32 gradients and the very same hyperparameters.
 """
 
-import dataclasses
-import itertools
+import functools
 import typing
 from collections.abc import Callable, Iterator
 
@@ -16,25 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 import optax
+from emulation import peers
 from measure import scripts
 
 import adam_fn
 
 TIMES = (1, 2, 10, 100, 1000, 10000)
 B2 = (0.999, 0.9999, 0.99999, 0.999999)
+SIZES = {"steps": 10000, "coordinates": 1000, "seed": 0}
+QUICK = {"steps": 1000, "coordinates": 100, "seed": 0}
+DEFAULTS = {"learning_rate": 1e-3, "b1": 0.9, "b2": 0.999, "eps": 1e-8}
 
 Hyperparameter = float | jax.Array | Callable[[jax.Array], jax.typing.ArrayLike]
 Errors = dict[int, float]
-
-
-@dataclasses.dataclass(frozen=True)
-class Exact:
-    """The hyperparameters of the float64 transcription."""
-
-    learning_rate: float = 1e-3
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
 
 
 def gradients(steps: int, coordinates: int, seed: int) -> npt.NDArray[np.float32]:
@@ -42,19 +35,6 @@ def gradients(steps: int, coordinates: int, seed: int) -> npt.NDArray[np.float32
     random = np.random.default_rng(seed)
     scales = np.exp(random.uniform(-9, 9, coordinates))
     return (random.standard_normal((steps, coordinates)) * scales).astype(np.float32)
-
-
-def oracle(grads: npt.NDArray[np.float32], exact: Exact, times: tuple[int, ...]) -> dict[int, npt.NDArray[np.float64]]:
-    """Algorithm 1 of arXiv:1412.6980 in float64: the updates at `times`."""
-    mu = nu = np.zeros(grads.shape[1])
-    updates = {}
-    for step, grad in enumerate(grads.astype(np.float64), 1):
-        mu = exact.b1 * mu + (1 - exact.b1) * grad
-        nu = exact.b2 * nu + (1 - exact.b2) * grad**2
-        if step in times:
-            mu_hat, nu_hat = mu / (1 - exact.b1**step), nu / (1 - exact.b2**step)
-            updates[step] = -exact.learning_rate * mu_hat / (np.sqrt(nu_hat) + exact.eps)
-    return updates
 
 
 def updates(tx: optax.GradientTransformation, grads: jax.Array) -> jax.Array:
@@ -69,90 +49,66 @@ def updates(tx: optax.GradientTransformation, grads: jax.Array) -> jax.Array:
     return typing.cast(jax.Array, found)
 
 
-def compare(
-    make_tx: Callable[[dict[str, typing.Any]], optax.GradientTransformation],
-    hyperparameters: dict[str, Hyperparameter],
-    exact: Exact,
-    *,
-    steps: int,
-    coordinates: int,
-    seed: int = 0,
-) -> Errors:
-    """Runs `make_tx(hyperparameters)` beside the transcription; those that are arrays reach it as tracers of one jit.
-
-    The relative L2 error over the coordinates by step.
-    """
-    grads = gradients(steps, coordinates, seed)
-    arrays = {name: value for name, value in hyperparameters.items() if isinstance(value, jax.Array)}
-    program = jax.jit(lambda arrays, grads: updates(make_tx({**hyperparameters, **arrays}), grads))
-    found = np.asarray(program(arrays, grads))
-    right = oracle(grads, exact, tuple(time for time in TIMES if time <= steps))
-
-    norm = np.linalg.norm
-    return {step: float(norm(found[step - 1] - update) / norm(update)) for step, update in right.items()}
-
-
 def measure(
-    make_tx: Callable[[Hyperparameter], optax.GradientTransformation],
-    b2: Hyperparameter,
-    oracle_b2: float,
+    make_tx: Callable[[typing.Any], optax.GradientTransformation],
+    given: Hyperparameter | dict[str, Hyperparameter],
+    exact: float | dict[str, float],
     steps: int = 10000,
     coordinates: int = 1000,
+    seed: int = 0,
 ) -> Errors:
-    """Relative L2 error of the update of `make_tx(b2)` by step.
+    """The relative L2 error by step of `make_tx(given)` beside Adam in float64.
 
-    `b2` is a number or a schedule, or an array, which `make_tx` then gets as a tracer; `oracle_b2` is its value. The
-    other hyperparameters of the transcription are Adam's defaults as Python numbers, and a rate of 1e-3.
+    What is given is b2 or any hyperparameters, of which `make_tx` gets arrays as tracers of one jit; `exact` are their
+    values. Those that have none are the defaults.
     """
-    sizes = {"steps": steps, "coordinates": coordinates}
-    return compare(lambda given: make_tx(given["b2"]), {"b2": b2}, Exact(b2=oracle_b2), **sizes)
+    exact = DEFAULTS | (exact if isinstance(exact, dict) else {"b2": exact})
+    grads, (leaves, tree) = gradients(steps, coordinates, seed), jax.tree.flatten(given)
+    arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
+
+    def run(arrays: dict[int, jax.Array], grads: jax.Array) -> jax.Array:
+        return updates(make_tx(tree.unflatten(arrays.get(i, leaf) for i, leaf in enumerate(leaves))), grads)
+
+    found = np.asarray(jax.jit(run)(arrays, grads))
+    with jax.enable_x64(True):
+        tx = peers.adam(peers.EXACT, peers.EXACT, exact["b1"], exact["b2"], exact["eps"])
+        program = jax.jit(functools.partial(updates, tx))
+        right = exact["learning_rate"] * np.asarray(program(jnp.asarray(grads, jnp.float64)))
+    times, norm = (time for time in TIMES if time <= steps), np.linalg.norm
+    return {time: float(norm(found[time - 1] - right[time - 1]) / norm(right[time - 1])) for time in times}
 
 
-def constant(value: jax.typing.ArrayLike) -> Callable[[jax.Array], jax.typing.ArrayLike]:
-    """A schedule of one value."""
-    return lambda count: value
-
-
-def float32(exact: Exact) -> Exact:
-    """The values that float32 arrays hold."""
-    return Exact(**{name: float(np.float32(value)) for name, value in dataclasses.asdict(exact).items()})
-
-
-#: The ways of giving hyperparameters: what the transformation gets, and the values that this stands for.
-FORMS: dict[str, tuple[Callable[[float], Hyperparameter], Callable[[Exact], Exact]]] = {
-    "numbers": (lambda value: value, lambda exact: exact),
-    "schedules of numbers": (constant, lambda exact: exact),
-    "schedules of float32 arrays": (lambda value: constant(np.float32(value)), float32),
-    "traced arrays": (jnp.float32, float32),
+#: The ways of giving a hyperparameter, and whether it is then rounded to float32.
+FORMS: dict[str, tuple[Callable[[float], Hyperparameter], bool]] = {
+    "numbers": (lambda value: value, False),
+    "schedules of numbers": (lambda value: lambda count: value, False),
+    "schedules of float32 arrays": (lambda value: lambda count: np.float32(value), True),
+    "traced arrays": (jnp.float32, True),
 }
-PEERS: dict[str, tuple[Callable[..., optax.GradientTransformation], tuple[str, ...]]] = {
-    "adam_fn": (adam_fn.adam, tuple(FORMS)),
-    # optax.adam takes a schedule for the rate alone.
-    "optax": (optax.adam, ("numbers", "traced arrays")),
+#: optax.adam takes a schedule for the rate alone.
+PEERS: dict[str, tuple[Callable[..., optax.GradientTransformation], dict[str, typing.Any]]] = {
+    "adam_fn": (adam_fn.adam, FORMS),
+    "optax": (optax.adam, {name: FORMS[name] for name in ("numbers", "traced arrays")}),
 }
 
 
 def measured(sizes: dict[str, int]) -> Iterator[scripts.Row]:
     """A row for every β₂, peer and form."""
-    for b2, (peer, (make_tx, forms)) in itertools.product(B2, PEERS.items()):
-        for name in forms:
-            give, values = FORMS[name]
-            exact = Exact(b2=b2)
-            given = {key: give(value) for key, value in dataclasses.asdict(exact).items()}
-            found = compare(lambda given, make_tx=make_tx: make_tx(**given), given, values(exact), **sizes)
-            yield {"b2": b2, "peer": peer, "form": name, "errors": found}
+    for b2 in B2:
+        exact = DEFAULTS | {"b2": b2}
+        rounded = {name: float(np.float32(value)) for name, value in exact.items()}
+        for peer, (adam, forms) in PEERS.items():
+            for form, (give, rounds) in forms.items():
+                given = {name: give(value) for name, value in exact.items()}
+                errors = measure(lambda given, adam=adam: adam(**given), given, rounded if rounds else exact, **sizes)
+                yield {"b2": b2, "peer": peer, "form": form, "errors": errors}
 
 
 def main() -> None:
-    parser = scripts.parser(__doc__)
-    sizes = {"steps": 10000, "coordinates": 1000, "seed": 0}
-    for name, default in sizes.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    options = parser.parse_args()
-    sizes = {name: getattr(options, name) for name in sizes}
+    options = scripts.parser(__doc__, quick="1,000 steps of 100 coordinates").parse_args()
+    sizes = QUICK if options.quick else SIZES
     rows = scripts.collected(measured(sizes))
-    if options.out:
-        scripts.write(options.out / "exactness.json", {**scripts.about(), **sizes, "rows": rows})
+    scripts.save(options, "exactness", rows, **sizes)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What storage costs in quality: two networks trained with parameters and moments of fewer bytes.
 
-    python benchmarks/precision.py [--quick] [--only LABEL]... [--workload NAME] [--seeds N] [--again] [--out DIR]
+    python benchmarks/precision.py [--quick] [--only LABEL]... [--seeds N] [--out DIR]
 
-The character transformer of `char_model` on tinyshakespeare, the same trained further at a low rate, and the MLP
+The character transformer of `training` on tinyshakespeare, the same trained further at a low rate, and the MLP
 784-1000-1000-10 on MNIST, for every entry of `CONFIGURATIONS` and several seeds. The runs of one seed begin with the
 same float32 numbers, rounded where the parameters are bfloat16, and see the same batches; optimizer, schedule and
 number of steps are the same for all, with a rate that is the best of a short search for float32. Writes
@@ -20,23 +20,20 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 import optax
+from matplotlib.figure import Figure
 from measure import scripts
-from measure.scripts import Row
-from training import char_model
-from training.tasks import POINTS, Data, Params, Workload, characters, images
+from training.tasks import POINTS, Carry, Data, Params, Workload, characters, images
 
 import adam_fn
-from adam_fn import StorageLike
-
-Carry: typing.TypeAlias = tuple[Params, optax.OptState]
 
 
 class Configuration(typing.NamedTuple):
     """The dtype of the parameters and of the gradients that come from the network; Adam's storage; what wraps it."""
 
     dtype: str
-    storage: StorageLike | None = None
+    storage: adam_fn.StorageLike | None = None
     wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda tx: tx
 
 
@@ -56,12 +53,12 @@ CONFIGURATIONS = {
 }
 
 
-def tuned(quick: bool = False, text: char_model.Text | None = None) -> Workload:
+def tuned(quick: bool = False) -> Workload:
     """`characters` trained to its end in float32, then some more steps at a low rate, as in fine-tuning.
 
     At this rate most updates are below half a unit of a bfloat16 parameter's last place.
     """
-    base = characters(quick, text)
+    base = characters(quick)
     done, steps, rate = base.settings.steps, *((96, 1e-3) if quick else (480, 1e-4))
 
     @functools.cache
@@ -77,7 +74,7 @@ def tuned(quick: bool = False, text: char_model.Text | None = None) -> Workload:
     )
 
 
-WORKLOADS = {"char": characters, "tuned": tuned, "mnist": images}
+WORKLOADS = (characters, tuned, images)
 
 
 class Program:
@@ -88,20 +85,18 @@ class Program:
         self.tx = configuration.wrap(workload.settings.adam(storage=configuration.storage))
         self.length = workload.settings.steps // POINTS
 
-        def step(data: Data, seed: jax.Array, carry: Carry, number: jax.Array) -> tuple[Carry, jax.Array]:
-            params, state = carry
-            loss, grads = jax.value_and_grad(workload.loss)(params, workload.batch(data, seed, number))
-            # Without the barrier the compiler is free to leave out the rounding of the gradients to bfloat16.
-            grads = jax.lax.optimization_barrier(grads)
-            updates, state = self.tx.update(grads, state, params)
-            return (typing.cast(Params, optax.apply_updates(params, updates)), state), loss
-
         def chunk(carry: Carry, data: Data, seed: jax.Array, first: jax.Array) -> tuple[Carry, jax.Array]:
-            return jax.lax.scan(functools.partial(step, data, seed), carry, first + jnp.arange(self.length))
+            def step(carry: Carry, number: jax.Array) -> tuple[Carry, jax.Array]:
+                carry, (loss, _) = workload.step(self.tx, data, seed, carry, number)
+                return carry, loss
+
+            return jax.lax.scan(step, carry, first + jnp.arange(self.length))
 
         params = jax.eval_shape(self.start, workload.init(0))
         shapes = ((params, jax.eval_shape(self.tx.init, params)), workload.data, jnp.int32(0), jnp.int32(0))
-        self.bytes = self._bytes(params)
+        # Bytes per parameter, of what lives at the end of the backward pass; a gradient has its parameter's dtype.
+        size, state = jnp.dtype(self.dtype).itemsize, adam_fn.state_bytes(self.tx, typing.cast(optax.Params, params))
+        self.bytes = {"parameter": size, "gradient": size, "state": state / workload.settings.parameters}
         self.chunk = jax.jit(chunk, donate_argnums=0).lower(*shapes).compile()
         self.evaluate = jax.jit(workload.evaluate).lower(params, workload.data).compile()
 
@@ -109,13 +104,7 @@ class Program:
         """The initial parameters of the configuration."""
         return {name: leaf.astype(self.dtype) for name, leaf in params.items()}
 
-    def _bytes(self, params: typing.Any) -> dict[str, float]:  # noqa: ANN401 (shapes)
-        """Bytes per parameter, of what lives at the end of the backward pass; a gradient has its parameter's dtype."""
-        size = jnp.dtype(self.dtype).itemsize
-        state = adam_fn.state_bytes(self.tx, params) / self.workload.settings.parameters
-        return {"parameter": size, "gradient": size, "state": state}
-
-    def run(self, seed: int) -> tuple[Params, Row]:
+    def run(self, seed: int) -> tuple[Params, scripts.Row]:
         """Trains: the parameters, and what is kept of it.
 
         `loss` and `accuracy` are of the validation part at the end, `train` the mean of the last twelfth's training
@@ -132,28 +121,27 @@ class Program:
             seconds += time.perf_counter() - begin
             loss, accuracy = self.evaluate(carry[0], data)
             curve.append((first + self.length, float(loss)))
-        found: Row = {"loss": curve[-1][1], "accuracy": None if np.isnan(accuracy) else float(accuracy)}
+        found: scripts.Row = {"loss": curve[-1][1], "accuracy": None if np.isnan(accuracy) else float(accuracy)}
         found |= {"train": float(np.mean(losses)), "curve": curve, "bytes": self.bytes, "seconds": seconds}
         return carry[0], found | {"date": scripts.now()}
 
 
-def measure(workload: Workload, labels: list[str], seeds: int, path: pathlib.Path, again: bool = False) -> None:
-    """Every configuration of the seed 0, then of the next; those that the file has are left out, unless `again`.
+def measure(workload: Workload, labels: list[str], seeds: int, path: pathlib.Path) -> None:
+    """Every configuration of the seed 0, then of the next; those that the file has are left out.
 
     The file is written after every run. Runs that were made with other settings, or of no configuration, are forgotten.
     """
-    old = scripts.read(path)
+    old, own = scripts.read(path), dataclasses.asdict(workload.settings)
     settings = old.get("settings", {})
-    kept = [run for run in old.get("runs", []) if run["label"] in CONFIGURATIONS]
-    if settings.get(workload.name) != dataclasses.asdict(workload.settings):
-        kept = [run for run in kept if run["workload"] != workload.name]
-    settings |= {workload.name: dataclasses.asdict(workload.settings)}
+    others = {name for name, kept in settings.items() if name != workload.name or kept == own}
+    kept = [run for run in old.get("runs", []) if run["label"] in CONFIGURATIONS and run["workload"] in others]
+    settings |= {workload.name: own}
     program = functools.cache(lambda label: Program(workload, CONFIGURATIONS[label]))
-    done = {(run["label"], run["seed"]) for run in kept if run["workload"] == workload.name and not again}
+    done = {(run["label"], run["seed"]) for run in scripts.where(kept, workload=workload.name)}
     for seed in range(seeds):
         for label in (label for label in labels if (label, seed) not in done):
             run = {"workload": workload.name, "label": label, "seed": seed, **program(label).run(seed)[1]}
-            kept = scripts.merged(kept, scripts.collected([run]), "workload", "label", "seed")
+            kept += scripts.collected([run])
             scripts.write(path, {**scripts.about(), "settings": settings, "runs": kept})
 
 
@@ -165,27 +153,22 @@ def plot(path: pathlib.Path) -> None:
 
     The grey band is float32's standard deviation over the seeds, around its mean.
     """
-    import matplotlib  # noqa: PLC0415 (optional)
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot  # noqa: PLC0415
-
     found = scripts.read(path)
-    curves: dict[tuple[str, str], dict[int, list[tuple[int, float]]]] = {}
-    for run in found["runs"]:
-        curves.setdefault((run["workload"], run["label"]), {})[run["seed"]] = run["curve"]
-    names = [name for name in found["settings"] if (name, BASE) in curves]
-    figure, axes = pyplot.subplots(
-        2, len(names), figsize=(7 * len(names), 9), squeeze=False, sharex="col", layout="constrained"
-    )
+
+    def curves(workload: str, label: str) -> dict[int, npt.NDArray[np.floating]]:
+        runs = scripts.where(found["runs"], workload=workload, label=label)
+        return {run["seed"]: np.array(run["curve"]) for run in runs}
+
+    names = [name for name in found["settings"] if curves(name, BASE)]
+    figure = Figure(figsize=(7 * len(names), 9), layout="constrained")
+    axes = figure.subplots(2, len(names), squeeze=False, sharex="col")
     for (top, bottom), name in zip(axes.T, names, strict=True):
-        base = {seed: np.array(curve) for seed, curve in curves[name, BASE].items()}
+        base = curves(name, BASE)
         steps = next(iter(base.values()))[:, 0]
         band = np.std([curve[:, 1] for curve in base.values()], axis=0, ddof=min(1, len(base) - 1))
         bottom.fill_between(steps, -band, band, color="0.85", label="± standard deviation of float32's seeds")
         for (label, configuration), colour in zip(CONFIGURATIONS.items(), COLOURS, strict=True):
-            own = {seed: np.array(curve) for seed, curve in curves.get((name, label), {}).items() if seed in base}
-            if own:
+            if own := {seed: curve for seed, curve in curves(name, label).items() if seed in base}:
                 style = {"color": colour, "linestyle": "-" if configuration.dtype == "float32" else "--"}
                 mean = np.mean([curve[:, 1] for curve in own.values()], axis=0)
                 above = np.mean([(curve - base[seed])[:, 1] for seed, curve in own.items()], axis=0)
@@ -196,22 +179,17 @@ def plot(path: pathlib.Path) -> None:
     figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     figure.suptitle(found["device"], fontsize=9)
     figure.savefig(path.with_suffix(".png"), dpi=130)
-    pyplot.close(figure)
 
 
 def main() -> None:
-    parser = scripts.parser(
-        __doc__, quick="small networks and few steps, about a minute", only="a label or a part of one", out="out"
-    )
-    parser.add_argument("--workload", choices=list(WORKLOADS), help="one of them alone")
+    quick = "small networks and few steps, about a minute"
+    parser = scripts.parser(__doc__, quick=quick, only="a label or a part of one", out="out")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--again", action="store_true", help="repeat the runs that the file has")
     options = parser.parse_args()
-
     labels = scripts.selected(CONFIGURATIONS, options.only)
     path = options.out / f"precision-{'quick-' if options.quick else ''}{scripts.slug()}.json"
-    for name in [options.workload] if options.workload else WORKLOADS:
-        measure(WORKLOADS[name](options.quick), labels, options.seeds, path, options.again)
+    for workload in WORKLOADS:
+        measure(workload(options.quick), labels, options.seeds, path)
     if any(run["label"] == BASE for run in scripts.read(path)["runs"]):
         plot(path)
 

@@ -18,44 +18,37 @@ import typing
 from collections.abc import Callable, Sequence
 
 from compilers import figures
-from compilers.limits import BACKWARD, BASE, LEAF, ORDINARY, TARGETS
+from compilers.figures import BACKWARD, LEAF, ORDINARY, TARGETS, relative
 from measure import scripts
-from measure.report import Device, latest
-from measure.scripts import NONE, named, span, table
+from measure.report import Device
+from measure.scripts import NONE, Row, named, span, table, where
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 #: The case of `speed.py` that the README quotes.
 LARGE = "leaf-2^26-float32"
-EXAMPLES = ROOT / "examples" / "results"
 
 
-class MissingError(Exception):
-    """There is nothing to make a table of; the message says what makes it."""
-
-
-def read(script: str, options: str = "--out benchmarks/results", folder: pathlib.Path | None = None) -> typing.Any:  # noqa: ANN401 (JSON)
-    """The first file of the results of a script."""
-    folder = folder or RESULTS
-    path = next(iter(sorted(folder.glob(f"{pathlib.Path(script).stem}*.json"))), None)
+def read(script: str, options: str = "--out benchmarks/results", of: str = "") -> typing.Any:  # noqa: ANN401 (JSON)
+    """The first file of the results of a script, or of those whose name goes on with `of`; ends where there is none."""
+    folder = ROOT / "examples" / "results" if script.startswith("examples/paper") else RESULTS
+    path = next(iter(sorted(folder.glob(f"{pathlib.Path(script).stem}{of}*.json"))), None)
     if path is None:
-        raise MissingError(f"nothing in {folder.relative_to(ROOT)}: python {script} {options}")
+        raise SystemExit(f"nothing in {folder.relative_to(ROOT)}: python {script} {options}")
     return scripts.read(path)
 
 
-def largest_errors(rows: Sequence[dict[str, typing.Any]]) -> dict[tuple[float, str], dict[str, float]]:
-    """Per b2 and peer, the largest error by step of adam_fn over the ways of giving hyperparameters, and optax's."""
-    found: dict[tuple[float, str], dict[str, float]] = {}
-    for row in rows:
-        if row["peer"] == "adam_fn" or row["form"] == "numbers":
-            old = found.setdefault((row["b2"], row["peer"]), row["errors"])
-            found[row["b2"], row["peer"]] = {time: max(error, old[time]) for time, error in row["errors"].items()}
-    return found
+def largest_errors(rows: Sequence[Row], b2: float, peer: str) -> dict[str, float]:
+    """The largest error by step of adam_fn over the ways of giving hyperparameters, or optax's."""
+    forms = {} if peer == "adam_fn" else {"form": "numbers"}
+    own = [row["errors"] for row in where(rows, b2=b2, peer=peer, **forms)]
+    return {time: max(errors[time] for errors in own) for time in own[0]}
 
 
 def exactness() -> str:
     found = read("benchmarks/exactness.py")
-    errors = largest_errors(found["rows"])
+    columns = dict.fromkeys((row["b2"], row["peer"]) for row in found["rows"])
+    errors = {column: largest_errors(found["rows"], *column) for column in columns}
     forms = dict.fromkeys(row["form"] for row in found["rows"])
     head = ["step", *(f"{peer}, b2 = {b2}" for b2, peer in errors)]
     times = found["rows"][0]["errors"]
@@ -69,17 +62,10 @@ def exactness() -> str:
     )
 
 
-def records(pattern: str = "speed-*.json") -> list[dict[str, typing.Any]]:
-    """What `speed.py` measured last, of every device."""
-    read("benchmarks/speed.py")
-    return latest(record for path in sorted(RESULTS.glob(pattern)) for record in scripts.read(path))
-
-
 def speed() -> str:
     """Every device's tables."""
-    every = records()
-    devices = dict.fromkeys(record["device"] for record in every)
-    texts = [Device([record for record in every if record["device"] == device]).text() for device in devices]
+    read("benchmarks/speed.py")
+    texts = [Device(scripts.read(path)).text() for path in sorted(RESULTS.glob("speed-*.json"))]
     note = (
         "Medians of steps timed in turn within one run. GB/s counts the least possible traffic: gradients, parameters "
         "and moments read once, parameters and moments written once, each in its dtype. `copy` moves as many bytes "
@@ -89,71 +75,60 @@ def speed() -> str:
     return "\n\n".join([*texts, note])
 
 
+def above(runs: Sequence[Row], workload: str, label: str) -> list[float]:
+    """The losses of a configuration, less those of float32 with the same seed."""
+    base = {run["seed"]: run["loss"] for run in where(runs, workload=workload, label="float32")}
+    return [run["loss"] - base[run["seed"]] for run in where(runs, workload=workload, label=label)]
+
+
 def comparison() -> str:
     """The README's table: what matters to somebody who uses optax.adam, each figure from the results of a script."""
     exact, trained, coded = (read(f"benchmarks/{name}.py") for name in ("exactness", "precision", "codes"))
-    errors = largest_errors(exact["rows"])
-    device = Device(records("speed-cpu*.json"))
+    device = Device(read("benchmarks/speed.py", of="-cpu"))
     machines = {x["device"].split(",")[0] for x in (exact, trained, coded, device.records[0])}
-    loss: dict[str, dict[int, float]] = {}
-    for run in trained["runs"]:
-        if run["workload"] == "tuned":
-            loss.setdefault(run["label"], {})[run["seed"]] = run["loss"]
-    programs = {(x["part"], x["step"]): x for x in read("benchmarks/compiled.py")["rows"][::-1] if x["target"] == "v5e"}
-    signals = coded["rows"]
-
-    def above(label: str) -> str:
-        return f"{statistics.mean(loss[label][seed] - loss['float32'][seed] for seed in loss[label]):+.5f}"
+    programs = where(read("benchmarks/compiled.py")["rows"], target="v5e")
 
     def error(b2: float) -> list[str]:
-        return [f"{errors[b2, peer]['1000']:.0e}" for peer in ("optax", "adam_fn")]
+        return [f"{largest_errors(exact['rows'], b2, peer)['1000']:.0e}" for peer in ("optax", "adam_fn")]
 
     def state(peer: str) -> str:
-        case = next(case for case, peer_, metric in device.found if (peer_, metric) == (peer, "state"))
-        return device.value(case, peer, "state")
+        return device.value(next(iter(device.cases("state"))), peer, "state")
+
+    def ratio(metric: str, case: str = LARGE) -> list[str]:
+        return ["1", device.value(case, "adam_fn", f"/{metric}")]
+
+    def lost(label: str) -> str:
+        return f"{statistics.mean(above(trained['runs'], 'tuned', label)):+.5f}"
 
     def cycles(step: str) -> str:
-        return f"{programs[LEAF, step]['cycles'] / programs[LEAF, BASE]['cycles']:.2f}"
+        return f"{relative(where(programs, part=LEAF, step=step)[0], 'cycles', programs):.2f}"
 
     def beside(step: str) -> str:
-        return f"{programs[BACKWARD, step]['temporaries']:.2f}"
+        return f"{where(programs, part=BACKWARD, step=step)[0]['temporaries']:.2f}"
 
     def steady(storage: str) -> str:
-        found = (row for row in signals if (row["storage"], row["scenario"]) == (storage, "steady"))
+        found = where(coded["rows"], storage=storage, scenario="steady")
         return ", ".join(f"{row['step']:.2f}" for row in found if row["case"].endswith("noise 0"))
 
-    ours = ", ".join(state(f"adam_fn {name}") for name in ("bfloat16 moments", "24-bit state", "16-bit state"))
+    def each(cell: Callable[[str], str], *names: str) -> str:
+        return ", ".join(map(cell, names))
+
+    ours = each(state, "adam_fn bfloat16 moments", "adam_fn 24-bit state", "adam_fn 16-bit state")
+    losses = "change of the final loss with 3 and with 2 bytes of state instead of 8"
+    tpu = "cycles of a step on a TPU v5e with 8, 3 and 2 bytes of state (compiled, not run)"
+    gpt = "bytes per parameter that a training step of a stacked GPT needs besides parameters and state (compiled)"
+    constant = "size of the steps for a constant gradient, moments in bfloat16 (exact: 1)"
     rows = [
         ["error of an update, β₂ = 0.999", *error(0.999)],
         ["error of an update, β₂ = 0.999999", *error(0.999999)],
         ["bytes of state per parameter", state("optax"), f"{state('adam_fn')}, or {ours} on request"],
-        ["time of one step of 67 million parameters, relative to optax", "1", device.ratio(LARGE, "adam_fn", "step")],
-        ["time to compile that step, relative to optax", "1", device.ratio(LARGE, "adam_fn", "total")],
-        [
-            "time of one update of 200 leaves outside `jit`, relative to optax",
-            "1",
-            device.ratio("eager", "adam_fn", "eager update"),
-        ],
-        [
-            "change of the final loss with 3 and with 2 bytes of state instead of 8",
-            "– (no such state)",
-            ", ".join(map(above, ("24-bit state", "16-bit state"))),
-        ],
-        [
-            "cycles of a step on a TPU v5e with 8, 3 and 2 bytes of state (compiled, not run)",
-            "1",
-            ", ".join(map(cycles, ("float32", "24bit", "16bit"))),
-        ],
-        [
-            "bytes per parameter that a training step of a stacked GPT needs besides parameters and state (compiled)",
-            beside(f"16bit{ORDINARY}"),
-            f"{beside('16bit')} with the step in the backward pass",
-        ],
-        [
-            "size of the steps for a constant gradient, moments in bfloat16 (exact: 1)",
-            steady("plain bfloat16"),
-            steady("bfloat16"),
-        ],
+        ["time of one step of 67 million parameters, relative to optax", *ratio("step")],
+        ["time to compile that step, relative to optax", *ratio("total")],
+        ["time of one update of 200 leaves outside `jit`, relative to optax", *ratio("eager update", "eager")],
+        [losses, "– (no such state)", each(lost, "24-bit state", "16-bit state")],
+        [tpu, "1", each(cycles, "float32", "24bit", "16bit")],
+        [gpt, beside(f"16bit{ORDINARY}"), f"{beside('16bit')} with the step in the backward pass"],
+        [constant, steady("plain bfloat16"), steady("bfloat16")],
         ["the state of a running optax training", "", "restored as it is"],
     ]
     return (
@@ -169,19 +144,17 @@ def comparison() -> str:
 def codes() -> str:
     """Of every storage, the errors of random updates, then what signals become."""
     found = read("benchmarks/codes.py", "--gradients DIR --out benchmarks/results")
-    rows: dict[str, list[dict[str, typing.Any]]] = {}
-    for row in found["rows"]:
-        rows.setdefault(row["storage"], []).append(row)
+    storages = {row["storage"]: row for row in found["rows"]}
 
-    def cell(storage: str, scenario: str, metric: str, case: str | None = None) -> str:
-        own = (row for row in rows[storage] if row["scenario"] == scenario and case in (None, row["case"]))
-        return span((row[metric] for row in own), ".3f" if metric in ("rms", "step", "moved") else ".3g") or NONE
+    def cell(storage: str, scenario: str, metric: str, *case: str) -> str:
+        own = where(found["rows"], storage=storage, scenario=scenario, **dict.fromkeys(["case"] * len(case), *case))
+        return span((row[metric] for row in own), ".3f" if metric in ("rms", "step", "moved") else ".3g")
 
     def made(columns: dict[str, tuple[str, ...]]) -> str:
         body = []
-        for storage, own in rows.items():
-            name = f"**{storage}**" if own[0]["ours"] else storage
-            body.append([name, f"{own[0]['bytes']:.4g}", *(cell(storage, *column) for column in columns.values())])
+        for storage, row in storages.items():
+            name = f"**{storage}**" if row["ours"] else storage
+            body.append([name, f"{row['bytes']:.4g}", *(cell(storage, *column) for column in columns.values())])
         return table(["storage", "bytes", *columns], body)
 
     errors = {
@@ -227,23 +200,15 @@ def codes() -> str:
 def precision() -> str:
     """Per configuration: bytes per parameter, and of each workload the loss and how far it is from float32's."""
     found = read("benchmarks/precision.py")
-    runs: dict[str, dict[str, dict[int, dict[str, typing.Any]]]] = {}
-    for run in found["runs"]:
-        runs.setdefault(run["label"], {}).setdefault(run["workload"], {})[run["seed"]] = run
-    names = [name for name in found["settings"] if name in runs["float32"]]
+    runs = found["runs"]
+    names = [name for name in found["settings"] if where(runs, workload=name, label="float32")]
     head = ["", "bytes", *(cell for name in names for cell in (f"{name}: loss", "above float32"))]
     body = []
-    for label, workloads_ in runs.items():
-        first = next(iter(next(iter(workloads_.values())).values()))
-        cells = [label, f"{sum(first['bytes'].values()):.2f}"]
+    for label in dict.fromkeys(run["label"] for run in runs):
+        cells = [label, f"{sum(where(runs, label=label)[0]['bytes'].values()):.2f}"]
         for name in names:
-            if name not in workloads_:
-                cells += [NONE, NONE]
-                continue
-            base, own = runs["float32"][name], workloads_[name]
-            cells.append(spread([run["loss"] for run in own.values()], 4))
-            above = [own[seed]["loss"] - base[seed]["loss"] for seed in own]
-            cells.append(NONE if label == "float32" else spread(above, 4))
+            cells.append(spread([run["loss"] for run in where(runs, workload=name, label=label)], 4))
+            cells.append(NONE if label == "float32" else spread(above(runs, name, label), 4))
         body.append(cells)
     about = (
         "Validation loss in nats, mean ± standard deviation over the seeds; *above float32*: the difference from "
@@ -281,7 +246,9 @@ def compiled() -> str:
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Mean ± standard deviation."""
+    """Mean ± standard deviation; a dash where there is nothing."""
+    if not values:
+        return NONE
     mean = round(statistics.mean(values), digits) + 0.0  # No -0.
     return f"{mean:.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
@@ -303,11 +270,10 @@ def mnist() -> str:
             best = max(epoch["test_accuracy"] for epoch in epochs)
             row = [run["label"], *numbers, run["schedule"], str(len(epochs)), cost]
             body.append([*row, f"{last['test_accuracy']:.2%}", f"{best:.2%}", f"{images / seconds:,.0f}"])
-        layers = "-".join(str(width) for width in found["layers"])
         about = (
             f"{found['dataset']}, {found['train_images']:,} training and {found['test_images']:,} test images, "
-            f"MLP {layers}, batch {found['batch']}, seed {found['seed']}, on {found['device']} with "
-            f"{named(found['versions'])}, by `examples/mnist_mlp.py`:"
+            f"MLP {'-'.join(map(str, found['layers']))}, batch {found['batch']}, seed {found['seed']}, "
+            f"on {found['device']} with {named(found['versions'])}, by `examples/mnist_mlp.py`:"
         )
         texts.append(f"{about}\n\n{table(head, body)}")
     return "\n\n".join(texts)
@@ -316,7 +282,7 @@ def mnist() -> str:
 def claims(name: str) -> str:
     """The claims of one figure of the paper, each with what its script in examples/paper measured."""
     words = {True: "Yes", False: "No", None: "Not decided"}
-    found = read(f"examples/paper/{name}.py", "--out examples/results", EXAMPLES)
+    found = read(f"examples/paper/{name}.py", "--out examples/results")
     lines = []
     for claim in found["claims"]:
         said = f"**{words[claim['holds']]}.** {claim['text']} ({claim['section']})."
@@ -327,57 +293,50 @@ def claims(name: str) -> str:
 
 def backward() -> str:
     """The memory of a training step of a stacked GPT, both ways."""
+    rows, body = where(read("benchmarks/compiled.py")["rows"], part=BACKWARD), []
+    for row in rows:
+        target, way, step = row["target"], row["way"], row["step"]
+        for first in where(rows, target=target, way=way, step=f"{step}{ORDINARY}"):
+            sizes = (first["temporaries"], row["temporaries"], row["activations"], row["gradient"])
+            cycles = relative(row, "cycles", rows, first["step"])
+            body.append([f"{target}, {way}", step, *(span([x], ".2f") for x in (*sizes, cycles))])
+    head = ["device", "state", "gradients first", "step in the backward pass", "activations alone"]
+    head += ["one layer's gradient", "cycles, relative to gradients first"]
     return (
-        f"{figures.backward(read('benchmarks/compiled.py')['rows'])}\n\n"
+        f"{table(head, body)}\n\n"
         "Bytes per parameter (of a device) beside parameters and state, of a training step of "
         "a GPT with 12 stacked layers in bfloat16. Compiled, but **not run**, by `benchmarks/compiled.py`; cycles are "
         "the TPU compiler's estimate, every loop counted in full."
     )
 
 
-TABLES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"comparison": comparison},
-    "docs/precision.md": {"precision": precision},
-    "docs/backward.md": {"backward": backward},
-    "docs/benchmarks.md": {
-        "codes": codes,
-        "temporaries": temporaries,
-        "compiled": compiled,
-        "exactness": exactness,
-        "speed": speed,
-        "mnist": mnist,
-    },
-    "docs/paper.md": {
-        name: functools.partial(claims, name) for name in ("figure1", "figure2", "figure3", "figure4", "section7")
-    },
+TABLES: dict[str, Callable[[], str]] = {
+    make.__name__: make
+    for make in (comparison, precision, backward, codes, temporaries, compiled, exactness, speed, mnist)
 }
-
-
-def fill(text: str, name: str, content: str) -> str:
-    """`text` with `content` between the markers of `name`."""
-    begin, end = f"<!-- begin:{name} -->", f"<!-- end:{name} -->"
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise MissingError(f"{begin} and then {end} must be there, once each")
-    return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{content}\n{end}", text, flags=re.DOTALL)
+TABLES |= {x: functools.partial(claims, x) for x in ("figure1", "figure2", "figure3", "figure4", "section7")}
+MARKED = re.compile(r"(?P<begin><!-- begin:(?P<name>\w+) -->).*?(?P<end><!-- end:(?P=name) -->)", re.DOTALL)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a file is out of date")
     options = parser.parse_args()
-    wrong = []
-    for file, tables in TABLES.items():
-        old = new = (ROOT / file).read_text()
-        for name, make in tables.items():
-            try:
-                new = fill(new, name, make())
-            except MissingError as missing:
-                wrong.append(f"{file}, {name}: {missing}")
+    wrong, left = list[str](), {*TABLES}
+
+    def filled(found: re.Match[str]) -> str:
+        left.remove(found["name"])
+        return f"{found['begin']}\n{TABLES[found['name']]()}\n{found['end']}"
+
+    for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        old = file.read_text()
+        new = MARKED.sub(filled, old)
         if options.check:
-            wrong += [f"{file} is out of date: python benchmarks/tables.py"] * (new != old)
+            wrong += [f"{file.relative_to(ROOT)} is out of date: python benchmarks/tables.py"] * (new != old)
         elif new != old:
-            (ROOT / file).write_text(new)
-            print(f"wrote {file}")
+            file.write_text(new)
+            print(f"wrote {file.relative_to(ROOT)}")
+    wrong += [f"there is no place for {name}" for name in sorted(left)]
     if wrong:
         sys.exit("\n".join(wrong))
 

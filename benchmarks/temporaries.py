@@ -16,35 +16,31 @@ import jax.numpy as jnp
 from measure import peers, scripts
 
 import adam_fn
-from adam_fn import StorageName
 
 SHAPES = ((1 << 24,), (4096, 4096), (50304, 768), (50257, 768))
 
 
-def measured(shape: tuple[int, ...], storage: StorageName) -> scripts.Row:
+def measured(shape: tuple[int, ...], storage: adam_fn.StorageName) -> scripts.Row:
     """The temporaries, in leaves."""
     tx = adam_fn.adamw(1e-3, storage=storage)
     leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
     state = jax.eval_shape(tx.init, leaf)
 
-    def size(function: typing.Any) -> float:  # noqa: ANN401 (what `jax.jit` makes of a function)
-        memory = function.lower(leaf, state, leaf).compile().memory_analysis()
-        return memory.temp_size_in_bytes / (4 * math.prod(shape))
-
-    return {
-        "shape": shape,
-        "storage": storage,
-        "make_step": size(adam_fn.make_step(tx)),
-        "update and apply": size(peers.plain_step(tx)),
-        "update": size(jax.jit(tx.update)),
+    ways: typing.Any = {
+        "make_step": adam_fn.make_step(tx),
+        "update and apply": peers.plain_step(tx),
+        "update": jax.jit(tx.update),
     }
+    memory = {way: step.lower(leaf, state, leaf).compile().memory_analysis() for way, step in ways.items()}
+    sizes = {way: found.temp_size_in_bytes / (4 * math.prod(shape)) for way, found in memory.items()}
+    return {"shape": shape, "storage": storage} | sizes
 
 
 def main() -> None:
     options = scripts.parser(__doc__).parse_args()
-    rows = scripts.collected(itertools.starmap(measured, itertools.product(SHAPES, typing.get_args(StorageName))))
-    if options.out:
-        scripts.write(options.out / f"temporaries-{scripts.slug()}.json", {**scripts.about(), "rows": rows})
+    every = itertools.product(SHAPES, typing.get_args(adam_fn.StorageName))
+    rows = scripts.collected(itertools.starmap(measured, every))
+    scripts.save(options, f"temporaries-{scripts.slug()}", rows)
 
 
 if __name__ == "__main__":

@@ -94,30 +94,27 @@ class Program:
                 if "ROOT" in line and body is self.computations.get(self.entry):
                     self.results = parsed.result
 
-    def run(self, name: str = "") -> Iterator[tuple[Instruction, list[Array]]]:
-        """Every instruction that runs, and what it is given; one in a loop once."""
+    def run(self, name: str = "", times: int = 1) -> Iterator[tuple[Instruction, list[Array], int]]:
+        """Every instruction that runs, once, what it is given, and how often it runs: as a loop's condition says."""
         beside = self.computations[name or self.entry]
         for each in beside.values():
-            yield each, [array for operand in each.operands if operand in beside for array in beside[operand].result]
+            given = (beside[operand] for operand in each.operands if operand in beside)
+            yield each, [array for operand in given for array in operand.result], times
             if each.opcode in CALLS:
+                condition = re.search(r"\bcondition=%?([\w.-]+)", each.rest)
+                loops = max(self.constants.get(condition.group(1), []), default=1) if condition else 1
                 for called in re.findall(rf"\b{CALLS[each.opcode]}=%?([\w.-]+)", each.rest):
-                    yield from self.run(called)
+                    yield from self.run(called, times * loops)
 
     def kernels(self, size: int = 0) -> int:
         """How many kernels read or write an array of `size` elements or more."""
-        return sum(each.is_kernel and any(x.size >= size for x in (*given, *each.result)) for each, given in self.run())
+        kernels = ((*given, *each.result) for each, given, _ in self.run() if each.is_kernel)
+        return sum(any(array.size >= size for array in arrays) for arrays in kernels)
 
-    def cycles(self, name: str = "", *, in_full: bool = False) -> int:
-        """The TPU compiler's estimates, added: of a loop once, or in full as often as the number in its condition."""
-        total = 0
-        for each in self.computations[name or self.entry].values():
-            total += sum(int(x) for x in re.findall(r'"estimated_cycles":"(\d+)"', each.rest))
-            if each.opcode in CALLS:
-                for called in re.findall(rf"\b{CALLS[each.opcode]}=%?([\w.-]+)", each.rest):
-                    condition = re.search(r"\bcondition=%?([\w.-]+)", each.rest)
-                    times = max(self.constants.get(condition.group(1), []), default=1) if condition and in_full else 1
-                    total += times * self.cycles(called, in_full=in_full)
-        return total
+    def cycles(self, *, in_full: bool = False) -> int:
+        """The TPU compiler's estimates, added: of a loop once, or in full as often as it runs."""
+        found = ((each, times if in_full else 1) for each, _, times in self.run())
+        return sum(n * int(x) for each, n in found for x in re.findall(r'"estimated_cycles":"(\d+)"', each.rest))
 
     def temporaries(self, memory: typing.Any) -> float:  # noqa: ANN401 (JAX has no public type for it)
         """The bytes of arrays that are made and are no results.
@@ -125,7 +122,7 @@ class Program:
         XLA's own figure, or the sum of all arrays in the main memory, as if each had a place of its own: as soon as
         there is any, if only of one number, XLA for TPUs counts another 16 kB for each fetch into fast memory.
         """
-        made, results = (x.bytes for each, _ in self.run() for x in each.made if not x.space), self.results
+        made, results = (x.bytes for each, *_ in self.run() for x in each.made if not x.space), self.results
         return min(memory.temp_size_in_bytes, max(0, sum(made) - sum(x.bytes for x in results if not x.space)))
 
     def exchanges(self) -> list[tuple[str, float]]:
@@ -154,7 +151,7 @@ class Program:
     def bus(self) -> tuple[float, float]:
         """Bytes read from the host's memory, by copies and by kernels that read it where it is, and stored there."""
         read = stored = 0.0
-        for each, given in self.run():
+        for each, given, _ in self.run():
             read += sum(array.bytes for array in given if array.space == HOST and each.made)
             stored += sum(array.bytes for array in each.made if array.space == HOST)
         return read, stored

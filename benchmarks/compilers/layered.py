@@ -2,21 +2,20 @@
 
 import contextlib
 import functools
-import itertools
 import math
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from compilers.figures import ORDINARY
 from compilers.hlo import Program
-from compilers.limits import BACKWARD, ORDINARY, Row
-from compilers.meshes import several
-from compilers.steps import Tree, placed
-from compilers.targets import devices, first
+from compilers.placements import several
+from compilers.steps import STEPS, Tree, devices, first, placed
 from jax.sharding import AxisType, Mesh
+from measure.scripts import Row
 from measure.workloads import held
 
 import adam_fn
@@ -24,10 +23,8 @@ from adam_fn import backward
 
 DEPTH, WIDTH, HEADS, LENGTH, BATCH, WORDS = 12, 2048, 16, 256, 4, 8192
 SHAPES = {"qkv": (WIDTH, 3 * WIDTH), "out": (WIDTH, WIDTH), "up": (WIDTH, 4 * WIDTH), "down": (4 * WIDTH, WIDTH)}
-STEPS: dict[str, optax.GradientTransformation] = {
-    "16bit": adam_fn.adamw(1e-3, storage="16bit"),
-    "masters, 16bit": adam_fn.master_weights(adam_fn.adamw(1e-3, storage="16bit")),
-}
+#: For each target.
+WAYS = {"v5e": ("one device", "FSDP 16", "ZeRO-1 16"), "h200": ("one device",)}
 
 
 def params() -> Tree:
@@ -90,29 +87,30 @@ def inputs_only(p: Tree, batch: jax.Array) -> Tree:
 
 def compiled(name: str, way: str, target: str) -> Row:
     """A step of training; bytes per parameter of a device."""
-    tx, p = STEPS[name.removesuffix(ORDINARY)], params()
+    tx, p = STEPS[name.removesuffix(ORDINARY)].tx, params()
     batch = jax.ShapeDtypeStruct((BATCH * (1 if way == "one device" else 16), LENGTH), "int32")
-    context = contextlib.ExitStack()
+    mesh = None
     if way == "one device":
-        place = first(target)
-        p, state, batch = (placed(x, place) for x in (p, jax.eval_shape(tx.init, p), batch))
+        rows = first(target)
+        p = placed(p, rows)
     else:
         mesh = Mesh(np.array(devices(target, "4x4")), ("data",), axis_types=(AxisType.Auto,))
-        p = placed(p, shardings(mesh) if way == "FSDP 16" else jax.NamedSharding(mesh, jax.P()))
+        whole, rows = (jax.NamedSharding(mesh, spec) for spec in (jax.P(), jax.P("data")))
+        p = placed(p, shardings(mesh) if way == "FSDP 16" else whole)
         tx = tx if way == "FSDP 16" else adam_fn.zero1(tx, p, mesh, layers="layers")
-        state = placed(jax.eval_shape(tx.init, p), adam_fn.state_shardings(tx, p))
-        batch = placed(batch, jax.NamedSharding(mesh, jax.P("data")))
-        context.enter_context(several())
-        context.enter_context(jax.set_mesh(mesh))
+    state, batch = placed(jax.eval_shape(tx.init, p), adam_fn.state_shardings(tx, p)), placed(batch, rows)
     step = ordinary(tx) if name.endswith(ORDINARY) else backward.value_and_step(tx, embed, layer, head)
     jax.clear_caches()
-    with context:
+    with contextlib.ExitStack() as context:
+        if mesh is not None:  # Not earlier: `state_shardings` fails in it.
+            context.enter_context(several())
+            context.enter_context(jax.set_mesh(mesh))
         program: typing.Any = jax.jit(step, donate_argnums=(0, 1)).lower(p, state, batch).compile()
         alone: typing.Any = jax.jit(inputs_only).lower(p, batch).compile()
     devices_ = 16 if way == "FSDP 16" else 1
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(p)) / devices_
     text = Program(program.as_text() or "")
-    moved = text.exchanges()
+    moved = [size for _, size in text.exchanges()]
     temporaries, activations = (x.memory_analysis().temp_size_in_bytes / count for x in (program, alone))
     gradient = held(p["layers"]) / DEPTH / count  # In FSDP whole at first.
     found: Row = {
@@ -121,13 +119,6 @@ def compiled(name: str, way: str, target: str) -> Row:
         "gradient": gradient,
         "beside": temporaries - activations - gradient,
         "collectives": len(moved),
-        "exchanged": sum(size for _, size in moved) / count,
+        "exchanged": sum(moved) / count,
     }
     return found | ({"cycles": cycles} if (cycles := text.cycles(in_full=True)) else {})
-
-
-def jobs(target: str) -> Iterator[tuple[Row, Callable[[], Row]]]:
-    ways = {"v5e": ("one device", "FSDP 16", "ZeRO-1 16"), "h200": ("one device",)}.get(target, ())
-    for way, step, kind in itertools.product(ways, STEPS, ("", ORDINARY)):
-        name = f"{step}{kind}"
-        yield {"part": BACKWARD, "step": name, "way": way}, functools.partial(compiled, name, way, target)

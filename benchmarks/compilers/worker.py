@@ -1,41 +1,36 @@
 """Compiles steps for accelerators that are not there; `compiled.py` runs it in an environment that has the compiler.
 
-Prints a line of JSON for the versions and for every program. Nothing that it compiles is run.
+It is given the targets and the texts asked for, as JSON, and prints a line of JSON for the versions and for every
+program. Nothing that it compiles is run.
 """
 
-import argparse
 import functools
-import importlib.metadata
+import itertools
 import json
+import sys
 import typing
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-from compilers import layered, meshes, offloaded, steps
+from compilers import figures, layered, placements, steps
+from compilers.figures import BASE, ORDINARY, SIZES, TREE
 from compilers.hlo import Program
-from compilers.limits import BASE, FAMILY, GPU, LEAF, LIMITS, TPU, TREE, Row, label
-from compilers.steps import STEPS, WAYS, Shapes, Step, placed, spent
-from compilers.targets import first
+from compilers.steps import STEPS, WAYS, Shapes, Step, first, placed, spent
+from measure import scripts
 from measure.workloads import held, size
 
 import adam_fn
 
-Job = tuple[Row, Callable[[], Row]]
+Job = tuple[scripts.Row, Callable[[], scripts.Row]]
 #: For programs that need only compile: a TPU's take a tenth of the time.
 HASTY: typing.Any = {"exec_time_optimization_effort": -1.0}
 
 
-def versions() -> dict[str, str]:
-    """Those of the packages that have a part in what is compiled."""
-    packages = ("jax", "jaxlib", "optax", "libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")
-    there = {x.name for x in importlib.metadata.distributions()}
-    return {"adam_fn": adam_fn.__version__} | {x: importlib.metadata.version(x) for x in packages if x in there}
-
-
-def measured(step: Step, way: str, tree: Shapes, target: str) -> Row:
+def measured(tree: Shapes, name: str, way: str, target: str) -> scripts.Row:
     """What a step's program needs and runs; bytes per parameter."""
+    step = STEPS[name]
     arguments, count = placed(step.arguments(tree), first(target)), size(tree)
     jax.clear_caches()
     began = spent()
@@ -43,7 +38,7 @@ def measured(step: Step, way: str, tree: Shapes, target: str) -> Row:
     seconds = spent() - began
     memory, program = compiled.memory_analysis(), Program(compiled.as_text() or "")
     temporaries = program.temporaries(memory)
-    found: Row = {
+    found: scripts.Row = {
         "passes": program.kernels(max(x.size for x in arguments[0].values())),
         "temporaries": temporaries / count,
         "beside": (memory.output_size_in_bytes - memory.alias_size_in_bytes + temporaries) / count,
@@ -77,7 +72,7 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
 
 
-def member(name: str, target: str) -> Row:
+def member(name: str, _: str, target: str) -> scripts.Row:
     """Whether the steps of a member of the family compile."""
     began, every = spent(), steps.family(name)
     failed = together(every, target)
@@ -86,45 +81,52 @@ def member(name: str, target: str) -> Row:
 
 def jobs(target: str) -> Iterator[Job]:
     """What can be compiled for a target: what identifies it, and a function that does it."""
-    parts = ((LEAF, steps.ONE, name, way) for name, step in STEPS.items() for way in step.ways)
-    trees = ((TREE, steps.GPT2, name, STEPS[name].ways[0]) for name in steps.WHOLE)
-    for part, tree, name, way in (*parts, *trees):
-        yield {"part": part, "step": name, "way": way}, functools.partial(measured, STEPS[name], way, tree, target)
-    yield from meshes.jobs(target)
-    yield from offloaded.jobs(target)
-    yield from layered.jobs(target)
-    for name in steps.MEMBERS if target in (TPU[0], GPU[0]) else ():  # One target of a compiler tells.
-        yield {"part": FAMILY, "step": name, "way": "make_step"}, functools.partial(member, name, target)
+    divisions = itertools.product(placements.MESHES.get(target, ()), ("auto", "explicit"), SIZES)
+    trainings = itertools.product(layered.WAYS.get(target, ()), figures.STEPPED, ("", ORDINARY))
+    offloads = [*((x, "make_step") for x in (*SIZES, TREE)), ("training", "one program"), ("training", "two programs")]
+    told = target in (figures.TPU[0], figures.GPU[0])  # One target of a compiler tells.
+    parts: dict[str, tuple[Callable[[str, str, str], scripts.Row], Iterable[tuple[str, str]]]] = {
+        figures.LEAF: (
+            functools.partial(measured, steps.ONE),
+            ((x, way) for x, step in STEPS.items() for way in step.ways),
+        ),
+        TREE: (functools.partial(measured, steps.GPT2), ((x, STEPS[x].ways[0]) for x in steps.WHOLE)),
+        figures.LLAMA: (placements.sharded, ((step, f"{name}, {kind}") for name, kind, step in divisions)),
+        figures.ZERO1: (placements.zero1, itertools.product(SIZES, ("jit", "shard_map"))),
+        figures.OFFLOAD: (placements.offload, offloads),
+        figures.BACKWARD: (layered.compiled, ((f"{step}{kind}", way) for way, step, kind in trainings)),
+        figures.FAMILY: (member, ((x, "make_step") for x in steps.MEMBERS if told)),
+    }
+    for part, (run, names) in parts.items():
+        for step, way in names:
+            yield {"part": part, "step": step, "way": way}, functools.partial(run, step, way, target)
 
 
 def wanted(target: str, only: Sequence[str]) -> list[Job]:
     """The jobs whose name contains one of the texts asked for, and the steps that they are compared with."""
     every = [({"target": target, **name}, run) for name, run in jobs(target)]
 
-    def named(row: Row) -> bool:
-        return not only or any(text in label(row) for text in only)
+    def named(row: scripts.Row) -> bool:
+        return not only or any(text in figures.label(row) for text in only)
 
     chosen = [row for row, _ in every if named(row)]
-    held = ((limit, row) for limit in LIMITS for row in chosen if limit.base and limit.holds_for(row))
+    held = ((limit, row) for limit in figures.LIMITS for row in chosen if limit.base and limit.holds_for(row))
     bases = {(row["part"], name) for limit, row in held for name in (limit.compared(row), BASE)}
     return [(row, run) for row, run in every if named(row) or (row["part"], row["step"]) in bases]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--target", action="append", default=[])
-    parser.add_argument("--only", action="append", default=[])
-    options = parser.parse_args()
-
-    def say(row: Row) -> None:
+    def say(row: scripts.Row) -> None:
         print(json.dumps(row), flush=True)
 
     warnings.filterwarnings("ignore", message="Some donated buffers were not usable")  # Where dtypes differ.
-    say({"versions": versions()})
-    for target in options.target:
+    parts = scripts.versions("jax", "jaxlib", "optax", "libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")
+    say({"versions": {"adam_fn": adam_fn.__version__} | parts})
+    targets, only = json.loads(sys.argv[1])
+    for target in targets:
         # The first compilation also starts the compiler; it belongs to nobody.
         jax.jit(jnp.sin).lower(placed(jax.ShapeDtypeStruct((8, 128), "float32"), first(target))).compile()
-        for about, run in wanted(target, options.only):
+        for about, run in wanted(target, only):
             say({"begin": about})
             try:
                 say({**about, **run()})

@@ -4,9 +4,8 @@ Written for comparisons, not for speed; the formulas are those of the libraries 
 the nearest.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +21,6 @@ class Moment(NamedTuple):
 
     bytes: float
     stored: Callable[[jax.Array], jax.Array]
-
-
-class Peer(NamedTuple):
-    """A library's storage."""
-
-    name: str
-    mu: Moment
-    nu: Moment
 
 
 def table(values: Sequence[float]) -> Grid:
@@ -50,7 +41,7 @@ def square_root(z: jax.Array) -> jax.Array:
     return (jnp.round(255 * jnp.sqrt(z)) / 255) ** 2
 
 
-def dynamic(bits: int, exponents: int, *, signed: bool) -> list[float]:
+def dynamic(bits: int, exponents: int, signed: bool) -> list[float]:
     """The dynamic map of bitsandbytes (Dettmers 2015, arXiv 1511.04561; `functional.create_dynamic_map`).
 
     Decade i below the largest has half as many values as the one above it: the centres of equal parts of
@@ -66,68 +57,53 @@ def dynamic(bits: int, exponents: int, *, signed: bool) -> list[float]:
     return sorted(float(value) for value in values)
 
 
-@dataclasses.dataclass(frozen=True)
-class Scale:
-    """The scale of a block of `group` neighbours: its largest magnitude, at least `floor`, in `dtype`.
+def blocks(bits: int, grid: Grid, group: int, *, scale: str = "float32", least: float = 0.0, root: int = 1) -> Moment:
+    """A code of so many bits for each element, in units of the largest magnitude of its `group` neighbours.
 
-    `root`: the scale is that of the root instead. A code is made with the scale as it was before it was rounded.
+    That is a scale of at least `least`, stored in the dtype `scale`; with a `root`, what is stored is the scale's root.
+    A code is made with the scale as it was before it was rounded.
     """
 
-    dtype: str
-    group: int
-    floor: float = 0.0
-    root: int = 1
+    def stored(x: jax.Array) -> jax.Array:
+        rows = x.reshape(-1, group)
+        exact = jnp.maximum(jnp.abs(rows).max(-1, keepdims=True) ** (1 / root), least)
+        rounded = exact.astype(scale).astype(x.dtype)
+        z = jnp.clip(rows / jnp.where(exact > 0, exact, 1.0) ** root, -1, 1)
+        return (grid(z) * rounded**root).reshape(x.shape)
 
-    def blocks(self, bits: int, grid: Grid) -> Moment:
-        """Blocks that have such scales and, for each element, a code of so many bits."""
-
-        def stored(x: jax.Array) -> jax.Array:
-            rows = x.reshape(-1, self.group)
-            exact = jnp.maximum(jnp.abs(rows).max(-1, keepdims=True) ** (1 / self.root), self.floor)
-            rounded = exact.astype(self.dtype).astype(x.dtype)
-            z = jnp.clip(rows / jnp.where(exact > 0, exact, 1.0) ** self.root, -1, 1)
-            return (grid(z) * rounded**self.root).reshape(x.shape)
-
-        return Moment((bits + 8 * jnp.dtype(self.dtype).itemsize / self.group) / 8, stored)
+    return Moment((bits + 8 * jnp.dtype(scale).itemsize / group) / 8, stored)
 
 
-#: Moments that are not rounded.
 EXACT = Moment(8, lambda x: x)
 #: The nearest bfloat16.
 BFLOAT16 = Moment(2, lambda x: jax.lax.reduce_precision(x, 8, 7))
-
-
-def peers() -> list[Peer]:
-    """The libraries compared."""
-    # bitsandbytes, optim.Adam8bit. (It also keeps the sign of m where the nearest value is 0.)
-    scale = Scale("float32", 256)
-    signed, unsigned = (table(dynamic(8, 7, signed=sign)) for sign in (True, False))
-    bitsandbytes = Peer("bitsandbytes 8 bits", scale.blocks(8, signed), scale.blocks(8, unsigned))
-    # torchao, optim.Adam8bit: the same with scales of at least 1e-12.
-    scale = Scale("float32", 256, floor=1e-12)
-    torchao = Peer("torchao 8 bits", scale.blocks(8, signed), scale.blocks(8, unsigned))
-    # torchao, optim.Adam4bit (arXiv 2309.01507): v in sixteenths without 0.
-    scale = Scale("float32", 128, floor=1e-12)
-    linear = table([i / 16 for i in range(1, 17)])
-    four = Peer("torchao 4 bits", scale.blocks(4, table(dynamic(4, 3, signed=True))), scale.blocks(4, linear))
-    # FlashOptim (arXiv 2602.23349): the scale of v is that of √v; both are at least 1e-12 before float16 rounds them.
-    m_scale, v_scale = (Scale("float16", 32, floor=1e-12, root=root) for root in (1, 2))
-    flash = Peer("FlashOptim 8 bits", m_scale.blocks(8, companded), v_scale.blocks(8, square_root))
-    return [Peer("plain bfloat16", BFLOAT16, BFLOAT16), bitsandbytes, torchao, four, flash]
+SIGNED, UNSIGNED, FOUR = (table(dynamic(*sizes)) for sizes in ((8, 7, True), (8, 7, False), (4, 3, True)))
+SIXTEENTHS = table([i / 16 for i in range(1, 17)])
+#: The libraries compared: how each stores m and v.
+PEERS = {
+    "plain bfloat16": (BFLOAT16, BFLOAT16),
+    # optim.Adam8bit. (It also keeps the sign of m where the nearest value is 0.)
+    "bitsandbytes 8 bits": (blocks(8, SIGNED, 256), blocks(8, UNSIGNED, 256)),
+    # optim.Adam8bit: the same with scales of at least 1e-12.
+    "torchao 8 bits": (blocks(8, SIGNED, 256, least=1e-12), blocks(8, UNSIGNED, 256, least=1e-12)),
+    # optim.Adam4bit (arXiv 2309.01507): v in sixteenths without 0.
+    "torchao 4 bits": (blocks(4, FOUR, 128, least=1e-12), blocks(4, SIXTEENTHS, 128, least=1e-12)),
+    # arXiv 2602.23349: the scale of v is that of √v; both are at least 1e-12 before float16 rounds them.
+    "FlashOptim 8 bits": (
+        blocks(8, companded, 32, scale="float16", least=1e-12),
+        blocks(8, square_root, 32, scale="float16", least=1e-12, root=2),
+    ),
+}
 
 
 def adam(mu: Moment, nu: Moment, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
     """Adam at the rate 1, for one array: the update is that of the new moments, which are then stored. 0/0 is 0."""
 
-    def init(params: optax.Params) -> optax.OptState:
-        zeros = jnp.zeros_like(cast(jax.Array, params))
-        return jnp.zeros(()), zeros, zeros
+    def init(params: Any) -> optax.OptState:  # noqa: ANN401 (an array)
+        return jnp.zeros(()), jnp.zeros_like(params), jnp.zeros_like(params)
 
-    def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.OptState]:
-        del params
-        g, (count, m, v) = cast(jax.Array, updates), cast(tuple[jax.Array, jax.Array, jax.Array], state)
+    def update(updates: Any, state: Any, params: object = None) -> tuple[optax.Updates, optax.OptState]:  # noqa: ANN401 (an array)
+        g, (count, m, v) = updates, state
         m, v, count = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g, count + 1
         root = jnp.sqrt(v / (1 - b2**count)) + eps
         ratio = jnp.where(m == 0, 0.0, m / (1 - b1**count) / root)

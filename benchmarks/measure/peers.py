@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import math
+import time
 import typing
 from collections.abc import Callable
 
@@ -16,21 +17,11 @@ import optax
 from measure import scripts, workloads
 
 import adam_fn
-from adam_fn import StorageName
 
 RATE = 1e-3
-Tree = optax.Params
-Leaves = dict[str, jax.Array]
-Batch = tuple[jax.Array, jax.Array]  # pixels, labels
-Step = Callable[[Tree, optax.OptState, Tree], tuple[Tree, optax.OptState]]
-
-
-class JittedStep(typing.Protocol):
-    """A step that jax.jit made, as far as it is used here."""
-
-    def __call__(self, params: Tree, state: optax.OptState, inputs: Tree, /) -> tuple[Tree, optax.OptState]: ...
-
-    def trace(self, *arguments: object) -> jax.stages.Traced: ...
+Tree: typing.TypeAlias = typing.Any  # Any pytree.
+#: (params, state, gradients or a batch) -> (params, state)
+Step = Callable[..., tuple[Tree, optax.OptState]]
 
 
 def plain(tx: optax.GradientTransformation) -> Step:
@@ -43,20 +34,20 @@ def plain(tx: optax.GradientTransformation) -> Step:
     return step
 
 
-def plain_step(tx: optax.GradientTransformation) -> JittedStep:
-    return typing.cast(JittedStep, jax.jit(plain(tx), donate_argnums=(0, 1)))
+def plain_step(tx: optax.GradientTransformation) -> jax.stages.Wrapped:
+    return jax.jit(plain(tx), donate_argnums=(0, 1))
 
 
-def training_step(tx: optax.GradientTransformation) -> JittedStep:
+def training_step(tx: optax.GradientTransformation) -> jax.stages.Wrapped:
     """Loss, gradients, update: the same program for every optimizer."""
 
     def step(params: Tree, state: optax.OptState, batch: Tree) -> tuple[Tree, optax.OptState]:
         return plain(tx)(params, state, jax.grad(workloads.loss)(params, batch))
 
-    return typing.cast(JittedStep, jax.jit(step, donate_argnums=(0, 1)))
+    return jax.jit(step, donate_argnums=(0, 1))
 
 
-def loop_step(tx: optax.GradientTransformation) -> JittedStep:
+def loop_step(tx: optax.GradientTransformation) -> jax.stages.Wrapped:
     """A hundred steps in a loop, as solvers take them, with the parameters as their own gradients."""
 
     def steps(params: Tree, state: optax.OptState, grads: Tree) -> tuple[Tree, optax.OptState]:
@@ -66,39 +57,47 @@ def loop_step(tx: optax.GradientTransformation) -> JittedStep:
 
         return jax.lax.while_loop(lambda carry: carry[2] < 100, step, (params, state, jnp.int32(0)))[:2]
 
-    return typing.cast(JittedStep, jax.jit(steps))
+    return jax.jit(steps)
 
 
-def made_step(tx: optax.GradientTransformation) -> JittedStep:
-    """adam_fn's own step."""
-    return typing.cast(JittedStep, adam_fn.make_step(tx))
+Way = Callable[[optax.GradientTransformation], Step]
+#: The step around a transformation for each kind of case.
+WAYS: dict[str, Way] = {"tree": plain_step, "eager": plain, "training": training_step, "loop": loop_step}
 
 
 @dataclasses.dataclass(frozen=True)
 class JaxPeer:
-    """An optax transformation and the step around it; `leaves`: the most in a case, where it takes long to compile."""
+    """An optax transformation and the step around it, where it is not that of the case's kind.
+
+    `leaves`: the most in a case, where it takes long to compile.
+    """
 
     name: str
     tx: optax.GradientTransformation
-    step: Callable[[optax.GradientTransformation], JittedStep] = plain_step
     kinds: tuple[workloads.Kind, ...] = ("tree",)
+    step: Way | None = None
     leaves: float = math.inf
 
-    def step_of(self, case: workloads.Case) -> JittedStep:
-        return {"training": training_step, "loop": loop_step}.get(case.kind, self.step)(self.tx)
+    def step_of(self, case: workloads.Case) -> Step:
+        return (self.step or WAYS[case.kind])(self.tx)
+
+    def program(self, case: workloads.Case) -> tuple[jax.stages.Wrapped, tuple[object, ...]]:
+        """The step, made anew, and the shapes that it is compiled for."""
+        params = {name: jax.ShapeDtypeStruct(shape, case.dtype) for name, shape in case.shapes.items()}
+        inputs = jax.eval_shape(lambda: workloads.images(case, 1)) if case.kind == "training" else params
+        step = typing.cast(jax.stages.Wrapped, self.step_of(case))
+        return step, (params, jax.eval_shape(self.tx.init, params), inputs)
 
 
-STORAGES: dict[str, StorageName] = {"bfloat16 moments": "bfloat16", "24-bit state": "24bit", "16-bit state": "16bit"}
-#: The end of a peer's name, with `plain_step`.
-APPLIED = ", update and apply"
+STORAGES: tuple[adam_fn.StorageName, ...] = ("bfloat16", "24bit", "16bit")
 JAX_PEERS = (
-    JaxPeer("optax", optax.adam(RATE), kinds=("tree", "eager", "training", "loop")),
-    JaxPeer("adam_fn", adam_fn.adam(RATE), kinds=("tree", "eager", "training", "loop")),
-    JaxPeer("adam_fn make_step", adam_fn.adam(RATE), made_step, ("tree", "eager")),
+    JaxPeer("optax", optax.adam(RATE), ("tree", "eager", "training", "loop")),
+    JaxPeer("adam_fn", adam_fn.adam(RATE), ("tree", "eager", "training", "loop")),
+    JaxPeer("adam_fn make_step", adam_fn.adam(RATE), ("tree", "eager"), adam_fn.make_step),
     *(
-        JaxPeer(f"adam_fn {name}{way}", adam_fn.adam(RATE, storage=storage), step, leaves=200)
-        for name, storage in STORAGES.items()
-        for way, step in (("", made_step), (APPLIED, plain_step))
+        JaxPeer(f"adam_fn {name}{way}", adam_fn.adam(RATE, storage=storage), step=step, leaves=200)
+        for storage, name in zip(STORAGES, ("bfloat16 moments", "24-bit state", "16-bit state"), strict=True)
+        for way, step in (("", adam_fn.make_step), (", update and apply", None))
     ),
 )
 #: The implementations of torch.optim.Adam.
@@ -124,14 +123,13 @@ class Runner:
         """The least a step can move: all read once, parameters and state written once, each in its own dtype."""
         return self.given + 2 * self.state_bytes
 
-    def run(self, steps: int) -> None:
+    def seconds(self, steps: int) -> float:
+        """Runs so many steps."""
+        start = time.perf_counter()
         for _ in range(steps):
             self.carry = self.step(self.carry)
         self.wait(self.carry)
-
-
-def given(inputs: Tree, params: Tree) -> int:
-    return workloads.held(inputs) + 2 * workloads.held(params)
+        return time.perf_counter() - start
 
 
 def jax_runner(peer: JaxPeer, step: Step, params: Tree, inputs: Tree) -> Runner:
@@ -142,7 +140,9 @@ def jax_runner(peer: JaxPeer, step: Step, params: Tree, inputs: Tree) -> Runner:
     def advance(carry: tuple[Tree, optax.OptState]) -> object:
         return step(*carry, inputs)
 
-    return Runner(peer.name, advance, carry, state_bytes=workloads.held(state), given=given(inputs, params))
+    return Runner(
+        peer.name, advance, carry, state_bytes=workloads.held(state), given=workloads.held((inputs, params, params))
+    )
 
 
 def torch_device() -> str | None:
@@ -156,40 +156,35 @@ def torch_device() -> str | None:
     return "cuda" if torch.cuda.is_available() else None
 
 
-def torch_runner(name: str, case: workloads.Case, params: Leaves, inputs: Leaves | Batch) -> Runner:
+def torch_runner(name: str, case: workloads.Case, params: Tree, inputs: Tree) -> Runner:
     """torch.optim.Adam over the same leaves; the gradients share JAX's memory."""
     torch = importlib.import_module("torch")
     device = typing.cast(str, torch_device())
     leaves = {key: torch.from_dlpack(leaf).to(device).clone().requires_grad_() for key, leaf in params.items()}
     optimizer = torch.optim.Adam(list(leaves.values()), lr=RATE, **TORCH_PEERS[name])
 
-    def wait(_: object) -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    if case.kind == "training":
-        functional = importlib.import_module("torch.nn.functional")
-        pixels, labels = (torch.from_dlpack(array).to(device) for array in typing.cast(Batch, inputs))
-        labels = labels.long()
-
-        def step(_: object) -> object:
-            optimizer.zero_grad(set_to_none=True)
-            hidden = functional.relu(torch.addmm(leaves["b1"], pixels, leaves["w1"]))
-            hidden = functional.relu(torch.addmm(leaves["b2"], hidden, leaves["w2"]))
-            logits = torch.addmm(leaves["b3"], hidden, leaves["w3"])
-            functional.cross_entropy(logits, labels).backward()
-            return optimizer.step()
+    functional = importlib.import_module("torch.nn.functional")
+    given = jax.tree.map(lambda array: torch.from_dlpack(array).to(device), inputs)
+    if training := case.kind == "training":
+        given = given[0], given[1].long()
     else:
         for key, leaf in leaves.items():
-            leaf.grad = torch.from_dlpack(typing.cast(Leaves, inputs)[key]).to(device)
+            leaf.grad = given[key]
 
-        def step(_: object) -> object:
-            return optimizer.step()
+    def step(_: object) -> object:
+        if training:
+            optimizer.zero_grad(set_to_none=True)
+            hidden = functional.relu(torch.addmm(leaves["b1"], given[0], leaves["w1"]))
+            hidden = functional.relu(torch.addmm(leaves["b2"], hidden, leaves["w2"]))
+            logits = torch.addmm(leaves["b3"], hidden, leaves["w3"])
+            functional.cross_entropy(logits, given[1]).backward()
+        return optimizer.step()
 
+    wait = torch.cuda.synchronize if device == "cuda" else bool
     step(None)  # the state exists after the first step
     slots = [value for own in optimizer.state.values() for value in own.values() if torch.is_tensor(value)]
     state = sum(value.nbytes for value in slots)
-    return Runner(name, step, wait=wait, state_bytes=state, given=given(inputs, params))
+    return Runner(name, step, wait=wait, state_bytes=state, given=workloads.held((inputs, params, params)))
 
 
 def limits(traffic: int) -> list[Runner]:
@@ -218,29 +213,22 @@ def jax_peers(case: workloads.Case) -> list[JaxPeer]:
 
 
 def runners(case: workloads.Case) -> list[Runner]:
-    """Every peer of a `tree` or `training` case; the gradients or the batch are shared, nothing else is."""
+    """Every peer of a case whose steps run; the gradients or the batch are shared, nothing else is."""
     training = case.kind == "training"
-    params = workloads.weights(case, 0) if training else case.tree(0, 0.02)
+    params = workloads.weights(case.shapes, 0) if training else case.tree(0, 0.02)
     inputs = workloads.images(case, 1) if training else case.tree(1, 0.01)
     found = [jax_runner(peer, peer.step_of(case), params, inputs) for peer in jax_peers(case)]
     found += [torch_runner(name, case, params, inputs) for name in TORCH_PEERS if torch_device()]
-    return found if training else found + limits(next(runner.traffic for runner in found if runner.name == "optax"))
+    traffic = next(runner.traffic for runner in found if runner.name == "optax")
+    return found + limits(traffic) if case.kind == "tree" else found
 
 
-def eager_runners(case: workloads.Case) -> tuple[list[Runner], list[Runner]]:
-    """Runners of the update alone, and of the update with its application, all outside jit."""
+def updates(case: workloads.Case) -> list[Runner]:
+    """The updates alone, outside jit."""
     params, grads = case.tree(0, 0.02), case.tree(1, 0.01)
-    updates, steps = [], []
-    for peer in jax_peers(case):
-        if peer.step is plain_step:
-            update = functools.partial(_updated, peer.tx, params, grads)
-            updates.append(Runner(peer.name, update, (None, peer.tx.init(params))))
-        step = plain(peer.tx) if peer.step is plain_step else peer.step(peer.tx)
-        steps.append(jax_runner(peer, step, params, grads))
-    steps += [torch_runner(name, case, params, grads) for name in TORCH_PEERS if torch_device()]
-    return updates, steps
 
+    def update(tx: optax.GradientTransformation, carry: tuple[Tree, optax.OptState]) -> object:
+        return tx.update(grads, carry[1], params)
 
-def _updated(tx: optax.GradientTransformation, params: Tree, grads: Tree, carry: tuple[Tree, optax.OptState]) -> object:
-    """The updates and the next state; `carry` are those of the step before."""
-    return tx.update(grads, carry[1], params)
+    alone = (peer for peer in jax_peers(case) if peer.step is None)
+    return [Runner(peer.name, functools.partial(update, peer.tx), (None, peer.tx.init(params))) for peer in alone]

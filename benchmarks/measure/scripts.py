@@ -8,7 +8,7 @@ import os
 import pathlib
 import platform
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -19,17 +19,13 @@ Row: TypeAlias = dict[str, Any]
 NONE = "–"
 
 
-def parser(
-    doc: str | None, *, quick: str = "", only: str = "", check: str = "", out: str | None = None
-) -> argparse.ArgumentParser:
+def parser(doc: str | None, *, quick: str = "", only: str = "", out: str | None = None) -> argparse.ArgumentParser:
     """The options of a script: --out, and those that it gives a help for."""
     found = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     if quick:
         found.add_argument("--quick", action="store_true", help=quick)
     if only:
         found.add_argument("--only", action="extend", nargs="+", default=[], metavar="TEXT", help=f"{only}; repeatable")
-    if check:
-        found.add_argument("--check", action="store_true", help=check)
     found.add_argument("--out", type=pathlib.Path, default=out and pathlib.Path(out), help="folder for the results")
     return found
 
@@ -46,17 +42,11 @@ def selected(names: Iterable[str], texts: Sequence[str]) -> list[str]:
     return [name for name in names if not texts or name in meant]
 
 
-def _shown(value: object) -> str:
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key} {_shown(own)}" for key, own in value.items()) + "}"
-    return f"{value:.6g}" if isinstance(value, float) else "…" if isinstance(value, list) else str(value)
-
-
 def collected(rows: Iterable[Row]) -> list[Row]:
     """The rows, each printed as soon as it is there."""
     found = []
     for row in rows:
-        print(", ".join(f"{key} {_shown(value)}".strip() for key, value in row.items()), flush=True)
+        print(json.dumps(row, ensure_ascii=False), flush=True)
         found.append(row)
     return found
 
@@ -80,21 +70,23 @@ def merged(old: Sequence[Row], new: Sequence[Row], *keys: str) -> list[Row]:
     return list({tuple(row[key] for key in keys): row for row in (*old, *new)}.values())
 
 
+def where(rows: Iterable[Row], **wanted: object) -> list[Row]:
+    """The rows that have these values."""
+    return [row for row in rows if wanted.items() <= row.items()]
+
+
 def cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _processor() -> str:
-    info = pathlib.Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
-
-
 def device() -> str:
     """The device JAX computes on; for a CPU, its model and the number of cores."""
-    first = jax.devices()[0]
-    return f"{_processor()}, {cores()} cores" if first.platform == "cpu" else first.device_kind
+    first, info = jax.devices()[0], pathlib.Path("/proc/cpuinfo")
+    if first.platform != "cpu":
+        return first.device_kind
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return f"{found[1].strip() if found else platform.processor() or platform.machine()}, {cores()} cores"
 
 
 def slug() -> str:
@@ -104,15 +96,10 @@ def slug() -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages compared, those that are installed."""
-    found = {"python": platform.python_version()}
-    for package in ("adam_fn", "jax", "jaxlib", "optax", "torch", "numpy"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of those that are installed."""
+    there = {x.name for x in importlib.metadata.distributions()}
+    return {name: importlib.metadata.version(name) for name in packages if name in there}
 
 
 def now() -> str:
@@ -122,7 +109,14 @@ def now() -> str:
 
 def about() -> Row:
     """On what and when something is measured."""
-    return {"device": device(), "versions": versions(), "date": now()}
+    compared = versions("adam_fn", "jax", "jaxlib", "optax", "torch", "numpy")
+    return {"device": device(), "versions": {"python": platform.python_version()} | compared, "date": now()}
+
+
+def save(options: argparse.Namespace, name: str, rows: Sequence[Row], **more: object) -> None:
+    """Writes the rows, what they were measured on and what else a script says of them, if it has a folder for it."""
+    if options.out:
+        write(options.out / f"{name}.json", {**about(), **more, "rows": rows})
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -136,6 +130,6 @@ def named(versions: dict[str, str]) -> str:
 
 
 def span(values: Iterable[float | None], form: str) -> str:
-    """The least and the largest, or the one; nothing where there is none."""
+    """The least and the largest, or the one; a dash where there is none."""
     known = sorted(x for x in values if x is not None)
-    return " to ".join(dict.fromkeys(format(end, form) for end in (*known[:1], *known[-1:])))
+    return " to ".join(dict.fromkeys(format(end, form) for end in (*known[:1], *known[-1:]))) or NONE

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -91,24 +91,19 @@ def cases(quick: bool) -> list[Case]:
         shapes: dict[str, Shape] = {"leaf": (2 ** (n - 10), 1024)}
         found.append(Case(f"leaf-2^{n}-{dtype}", f"one leaf of 2^{n - 10} x 1,024, {dtype}", "tree", shapes, dtype))
     leaves, eager, hidden = (50, 50, 128) if quick else (1000, 200, 1000)
-    whole = "whole training step, batch 128"
     tree = gpt2(512, 64, 64, 4) if quick else gpt2(50257, 1024, 768, 12)
     size = "four blocks of GPT-2 at a twelfth of the width" if quick else "GPT-2 small"
+    net = f"MLP 784-{hidden}-{hidden}-10, whole training step, batch 128"
     found += [
         Case("gpt2", f"{size}, {len(tree)} leaves", "tree", tree),
         Case("leaves", f"{leaves} leaves of 1,024", "tree", many(leaves, 1024)),
         Case("eager", f"eager, {eager} leaves of 1,024", "eager", many(eager, 1024)),
-        Case("mlp", f"MLP 784-{hidden}-{hidden}-10, {whole}", "training", mlp(784, hidden, 10), batch=128),
-        *(
-            Case(
-                f"loop-{n}-{dtype}", f"100 steps of {n} elements in a `while_loop`, {dtype}", "loop", {"x": (n,)}, dtype
-            )
-            for n in (4, 20)
-            for dtype in ("float32", "float64")
-        ),
-        Case("rates", "another learning rate", "rates", many(4, 1024)),
+        Case("mlp", net, "training", mlp(784, hidden, 10), batch=128),
     ]
-    return found
+    for n, dtype in itertools.product((4, 20), ("float32", "float64")):
+        title = f"100 steps of {n} elements in a `while_loop`, {dtype}"
+        found.append(Case(f"loop-{n}-{dtype}", title, "loop", {"x": (n,)}, dtype))
+    return [*found, Case("rates", "another learning rate", "rates", many(4, 1024))]
 
 
 def images(case: Case, seed: int) -> tuple[jax.Array, jax.Array]:
@@ -118,15 +113,21 @@ def images(case: Case, seed: int) -> tuple[jax.Array, jax.Array]:
     return jnp.array(pixels), jnp.array(random.integers(0, case.shapes["b3"][0], case.batch), jnp.int32)
 
 
-def weights(case: Case, seed: int) -> dict[str, jax.Array]:
-    """He initialisation of the MLP."""
+def he(name: str, shape: Shape) -> float:
+    """The standard deviation of He initialisation."""
+    return (2 / shape[0]) ** 0.5
+
+
+def weights(
+    shapes: Mapping[str, Shape], seed: int, scale: Callable[[str, Shape], float] = he, vector: float = 0.0
+) -> dict[str, jax.Array]:
+    """Float32: normal matrices of the standard deviation `scale`, and vectors of one value."""
     random = np.random.default_rng(seed)
-    return {
-        name: jnp.array(random.standard_normal(shape, np.float32) * np.sqrt(2 / shape[0], dtype=np.float32))
-        if len(shape) == 2
-        else jnp.zeros(shape)
-        for name, shape in case.shapes.items()
-    }
+
+    def made(name: str, shape: Shape) -> jax.Array:
+        return jnp.array(random.standard_normal(shape, np.float32) * np.float32(scale(name, shape)))
+
+    return {name: made(name, shape) if len(shape) > 1 else jnp.full(shape, vector) for name, shape in shapes.items()}
 
 
 def logits(params: dict[str, jax.Array], pixels: jax.Array) -> jax.Array:

@@ -8,10 +8,10 @@ import jax
 import pytest
 import tables
 from cases import CASES
-from compilers import limits, meshes, steps, targets, worker
+from compilers import figures, placements, steps, worker
 from compilers.hlo import Array, Instruction, Program, instruction
-from compilers.limits import Row
 from measure import workloads
+from measure.scripts import Row
 
 pytestmark = pytest.mark.quick
 
@@ -139,24 +139,24 @@ def test_an_instruction_is_parsed() -> None:
 
 def fitting() -> list[Row]:
     """Rows of all that is compiled, with figures that every limit allows."""
-    bases = {limit.figure: 1.0 for limit in limits.LIMITS if limit.base}
-    names = [{"target": target, **name} for target in limits.BOTH for name, _ in worker.jobs(target)]
-    held = [(row, [limit for limit in limits.LIMITS if limit.holds_for(row)]) for row in names]
+    bases = {limit.figure: 1.0 for limit in figures.LIMITS if limit.base}
+    names = [{"target": target, **name} for target in figures.BOTH for name, _ in worker.jobs(target)]
+    held = [(row, [limit for limit in figures.LIMITS if limit.holds_for(row)]) for row in names]
     return [row | bases | {x.figure: x.most for x in found if not x.base} for row, found in held]
 
 
 def test_every_limit_is_of_something_that_is_compiled() -> None:
     rows = fitting()
-    assert list(limits.exceeded([row | {"cycles": 0.5} if row["step"] != limits.BASE else row for row in rows])) == []
-    for limit in limits.LIMITS:
+    assert list(figures.exceeded([row | {"cycles": 0.5} if row["step"] != figures.BASE else row for row in rows])) == []
+    for limit in figures.LIMITS:
         found = {(row["target"], row["step"]) for row in rows if limit.holds_for(row)}
-        targets = meshes.MESHES if limit.part == limits.LLAMA else limit.targets
+        targets = placements.MESHES if limit.part == figures.LLAMA else limit.targets
         steps_ = limit.steps or {step for _, step in found}
         assert steps_ and found == {(target, step) for target in targets for step in steps_}, limit
 
 
 def test_every_exceeded_limit_is_listed() -> None:
-    rows = {limits.label(row): row | {"cycles": 1 if row["step"] == limits.BASE else 0.5} for row in fitting()}
+    rows = {figures.label(row): row | {"cycles": 1 if row["step"] == figures.BASE else 0.5} for row in fitting()}
     rows["v5e, leaf: 24bit, make_step"]["cycles"] = 0.7
     rows["v6e, leaf: Lion, 24bit, make_step"]["passes"] = 2
     rows["h200, leaf: masters, 16bit, make_step"]["kernels"] = 3
@@ -165,7 +165,7 @@ def test_every_exceeded_limit_is_listed() -> None:
     rows["v5e, Llama-7B: 16bit, FSDP 256, explicit"]["state"] = 1.9
     rows["v5e, offload: 16bit, make_step"]["error"] = "JaxRuntimeError: no"
     rows["v5e, family: adam, make_step"]["failed"] = ["masters, 24bit does not compile: no"]
-    assert sorted(limits.exceeded(list(rows.values()))) == [
+    assert sorted(figures.exceeded(list(rows.values()))) == [
         "a100, GPT-2 small: 24bit, make_step: beside was not measured",
         "h200, leaf: masters, 16bit, make_step: kernels 3 times that of masters, float32, at most 1",
         "h200, zero1: 24bit, jit: all-reduce 4, at most 0.004",
@@ -177,7 +177,7 @@ def test_every_exceeded_limit_is_listed() -> None:
         "v6e, leaf: Lion, 24bit, make_step: passes 2, at most 1",
     ]
     del rows["h200, leaf: masters, float32, make_step"]
-    assert "h200, leaf: masters, 16bit, make_step: kernels was not measured" in limits.exceeded(list(rows.values()))
+    assert "h200, leaf: masters, 16bit, make_step: kernels was not measured" in figures.exceeded(list(rows.values()))
 
 
 def test_what_is_compiled() -> None:
@@ -187,7 +187,7 @@ def test_what_is_compiled() -> None:
     assert {x.dtype.name for x in made["8-bit masters, 24bit"] if x.size > 16} == {"int8", "bfloat16"}
     assert [math.prod(steps.GPT2["wte"]), workloads.size(steps.GPT2)] == [50257 * 768, 124_439_808]
     assert workloads.size(steps.llama(32)) == 6_738_415_616
-    assert {*targets.GPUS} == {*limits.GPU}
+    assert {*steps.GPUS} == {*figures.GPU}
 
 
 def test_the_documentation_shows_the_results(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,13 +11,13 @@ import precision
 import pytest
 from loaders import mnist, shakespeare
 from measure import scripts
-from training import char_model
+from training import tasks
 
-TEXT = char_model.split(shakespeare.Text(np.random.default_rng(0).integers(0, 10, 4000, np.int32), 10))
-MODEL = dataclasses.replace(char_model.TINY, vocabulary=TEXT.vocabulary)
+TEXT = shakespeare.Text(np.random.default_rng(0).integers(0, 10, 4000, np.int32), 10)
+MODEL = dataclasses.replace(tasks.TINY, vocabulary=TEXT.vocabulary)
 
 
-def expected_logits(params: char_model.Params, tokens: jax.Array) -> jax.Array:
+def expected_logits(params: tasks.Params, tokens: jax.Array) -> jax.Array:
     """The same network of JAX's own layers, block by block."""
 
     def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
@@ -36,30 +36,33 @@ def expected_logits(params: char_model.Params, tokens: jax.Array) -> jax.Array:
 def test_the_transformer_is_that_of_jax_s_layers() -> None:
     random = np.random.default_rng(1)
     params = {name: leaf + 0.2 * random.standard_normal(leaf.shape) for name, leaf in MODEL.init(0).items()}
-    tokens = char_model.sample(jnp.array(TEXT.train), 0, 0, 3, MODEL.context)[:, :-1]
+    tokens = tasks.sample(jnp.array(TEXT.codes), 0, 0, 3, MODEL.context)[:, :-1]
     expected = jax.jit(expected_logits)(params, tokens).reshape(-1, TEXT.vocabulary)
     np.testing.assert_allclose(jax.jit(MODEL.logits)(params, tokens), expected, rtol=1e-4, atol=1e-4)
-    assert char_model.Model().parameters == 1_017_472
+    assert tasks.Model().parameters == 1_017_472
     assert MODEL.parameters == sum(leaf.size for leaf in params.values())
 
 
 def test_split_and_windows() -> None:
-    assert (len(TEXT.train), len(TEXT.validation), TEXT.vocabulary) == (3600, 400, 10)
+    data = tasks.characters(quick=True, text=TEXT).data
+    assert data["train"].tolist() == TEXT.codes[:3600].tolist()
+    assert data["validation"].ravel()[:5].tolist() == TEXT.codes[3600:3605].tolist()
     text = jnp.arange(1000)
-    windows = np.asarray(char_model.sample(text, 3, 5, 64, 20))
+    windows = np.asarray(tasks.sample(text, 3, 5, 64, 20))
     assert windows.shape == (64, 21) and (np.diff(windows) == 1).all() and len(set(windows[:, 0])) > 32
     for seed, step, same in ((3, 5, True), (3, 6, False), (4, 5, False)):
-        assert np.array_equal(windows, char_model.sample(text, seed, step, 64, 20)) == same
-    found = char_model.spread(text, 40, 20)
+        assert np.array_equal(windows, tasks.sample(text, seed, step, 64, 20)) == same
+    found = tasks.spread(text, 40, 20)
     assert found[0, 0] == 0 and found[-1, -1] == 999 and (jnp.diff(found[:, 0]) >= 20).all()
 
 
 def test_recorded_gradients() -> None:
-    found = char_model.recorded(2, 7, 16, model=MODEL, text=TEXT)
-    windows = char_model.sample(jnp.array(TEXT.train), 7, 0, char_model.BATCH, MODEL.context)
-    grads = jax.jit(jax.grad(MODEL.loss))(MODEL.init(7), windows)
+    workload = tasks.characters(quick=True, text=TEXT)
+    found = tasks.recorded(workload, 2, 16, seed=7)
+    windows = tasks.sample(workload.data["train"], 7, 0, tasks.BATCH, MODEL.context)
+    grads = jax.jit(jax.grad(MODEL.loss))(params := MODEL.init(7), windows)
     assert found.shape == (2, 16, 256)
-    chosen = char_model.groups(MODEL, 16)
+    chosen = tasks.groups(params, 16)
     expected = np.concatenate([np.asarray(grads[name]).reshape(-1)[own] for name, own in chosen.items()])
     np.testing.assert_allclose(found[0], expected, rtol=1e-3, atol=1e-6)
     assert len(chosen) == 8 and (found[1] != found[0]).mean() > 0.9
@@ -97,9 +100,9 @@ def test_runs_are_kept(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) 
     program = unittest.mock.Mock()
     program.return_value.run.return_value = None, {"loss": 0.0}
     monkeypatch.setattr(precision, "Program", program)
-    for seeds, again, new, kept in ((1, False, 0, 2), (2, False, 2, 4), (1, True, 2, 4)):
+    for seeds, new, kept in ((1, 0, 2), (2, 2, 4)):
         program.reset_mock()
-        precision.measure(digits, LABELS, seeds, path, again)
+        precision.measure(digits, LABELS, seeds, path)
         assert (program.call_count, len(scripts.read(path)["runs"])) == (new, kept)
     fewer = dataclasses.replace(digits, settings=dataclasses.replace(digits.settings, steps=24))
     precision.measure(fewer, LABELS[:1], 1, path)

@@ -1,29 +1,26 @@
-"""Steps on several devices: Llama-7B, divided as people divide it, and `zero1`."""
+"""Steps whose arrays are elsewhere: Llama-7B, divided as people divide it, `zero1`, and `offload`."""
 
 import functools
-import itertools
 import math
 import typing
 import unittest.mock
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from compilers.figures import TREE
 from compilers.hlo import Program
-from compilers.limits import LLAMA, ZERO1, Row
-from compilers.steps import STEPS, Shapes, Step, Tree, llama, placed, spent
-from compilers.targets import devices
+from compilers.steps import GPT2, ONE, STEPS, Shapes, Tree, devices, first, llama, placed, spent
 from jax.sharding import AxisType, Mesh
+from measure.scripts import Row
 from measure.workloads import held, size
 
 import adam_fn
 
-STORED = ("float32", "24bit", "16bit", "masters, 16bit")
 #: As where there are several devices.
 several = functools.partial(unittest.mock.patch, "adam_fn.execute.cpu.single_device", lambda: False)
-
-# --- Llama-7B ---
 
 #: Of the 32 layers, which are alike.
 LAYERS = 4
@@ -41,11 +38,13 @@ def division(name: str, shape: Sequence[int]) -> jax.P:
     return jax.P("tp", "fsdp") if name.endswith(("o", "down", "embedding")) else jax.P("fsdp", "tp")
 
 
-def sharded(step: Step, target: str, name: str, kind: AxisType) -> Row:
+def sharded(name: str, way: str, target: str) -> Row:
     """A step of Llama-7B, the state where `jit(tx.init)` puts it; bytes per parameter of a device."""
-    topology, sizes = MESHES[target][name]
-    mesh = Mesh(np.array(devices(target, topology)).reshape(sizes), ("fsdp", "tp"), axis_types=(kind, kind))
-    tree = llama(LAYERS)
+    division_, kind = way.split(", ")
+    topology, sizes = MESHES[target][division_]
+    kinds = (AxisType[kind.capitalize()],) * 2
+    mesh = Mesh(np.array(devices(target, topology)).reshape(sizes), ("fsdp", "tp"), axis_types=kinds)
+    step, tree = STEPS[name], llama(LAYERS)
     params, state, _ = step.arguments(tree)
     params = placed(params, {name: jax.NamedSharding(mesh, division(name, shape)) for name, shape in tree.items()})
     jax.clear_caches()
@@ -60,21 +59,17 @@ def sharded(step: Step, target: str, name: str, kind: AxisType) -> Row:
         large = (x for x in jax.tree.leaves(tree) if x.size > 16)
         return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in large)
 
-    def differ(x: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> bool:
-        return not place.is_equivalent_to(x.sharding, x.ndim)
-
+    places = zip(jax.tree.leaves((params, state)), jax.tree.leaves(compiled.output_shardings), strict=True)
     count = own(params) / params["norm"].dtype.itemsize
     program = Program(compiled.as_text() or "")
     return {
         "collectives": len(program.exchanges()),
         "temporaries": program.temporaries(compiled.memory_analysis()) / count,
         "state": own(state) / count,
-        "moved": sum(jax.tree.leaves(jax.tree.map(differ, (params, state), compiled.output_shardings))),
+        "moved": sum(not at.is_equivalent_to(x.sharding, x.ndim) for x, at in places),
         "seconds": seconds,
     }
 
-
-# --- ZeRO, stage 1 ---
 
 KINDS = ("reduce-scatter", "all-gather", "all-reduce")
 
@@ -96,9 +91,9 @@ def net(params: Mapping[str, jax.Array], batch: jax.Array) -> jax.Array:
     return jnp.mean((hidden @ params["out"]).astype("float32") ** 2) + odd * jnp.mean(batch.astype("float32"))
 
 
-def zero1(step: Step, way: str, target: str) -> Row:
+def zero1(name: str, way: str, target: str) -> Row:
     """A step of training, of a batch that is divided over four devices, gradients and all; bytes per parameter."""
-    every, tree = devices(target), net_of(target)
+    step, every, tree = STEPS[name], devices(target), net_of(target)
     mesh = Mesh(np.array(every), ("data",), axis_types=(AxisType.Auto,))
     params = placed(step.params(tree), jax.NamedSharding(mesh, jax.P()))
     tx = adam_fn.zero1(step.tx, params, mesh, "data")
@@ -128,11 +123,52 @@ def zero1(step: Step, way: str, target: str) -> Row:
     }
 
 
-def jobs(target: str) -> Iterator[tuple[Row, Callable[[], Row]]]:
-    """What can be compiled: what identifies it, and a function that does it."""
-    kinds = (AxisType.Auto, AxisType.Explicit)
-    for name, kind, step in itertools.product(MESHES.get(target, ()), kinds, STORED):
-        run = functools.partial(sharded, STEPS[step], target, name, kind)
-        yield {"part": LLAMA, "step": step, "way": f"{name}, {kind.name.lower()}"}, run
-    for step, way in itertools.product(STORED, ("jit", "shard_map")):
-        yield {"part": ZERO1, "step": step, "way": way}, functools.partial(zero1, STEPS[step], way, target)
+#: Layers whose activations, of a batch of 16,384, need more memory than a step.
+DEEP: Shapes = {f"layer{i}": (2048, 2048) for i in range(4)}
+#: What else than a leaf has its state on the host, all in float32.
+TREES = {TREE: GPT2, "training": DEEP}
+
+
+def deep(params: Mapping[str, jax.Array], batch: jax.Array) -> jax.Array:
+    """The loss of `DEEP`."""
+    for layer in params.values():
+        batch = jnp.tanh(batch @ layer)
+    return jnp.mean(batch**2)
+
+
+def peak(memory: typing.Any) -> int:  # noqa: ANN401 (JAX has no public type for it)
+    """The device's memory of a program: its arguments, its results and what it needs beside."""
+    given = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return given + memory.temp_size_in_bytes
+
+
+def offload(name: str, way: str, target: str) -> Row:
+    """A step with the state on the host beside one with it on the device, alone or after the gradients of `deep`."""
+    tree, place = TREES.get(name, ONE), first(target)
+    step = STEPS["float32" if name in TREES else name]
+    params = placed(step.params(tree), place)
+    batch = jax.ShapeDtypeStruct((16384, 2048), step.dtype, sharding=place)
+
+    def compiled(tx: optax.GradientTransformation) -> tuple[typing.Any, float]:
+        """The program with the step, and the largest peak of all there are."""
+        state = placed(jax.eval_shape(tx.init, params), adam_fn.state_shardings(tx, params))
+        run = adam_fn.make_step(tx)
+        if way == "one program":
+            whole = jax.jit(lambda p, s, b: run(p, s, jax.grad(deep)(p, b)), donate_argnums=(0, 1))
+            found = whole.lower(params, state, batch).compile()
+            return found, peak(found.memory_analysis())
+        found = run.lower(params, state, params).compile()
+        memory: typing.Any = found.memory_analysis()
+        if way == "make_step":
+            return found, peak(memory)
+        gradients = jax.jit(jax.grad(deep)).lower(params, batch).compile().memory_analysis()
+        resident = memory.argument_size_in_bytes - 2 * held(params)
+        return found, max(peak(gradients) + resident, peak(memory) + held(batch))
+
+    _, most = compiled(step.tx)
+    moved, now = compiled(adam_fn.offload(step.tx))
+    memory = moved.memory_analysis()
+    read, stored = Program(moved.as_text() or "").bus()
+    found = {"on the host": memory.host_argument_size_in_bytes, "kept there": memory.host_output_size_in_bytes}
+    found |= {"read": read, "stored": stored, "peak": now, "saved": most - now}
+    return {name: figure / size(tree) for name, figure in found.items()}
