@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from helpers.layouts import KINDS, assert_placed, mesh_of
-from helpers.runs import Array, compilations, random_gradients, relative_error
+from helpers.runs import Array, compilations, random_gradients, relative_error, scanned
 from helpers.states import count_of, slots_of
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from oracles import family, momentum
@@ -28,13 +28,7 @@ START = np.linspace(-1.0, 1.0, SIZE, dtype=np.float32)
 @functools.partial(jax.jit, static_argnums=0)
 def stepped(tx: optax.GradientTransformation, grads: Any, params: Any) -> tuple[Any, Any, Any]:
     """Parameters, state and updates after a step for each of the stacked gradients."""
-
-    def step(carry: Any, g: Any) -> Any:
-        params, state = carry
-        updates, state = tx.update(g, state, params)
-        return (optax.apply_updates(params, updates), state), updates
-
-    (params, state), updates = jax.lax.scan(step, (params, tx.init(params)), grads)
+    (params, state), updates = scanned(tx, params, grads)
     return params, state, jax.tree.map(lambda u: u[-1], updates)
 
 

@@ -21,7 +21,20 @@ from helpers.states import slots_of
 from jax.example_libraries import optimizers as example_libraries
 from jax.typing import DTypeLike
 from oracles import frameworks
-from recorded.record_trajectories import KERAS, RECORDED, STEPS, TORCH, Array, Problem, gradient, problem
+from recorded.record_trajectories import (
+    FOLDER,
+    KERAS,
+    RECORDED,
+    STEPS,
+    TORCH,
+    Array,
+    Problem,
+    Rows,
+    fingerprint,
+    gradient,
+    listing,
+    problem,
+)
 
 import adam_fn
 from adam_fn import presets
@@ -172,6 +185,26 @@ def test_preset_is_the_framework(row: Row) -> None:
     expected, i = of_the_framework(row), ROWS.index(row)
     assert distance(paths(np.float64)[i], expected) < 1e-10
     assert relative_error(paths(np.float32)[i], expected) < 2e-6
+
+
+@pytest.mark.parametrize("name", [name for name in TORCH if "complex" in name])
+def test_preset_is_the_framework_for_complex_parameters(name: str) -> None:
+    row = of_record("torch", name, *TORCH[name])
+    tx, expected = getattr(presets, row.preset)(**row.ours), of_the_framework(row)
+    with jax.enable_x64(True):
+        assert distance(follow(tx, problem(), np.float64, is_complex=True), expected) < 1e-10
+    assert relative_error(follow(tx, problem(), np.float32, is_complex=True), expected) < 2e-6
+
+
+@pytest.mark.parametrize(("framework", "rows"), [("torch", TORCH), ("keras", KERAS)])
+def test_record_is_of_this_problem_and_of_these_rows(framework: str, rows: Rows) -> None:
+    record = load(framework)
+    assert record.text["problem"] == fingerprint(problem())
+    assert record.text["rows"] == listing(rows)
+    assert record.params.keys() == rows.keys()
+    for numbers in problem():  # They are exact in float32.
+        np.testing.assert_array_equal(numbers.astype(np.float32).astype(np.float64), numbers)
+    assert (FOLDER / f"{framework}.npz").stat().st_size < 200_000
 
 
 def test_adamw_of_keras_is_its_adam_with_a_decay() -> None:

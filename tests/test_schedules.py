@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.runs import scanned
 from helpers.states import bias_weights, kept_weights, slots_of
 from numpy.typing import NDArray
 from oracles import momentum
@@ -138,10 +139,7 @@ def test_a_decay_rate_by_its_distance_from_one() -> None:
     grads = np.random.default_rng(0).standard_normal(steps).astype(np.float32) + 1
 
     def final(*txs: Any) -> list[Any]:
-        def scanned(tx: Any, zero: jax.Array, grads: jax.Array) -> Any:
-            return jax.lax.scan(lambda state, g: (tx.update(g, state, zero)[1], None), tx.init(zero), grads)[0]
-
-        return jax.jit(lambda *args: [scanned(tx, *args) for tx in txs])(np.float32(0), grads)
+        return jax.jit(lambda *args: [scanned(tx, *args)[0][1] for tx in txs])(np.float32(0), grads)
 
     slow = 0.0
     for t, g in enumerate(grads.astype(float), 1):

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
+from helpers.runs import scanned
 from helpers.states import slots_of
 
 import adam_fn
@@ -51,12 +52,8 @@ NOISE = np.random.default_rng(0).standard_normal((400, 24)).astype(np.float32)
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def ran(tx: Any, params: Any, steps: int = 31) -> Any:
     """The state after some steps."""
-
-    def step(state: Any, noise: jax.Array) -> Any:
-        grads = jax.tree.map(lambda p: noise[: p.size].reshape(p.shape).astype(p.dtype), params)
-        return tx.update(grads, state, params)[1], None
-
-    return jax.lax.scan(step, tx.init(params), jnp.asarray(NOISE[:steps]))[0]
+    grads = jax.tree.map(lambda p: NOISE[:steps, : p.size].reshape(steps, *p.shape).astype(p.dtype), params)
+    return scanned(tx, params, grads)[0][1]
 
 
 @functools.cache

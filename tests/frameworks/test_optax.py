@@ -11,7 +11,7 @@ import optax
 import pytest
 from cases import CASES, MEMBERS, Case, name
 from helpers.layouts import BY_SLOTS
-from helpers.runs import compilations, random_gradients, scan_each
+from helpers.runs import by_name, compilations, random_gradients, scanned
 
 import adam_fn
 
@@ -26,9 +26,8 @@ ALIASES = tuple({case.alias: case for case in reversed(CASES)}.values())
 def run(*txs: optax.GradientTransformation, start: Any = PARAMS, grads: Any = GRADS) -> tuple[list[Any], list[Any]]:
     """The parameters of each after all gradients, and its updates; a state of another type than before would raise."""
     named = dict(enumerate(txs))
-    states = jax.jit(lambda: {name: tx.init(start) for name, tx in named.items()})()
     stacked = jax.tree.map(lambda *g: jnp.stack(g), *grads)
-    (params, _), updates = scan_each(named)((dict.fromkeys(named, start), states), dict.fromkeys(named, stacked))
+    (params, _), updates = scanned(by_name(named), dict.fromkeys(named, start), dict.fromkeys(named, stacked))
     return list(params.values()), list(updates.values())
 
 

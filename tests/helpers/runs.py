@@ -30,16 +30,17 @@ def step_bound(b1: float, b2: float, steps: int) -> Array:
     return (1 - b1) / (1 - b1**t) * np.sqrt((1 - b2**t) / (1 - b2)) * np.sqrt((1 - r**t) / (1 - r))
 
 
-def scan_each(txs: Mapping[Any, optax.GradientTransformation]) -> Any:
-    """``run((params, states), grads) -> ((params, states), updates)``, all by name: one jitted scan over gradients."""
+def by_name(txs: Mapping[Any, optax.GradientTransformation]) -> optax.GradientTransformation:
+    """Transformations as one, each of the tree by its name: one program to compile."""
 
-    def step(carry: Any, grads: Any) -> Any:
-        params, states = carry
-        done = {name: tx.update(grads[name], states[name], params[name]) for name, tx in txs.items()}
-        updates, states = ({name: pair[i] for name, pair in done.items()} for i in range(2))
-        return (optax.apply_updates(params, updates), states), updates
+    def init(params: Any) -> Any:
+        return {name: tx.init(params[name]) for name, tx in txs.items()}
 
-    return jax.jit(lambda carry, grads: jax.lax.scan(step, carry, grads))
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        done = {name: tx.update(updates[name], state[name], params[name]) for name, tx in txs.items()}
+        return tuple({name: pair[i] for name, pair in done.items()} for i in range(2))
+
+    return optax.GradientTransformation(init, update)
 
 
 def trajectory(

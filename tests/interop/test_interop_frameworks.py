@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.runs import scan_each
+from helpers.runs import by_name, scanned
 from helpers.states import slots_of
 from recorded.record_states import AFTER, BEFORE, FOLDER, KERAS, SHAPES, TORCH
 
@@ -110,8 +110,7 @@ def ended() -> Mapping[str, Any]:
         framework = row.split("/")[0]
         grads[row] = jax.tree.map(lambda g, factor=factor: g[BEFORE:] * factor, tree(framework, "grads"))
 
-    (params, _), _ = scan_each(OURS)((params, states), grads)
-    return params
+    return scanned(by_name(OURS), params, grads, states)[0][0]
 
 
 @pytest.mark.quick

@@ -14,7 +14,7 @@ import optax.contrib
 import orbax.checkpoint as ocp
 import pytest
 from flax import serialization
-from helpers.runs import relative_error, scan_each
+from helpers.runs import by_name, relative_error, scanned
 from helpers.states import count_of, kept_weights, slots_of
 
 import adam_fn
@@ -92,12 +92,11 @@ def ran() -> Run:
         return dict.fromkeys(PAIRS, grads)
 
     start: Any = dict.fromkeys(PAIRS, jax.tree.map(jnp.asarray, PARAMS))
-    blank = jax.jit(lambda params: {name: tx.init(params[name]) for name, tx in theirs.items()})(start)
-    go = scan_each(theirs)
-    (params, before), _ = go((start, blank), gradients(0))
+    blank = jax.jit(by_name(theirs).init)(start)
+    (params, before), _ = scanned(by_name(theirs), start, gradients(0), blank)
     converted = {name: from_optax(tx, params[name], before[name]) for name, tx in ours.items()}
-    (_, after), updates = go((params, before), gradients(1))
-    (_, ours_after), our_updates = scan_each(ours)((params, converted), gradients(1))
+    (_, after), updates = scanned(by_name(theirs), params, gradients(1), before)
+    (_, ours_after), our_updates = scanned(by_name(ours), params, gradients(1), converted)
     return Run(blank, params, converted, updates, our_updates, after, ours_after)
 
 

@@ -44,20 +44,6 @@ class TestSurface:
                 for along, (low, high) in zip(path.points.T, (each.x, each.y), strict=True):
                     assert (low <= along.min()) and (along.max() <= high)
 
-    def test_a_quick_run_takes_a_tenth_of_the_steps(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(surface, "OPTIMIZERS", {"SGD": optax.sgd})
-        monkeypatch.setattr(surface, "plot", lambda *_: None)
-        for (path,), each in zip(
-            surface.main(("--quick", "--out", str(tmp_path))).values(), surface.SURFACES, strict=True
-        ):
-            assert len(path.points) == each.steps // 10 + 1
-
-    def test_on_the_bowl_gradient_descent_is_a_geometric_sequence(self) -> None:
-        bowl = surface.SURFACES[0]
-        path = surface.descend(bowl, "SGD", 10)
-        shrinks = (1 - 2 * bowl.rates["SGD"]) ** np.arange(11)
-        np.testing.assert_allclose(path.points, np.outer(shrinks, bowl.start), rtol=1e-5)
-
     def test_in_the_valley_adam_first_moves_by_its_rate(self) -> None:
         valley = surface.SURFACES[1]
         path = surface.descend(valley, "Adam", 1)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import figure4
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,6 @@ import optax
 import pytest
 from cases import MEMBERS
 from helpers.runs import Array, random_gradients, relative_error, step_bound, together, trajectories, trajectory
-from helpers.uncorrected import mean_decay, uncorrected
 
 import adam_fn
 from adam_fn.schedules import beta1_decay, inverse_sqrt
@@ -24,6 +24,16 @@ def updates64(grads: Array, *txs: optax.GradientTransformation) -> Array:
     """The updates of each ``[len(txs), steps, size]`` in float64, by one program; the parameters are 0."""
     with jax.enable_x64(True):
         return trajectories(txs, grads, np.zeros(grads.shape[1]), jnp.float64)[1]
+
+
+def uncorrected(learning_rate: Any, b1: Any = 0.9, b2: Any = 0.999, eps: Any = 0.0) -> adam_fn.Transformation:
+    """`adam_fn.adam` without bias correction."""
+    return adam_fn.transform(figure4.PerhapsCorrected(b1, b2, eps, corrected=0.0) >> adam_fn.Rate(learning_rate))
+
+
+def mean_decay(count: jax.Array) -> jax.Array:
+    """``β₂ = 1 - 1/t``: v is the plain mean of the squared gradients."""
+    return 1 - 1 / (jnp.asarray(count, float) + 1)
 
 
 SIZE = 64

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import MEMBERS, Case, name
+from helpers.runs import scanned
 
 import adam_fn
 
@@ -38,18 +39,9 @@ def runs(case: Case) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """By storage, float32 among them: the way that the parameters went, and the last updates; in one program."""
     txs = {x: case.make(1e-2, storage=x) for x in ("float32", *STORAGES)}
 
-    def step(carry: Any, g: jax.Array) -> Any:
-        new, updates = {}, {}
-        for kind, (p, state) in carry.items():
-            updates[kind], after = txs[kind].update(g, state, p)
-            new[kind] = p + updates[kind], after
-        return new, updates
-
     def run(grads: jax.Array) -> Any:
-        blank = jnp.zeros((len(KINDS), SIZE))
-        carry = {kind: (blank, tx.init(blank)) for kind, tx in txs.items()}
-        carry, updates = jax.lax.scan(step, carry, grads)
-        return {kind: (carry[kind][0], updates[kind][-LAST:]) for kind in txs}
+        ends = {kind: scanned(tx, jnp.zeros((len(KINDS), SIZE)), grads) for kind, tx in txs.items()}
+        return {kind: (p, updates[-LAST:]) for kind, ((p, _), updates) in ends.items()}
 
     return jax.tree.map(lambda x: np.asarray(x, np.float64), jax.jit(run)(gradients()))
 
