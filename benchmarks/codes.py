@@ -5,7 +5,7 @@
 Ours run as they are, `adam_fn.adam` in float32 with ε = 0; those of other libraries are emulated in float64
 (`emulation/peers.py`), but for optax's own; exact is Adam in float64 with ε = 0, and 0/0 counts as 0. The rate is 1,
 β₁ = 0.9 and β₂ = 0.999 unless a scenario says otherwise, the others' ε 1e-8 of the gradients' scale σ. `scenarios` has
-what gradients there are, each element's with a scale of lognormal(0.7) times σ, and what is measured of their updates.
+the gradients, each element's with a scale of lognormal(0.7) times σ, and the measures of the updates.
 Those of the scenario `recorded` come from a character transformer while it trains, with `--gradients DIR`, which keeps
 them; recording takes minutes.
 """
@@ -40,7 +40,7 @@ Array: TypeAlias = npt.NDArray[np.floating]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Storage:
-    """A way of storing the moments; `optimizer` is Adam of β₁, β₂ and ε at the rate 1."""
+    """A way of storing the moments; `optimizer` makes Adam from β₁, β₂ and ε, with the rate 1."""
 
     name: str
     bytes: float
@@ -49,7 +49,7 @@ class Storage:
 
 
 class Sizes(NamedTuple):
-    """How much is computed; some scenarios have fewer steps."""
+    """The numbers of steps and elements; some scenarios have fewer steps."""
 
     steps: int = 2000
     steady: int = 1000
@@ -62,7 +62,7 @@ QUICK = Sizes(800, 300, 300, 512)
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
-    """Gradients, float32[steps, elements], and what is measured of the updates that they lead to and the right ones."""
+    """Gradients, float32[steps, elements], and a measure that compares their updates with the right ones."""
 
     name: str
     case: str
@@ -74,7 +74,7 @@ class Scenario:
 
 
 def emulated(name: str, mu: peers.Moment, nu: peers.Moment) -> Storage:
-    """Another library's."""
+    """The emulated storage of another library."""
     return Storage(name, mu.bytes + nu.bytes, False, functools.partial(peers.adam, mu, nu))
 
 
@@ -103,7 +103,7 @@ def normal(random: Random, steps: int, elements: int, *, spread: float = 0.7) ->
 
 
 def sparse(random: Random, steps: int, elements: int) -> Array:
-    """An element has a gradient at 1% of the steps, and no scale."""
+    """Gradients at 1% of the steps of each element, without a scale of its own."""
     return random.standard_normal((steps, elements)) * (random.random((steps, elements)) < 0.01)
 
 
@@ -113,19 +113,19 @@ def steady(random: Random, steps: int, elements: int, *, noise: float) -> Array:
 
 
 def quiet(random: Random, steps: int, elements: int) -> Array:
-    """Every fourth element's gradient becomes 0 after the step 10."""
+    """Every fourth element's gradient becomes 0 after step 10."""
     found = normal(random, steps, elements)
     found[10:, ::4] = 0
     return found
 
 
 def falling(random: Random, steps: int, elements: int) -> Array:
-    """The gradient falls tenfold every quarter of the steps, the right update far below the rate."""
+    """The gradient falls tenfold every quarter of the steps, so that the right update is far below the rate."""
     return 10 ** (-4 * np.arange(steps)[:, None] / steps) * scales(random, elements)
 
 
 def periodic(random: Random, steps: int, elements: int, *, frequency: float) -> Array:
-    """Each element with a phase of its own."""
+    """Gradients of one frequency, with a phase of its own for each element."""
     turns = frequency * np.arange(steps)[:, None] + random.random(elements)
     return np.sin(2 * np.pi * turns) * scales(random, elements)
 
@@ -133,7 +133,7 @@ def periodic(random: Random, steps: int, elements: int, *, frequency: float) -> 
 def recorded(folder: pathlib.Path, steps: int, elements: int) -> Array:
     """Gradients of groups of 256 neighbours from eight weight matrices of the character transformer, as it trains.
 
-    They are kept in the folder, and taken from there if they are there.
+    They are kept in the folder, and read from there if they exist.
     """
     rows, file = elements // tasks.GROUP, folder / "recorded.npy"
     if not file.exists():
@@ -146,7 +146,7 @@ def recorded(folder: pathlib.Path, steps: int, elements: int) -> Array:
 
 
 def errors(found: Array, exact: Array) -> dict[str, float]:
-    """Of the last updates: the relative L2 error, RMS and largest in units of exact Adam's, RMS of the error."""
+    """Measures of the last updates: relative L2 error, RMS and largest in units of exact Adam's, RMS of the error."""
     found, exact = found[-LAST:], exact[-LAST:]
     return {
         "error": rms(found - exact) / rms(exact),
@@ -157,18 +157,18 @@ def errors(found: Array, exact: Array) -> dict[str, float]:
 
 
 def late_errors(found: Array, exact: Array) -> dict[str, float]:
-    """Of the second half of the updates, in units of the rate."""
+    """The RMS and mean error of the second half of the updates, in units of the rate."""
     error = (found - exact)[len(exact) // 2 :]
     return {"absolute": rms(error), "mean": float(error.mean())}
 
 
 def mean_step(found: Array, exact: Array) -> dict[str, float]:
-    """Of all updates, in units of the right one."""
+    """The mean of all updates, in units of the right one."""
     return {"step": float(found.mean() / exact.mean())}
 
 
 def quiet_rows(found: Array, exact: Array) -> dict[str, float]:
-    """Of the elements without gradients: how far they went, in units of how far they should, and their last update."""
+    """The distance that elements without gradients moved, in units of the right one, and their last update."""
     found, exact = found[:, ::4], exact[:, ::4]
     return {"moved": rms(found.sum(0)) / rms(exact.sum(0)), "last": rms(found[-1])}
 
@@ -178,7 +178,7 @@ def rms(x: Array) -> float:
 
 
 def scenarios(sizes: Sizes, folder: pathlib.Path | None = None) -> Iterator[Scenario]:
-    """All but those of the slow moment."""
+    """All scenarios but those of the slow moment."""
     for sigma in (1.0, 1e-3, 1e-6, 1e-9, 1e-15):
         yield Scenario("random", f"σ = {sigma:g}", normal, errors, sigma=sigma)
     yield Scenario("wide", "", functools.partial(normal, spread=2.5), errors)
@@ -205,14 +205,14 @@ def trajectory(storage: Storage, b1: float, b2: float, eps: float, gradients: ja
 
 
 def made_by(storage: Storage, scenario: Scenario, gradients: Array) -> Array:
-    """Ours in float32, all others in float64."""
+    """The updates of a storage: ours in float32, all others in float64."""
     with jax.enable_x64(not storage.ours):
         given = jnp.asarray(gradients, jnp.float32 if storage.ours else jnp.float64)
         return np.asarray(trajectory(storage, scenario.b1, scenario.b2, 1e-8 * scenario.sigma, given))
 
 
 def compared(candidates: Iterable[Storage], scenario: Scenario, sizes: Sizes) -> Iterator[scripts.Row]:
-    """A row for each of them."""
+    """A row for each storage."""
     random, steps = np.random.default_rng(0), sizes.steady if scenario.measure is mean_step else sizes.steps
     gradients = (scenario.sigma * scenario.gradients(random, steps, sizes.elements)).astype(np.float32)
     exact = made_by(EXACT, scenario, gradients)
@@ -227,14 +227,14 @@ def about(storage: Storage) -> scripts.Row:
 
 @functools.partial(jax.jit, static_argnames="name")
 def slow_moment(name: adam_fn.StorageName, gradients: jax.Array) -> jax.Array:
-    """AdEMAMix's after the last step, one of the storages of ours."""
+    """AdEMAMix's slow moment after the last step, in one of our storages."""
     tx, params = adam_fn.ademamix(1.0, b3=SLOW, storage=name), jnp.zeros_like(gradients[0])
     state, _ = jax.lax.scan(lambda state, g: (tx.update(g, state, params)[1], None), tx.init(params), gradients)
     return adam_fn.diagnostics.moments(tx, state, params)["slow"]
 
 
 def slow(candidates: Iterable[Storage], sizes: Sizes) -> Iterator[scripts.Row]:
-    """The slow moment's mean, in units of the exact one's, of the storages that are ours."""
+    """The slow moment's mean, in units of the exact one's, for each of our storages."""
     weights = (1 - SLOW) * SLOW ** np.arange(sizes.slow)[::-1]
     for noise in (0, 0.3, 1, 10):
         gradients = steady(np.random.default_rng(0), sizes.slow, sizes.elements, noise=noise).astype(np.float32)
@@ -245,7 +245,7 @@ def slow(candidates: Iterable[Storage], sizes: Sizes) -> Iterator[scripts.Row]:
 
 
 class Bar(NamedTuple):
-    """How far a number may be from the right one, of the storages that are `BARRED`."""
+    """The largest distance of a number from the right one, for each of the storages `BARRED`."""
 
     scenario: str
     metric: str
@@ -270,11 +270,11 @@ BARS = (
     Bar("falling", "mean", (0.0004, 0.0004, 0.002)),
     Bar("slow", "step", (0.02, 0.02, 0.02), right=1),
 )
-PERIODIC = 2  # The most that the error of periodic gradients may be, in units of that of random ones.
+PERIODIC = 2  # The largest error with periodic gradients, in units of that with random ones.
 
 
 def misses(rows: Iterable[scripts.Row]) -> list[str]:
-    """Which bars our storages miss, and by how much."""
+    """The bars that our storages miss, each with the number and the limit."""
     rows, found = list(rows), []
     for place, storage in enumerate(BARRED):
         own = [row for row in rows if row["storage"] == storage]

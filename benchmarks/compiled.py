@@ -1,9 +1,9 @@
-"""What the TPU and GPU compilers make of a step, without the hardware: nothing that is compiled here runs.
+"""The programs that TPU and GPU compilers make of a step, without the hardware: nothing that is compiled here runs.
 
     python benchmarks/compiled.py [--check] [--only TEXT]... [--target NAME]... [--out DIR]
 
-The compilers are wheels that compile ahead of time for devices which are not there. They are large and in conflict with
-each other, so each is installed, once, in an environment of its own. Compiled are steps of one leaf of 65,536 x 1,024,
+The compilers are wheels that compile ahead of time for devices that are not there. They are large and in conflict with
+each other, so each is installed, once, in an environment of its own. The steps are of one leaf of 65,536 x 1,024,
 of GPT-2 small, of Llama-7B on meshes of up to 256 devices, with `zero1` and with `offload`, and every member of the
 family with every storage and write. --only selects programs whose name contains a text, such as `v5e, leaf: 24bit`.
 With --check the exit status is 1 when a limit is exceeded, a program does not compile, or a compiler is missing.
@@ -36,7 +36,7 @@ SETTINGS["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # It only compiles; two may do so 
 
 
 def requirements(name: str) -> list[str]:
-    """What is installed: jax and optax in the versions that are installed here, and what fits them."""
+    """The packages to install: jax and optax in the versions that are installed here, and what fits them."""
     packages = (package.format(importlib.metadata.version("jax")) for package in PACKAGES[name])
     return [*packages, f"optax=={importlib.metadata.version('optax')}"]
 

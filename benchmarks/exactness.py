@@ -1,4 +1,4 @@
-"""How far Adam's update is from exact arithmetic.
+"""The distance of Adam's update from exact arithmetic.
 
     python benchmarks/exactness.py [--quick] [--out DIR]
 
@@ -59,8 +59,8 @@ def measure(
 ) -> Errors:
     """The relative L2 error by step of `make_tx(given)` beside Adam in float64.
 
-    What is given is b2 or any hyperparameters, of which `make_tx` gets arrays as tracers of one jit; `exact` are their
-    values. Those that have none are the defaults.
+    `given` is b2 or any hyperparameters; `make_tx` gets those that are arrays as tracers of one jit. `exact` has their
+    values; other hyperparameters have the defaults.
     """
     exact = DEFAULTS | (exact if isinstance(exact, dict) else {"b2": exact})
     grads, (leaves, tree) = gradients(steps, coordinates, seed), jax.tree.flatten(given)

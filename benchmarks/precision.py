@@ -1,4 +1,4 @@
-"""What storage costs in quality: two networks trained with parameters and moments of fewer bytes.
+"""The cost of storage in quality: two networks trained with parameters and moments of fewer bytes.
 
     python benchmarks/precision.py [--quick] [--only LABEL]... [--seeds N] [--out DIR]
 
@@ -105,7 +105,7 @@ class Program:
         return {name: leaf.astype(self.dtype) for name, leaf in params.items()}
 
     def run(self, seed: int) -> tuple[Params, scripts.Row]:
-        """Trains: the parameters, and what is kept of it.
+        """Trains; returns the parameters and the row that is kept.
 
         `loss` and `accuracy` are of the validation part at the end, `train` the mean of the last twelfth's training
         losses, `curve` the validation loss by step; `bytes` are a parameter's, `seconds` those of the steps.
@@ -127,7 +127,7 @@ class Program:
 
 
 def measure(workload: Workload, labels: list[str], seeds: int, path: pathlib.Path) -> None:
-    """Every configuration of the seed 0, then of the next; those that the file has are left out.
+    """Runs every configuration with seed 0, then with the next; runs that the file has are left out.
 
     The file is written after every run. Runs that were made with other settings, or of no configuration, are forgotten.
     """
@@ -149,7 +149,7 @@ COLOURS = ("#000000", "#d55e00", "#e69f00", "#f0c808", "#0072b2", "#56b4e9", "#1
 
 
 def plot(path: pathlib.Path) -> None:
-    """A column a workload: the means of the curves, and below them what is above float32's, each seed beside its own.
+    """Draws a column per workload: mean curves, and below them the excess over float32 with the same seed.
 
     The grey band is float32's standard deviation over the seeds, around its mean.
     """

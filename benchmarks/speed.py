@@ -75,7 +75,8 @@ def measure_programs(case: workloads.Case, effort: Effort, records: report.Recor
     stages = ("trace", "lower", "compile", "total")
     seconds: dict[str, dict[str, list[float]]] = {stage: {} for stage in stages}
     temporaries: dict[str, int] = {}
-    for _ in range(effort.compilations):
+    several = 7 if case.kind == "loop" else 1  # Programs of a few hundredths of a second.
+    for _ in range(several * effort.compilations):
         for peer in peers.jax_peers(case):
             function, arguments = peer.program(case)
             jax.clear_caches()

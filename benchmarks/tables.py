@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs from benchmarks/results and examples/results.
+"""Writes the tables of README.md and docs from benchmarks/results and examples/results.
 
     python benchmarks/tables.py [--check]
 
@@ -142,7 +142,7 @@ def comparison() -> str:
 
 
 def codes() -> str:
-    """Of every storage, the errors of random updates, then what signals become."""
+    """The errors of every storage on random gradients, then what signals become."""
     found = read("benchmarks/codes.py", "--gradients DIR --out benchmarks/results")
     storages = {row["storage"]: row for row in found["rows"]}
 
@@ -198,7 +198,7 @@ def codes() -> str:
 
 
 def precision() -> str:
-    """Per configuration: bytes per parameter, and of each workload the loss and how far it is from float32's."""
+    """Per configuration: bytes per parameter, and for each workload the loss and its distance from float32's."""
     found = read("benchmarks/precision.py")
     runs = found["runs"]
     names = [name for name in found["settings"] if where(runs, workload=name, label="float32")]
@@ -219,7 +219,7 @@ def precision() -> str:
 
 
 def temporaries() -> str:
-    """Of every leaf and storage."""
+    """The temporaries of every leaf and storage."""
     found = read("benchmarks/temporaries.py")
     columns = ("make_step", "update and apply", "update")
     body = [
@@ -234,7 +234,7 @@ def temporaries() -> str:
 
 
 def compiled() -> str:
-    """What the compilers for TPU and GPU make of steps: of each a table for every part."""
+    """The programs that the compilers for TPU and GPU make of steps: for each, a table for every part."""
     found = read("benchmarks/compiled.py")
     texts = []
     for name, versions in found["versions"].items():
@@ -246,7 +246,7 @@ def compiled() -> str:
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Mean ± standard deviation; a dash where there is nothing."""
+    """Mean ± standard deviation; a dash if there is nothing."""
     if not values:
         return NONE
     mean = round(statistics.mean(values), digits) + 0.0  # No -0.

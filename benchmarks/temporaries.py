@@ -1,4 +1,4 @@
-"""What a step of one large leaf needs beside its parameters, gradients and state: compiled, not run.
+"""The memory of a step of one large leaf besides its parameters, gradients and state: compiled, not run.
 
     python benchmarks/temporaries.py [--out DIR]
 

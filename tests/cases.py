@@ -1,4 +1,4 @@
-"""The family as data: one row a member or variant. Tests run over every row; what a row supports is in the row."""
+"""The family as data: one row per member or variant. Tests run over every row; what a row supports is in the row."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -15,13 +15,13 @@ class Case:
     """A member of the family.
 
     Attributes:
-      name: what pytest calls it.
+      name: its id in pytest.
       alias: the function under test.
       oracle: its float64 transcription (`oracles`), which takes the same options.
-      options: what is passed to both.
+      options: the options of both.
       peer: optax's function where it has the same maths.
-      tolerance: of the updates in float32, as a relative L2 error.
-      scale_free: with these options the updates do not change when all gradients are multiplied; None where they do.
+      tolerance: the largest relative L2 error of the updates in float32.
+      scale_free: with these options the updates do not change when all gradients are scaled; None if they always do.
     """
 
     name: str
@@ -99,7 +99,7 @@ CASES = (
         adam_fn.radam,
         family.radam,
         peer=optax.radam,
-        scale_free={"eps": 0.0, "degenerated_to_sgd": False},  # Not its first, plain steps.
+        scale_free={"eps": 0.0, "degenerated_to_sgd": False},  # Not with its first steps, which are not adaptive.
     ),
     Case("radam-no_step", adam_fn.radam, family.radam, {"degenerated_to_sgd": False, "b2": 0.9999}),
     Case("radam-torch", adam_fn.radam, family.radam, {"eps_hat": True, "eps": 1e-4}),
@@ -142,7 +142,7 @@ CASES = (
     Case("adam_atan2-ab", adam_fn.adam_atan2, momentum.adam_atan2, {"a": 1.27, "b": 3.0, "b2": 0.999}),
 )
 
-#: One row a rule, for tests that need not see every variant.
+#: One row per rule, for tests that need not see every variant.
 MEMBERS = tuple({type(case.member): case for case in reversed(CASES)}.values())
 
 

@@ -11,7 +11,7 @@ from helpers import compiling
 # Three quarters of the suite's time is compiling, which without XLA's optimizations takes half as long. Where a test
 # asks how well or to which last bit a program is compiled, it compiles as users do, with `full_jit`.
 os.environ["XLA_FLAGS"] = f"{compiling.flags(devices=8)} {os.environ.get('XLA_FLAGS', '')}"
-# Every program counts: most tests compile small ones, the workers many of the same.
+# Small programs are cached too: most are small, and the workers compile many of the same.
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
@@ -27,7 +27,7 @@ TESTS = itertools.count(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The workers, which start with this environment, share what they compile."""
+    """Gives the workers, which inherit this environment, one cache of compiled programs."""
     if not hasattr(config, "workerinput") and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         place = tempfile.TemporaryDirectory()
         config.add_cleanup(place.cleanup)
@@ -36,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """``@pytest.mark.quick("case")`` marks only the cases of a test whose names begin so."""
+    """Lets ``@pytest.mark.quick("case")`` mark only the cases of a test whose ids begin with "case"."""
     for item in items:
         mark = item.get_closest_marker("quick")
         cases = mark.args if mark else ()
@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _forget_programs() -> Iterator[None]:
-    """Now and then, or a worker ends with gigabytes of programs."""
+    """Clears JAX's caches now and then: otherwise a worker ends with gigabytes of programs."""
     yield
     if next(TESTS) % 250 == 0:
         jax.clear_caches()

@@ -1,4 +1,4 @@
-"""The step inside the backward pass is `value_and_grad` and then `make_step`, bit for bit, whatever the optimizer."""
+"""The step inside the backward pass equals `value_and_grad` and then `make_step`, bit for bit, with any optimizer."""
 
 import functools
 import re
@@ -49,7 +49,7 @@ def layer(p: Any, h: Any, batch: Any) -> Any:
 
 
 def head(params: Any, h: Any, batch: Any) -> Any:
-    """The embedding is used again."""
+    """The loss, with the embedding used again."""
     logits = (h * params["norm"][None]) @ params["embed"].T
     return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch[1]).mean()
 
@@ -65,7 +65,7 @@ BATCHES = [tuple(map(jnp.asarray, x)) for x in np.random.default_rng(1).integers
 def train(
     step: Callable[..., Any], tx: Any, params: Any, batches: Any = BATCHES, other: Callable[..., Any] | None = None
 ) -> Any:
-    """Losses, parameters and state after some steps, every second of which is by `other`."""
+    """Losses, parameters and state after some steps, every second of which is taken by `other`."""
     state, losses = jax.jit(tx.init)(params), []
     for i, batch in enumerate(batches):
         value, params, state = (step, other or step)[i % 2](params, state, batch)
@@ -123,8 +123,8 @@ def expected_of(name: str) -> tuple[Any, Any, Callable[..., Any], Any]:
 
 
 @pytest.mark.parametrize(("name", "keep_every"), [*((name, 1) for name in SAME), (CODED, 2), (CODED, 4)])
-def test_the_same_steps_bit_for_bit(name: str, keep_every: int) -> None:
-    """Also of a run that alternates between these and ordinary steps."""
+def test_steps_in_the_backward_pass_equal_ordinary_steps_bit_for_bit(name: str, keep_every: int) -> None:
+    """A run may also alternate between these and ordinary steps."""
     tx, params, theirs, expected = expected_of(name)
     ours = full_jit(backward.value_and_step(tx, embed, layer, head, keep_every=keep_every))
     chex.assert_trees_all_equal(train(ours, tx, params), expected)
@@ -134,7 +134,7 @@ def test_the_same_steps_bit_for_bit(name: str, keep_every: int) -> None:
 
 @pytest.mark.parametrize("name", [CODED, "masters", "stochastic rounding"])
 def test_the_path_of_gpus_and_tpus_takes_the_same_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One array after the other, each computed anew, to the rounding of the arithmetic."""
+    """There the arrays are computed one after the other, each anew; the steps are equal up to rounding."""
 
     def default(*arguments: Any, default: Any, **_: Any) -> Any:
         return default(*arguments)
@@ -156,7 +156,7 @@ def clipped_by_layer(grads: Any, params: Any = None) -> Any:
 
 
 class Options(NamedTuple):
-    """Options of `value_and_step`, the optimizer, the one of ordinary steps, and the tolerance."""
+    """Options of `value_and_step`, the optimizer, that of the ordinary steps, and the tolerance."""
 
     options: dict[str, Any]
     tx: Any
@@ -179,7 +179,7 @@ OPTIONS = {
     "microbatches": Options({"microbatches": 4}, ADAMW, ADAMW, 2e-4, 2e-6),
     "a guard and clipping": Options({"max_norm": 0.1}, GUARDED, CLIPPED),
     "a guard and microbatches": Options({"keep_every": 2, "microbatches": 2}, GUARDED, GUARDED),
-    # Of a complex leaf the moments have an axis of two before that of the layers.
+    # The moments of a complex leaf have an axis of two before that of the layers.
     "complex": Options({}, TURNED, TURNED, 1e-5),
     "factored moments": Options({}, FACTORED, FACTORED, 1e-3, 1e-4),  # Their first axis is that of the layers.
 }
@@ -190,12 +190,12 @@ def test_each_option_takes_the_ordinary_steps(name: str) -> None:
     options, tx, peer, rtol, atol = OPTIONS[name]
     params = init(turn=name == "complex")
     found = train(jax.jit(backward.value_and_step(tx, embed, layer, head, **options)), tx, params)
-    compared = 3 if peer is tx else 2  # The state too.
+    compared = 3 if peer is tx else 2  # The same optimizer has the same state.
     expected = train(ordinary(peer), peer, params)
     chex.assert_trees_all_close(found[:compared], expected[:compared], rtol=rtol, atol=atol)
 
 
-def test_aux_of_microbatches() -> None:
+def test_the_aux_of_microbatches_is_stacked() -> None:
     def more(params: Any, h: Any, batch: Any) -> Any:
         return head(params, h, batch), h.mean()
 
@@ -216,8 +216,8 @@ def test_a_guard_skips_the_whole_step() -> None:
     assert int(state.skipped) == int(state.consecutive) == 1
 
 
-def test_norms_are_those_of_layers() -> None:
-    """`lamb` takes a norm of each layer, as of layers apart, also where it does not know of the stack."""
+def test_lamb_takes_the_norm_of_each_layer() -> None:
+    """Layers step as they would as separate leaves, even if `lamb` is not told that they are stacked."""
     tx, params = adam_fn.lamb(1e-2), init()
     with pytest.raises(ValueError, match="layers='blocks' names no parameters; there are embed"):
         adam_fn.lamb(1e-2, layers="blocks").update(params, tx.init(params), params)
@@ -276,7 +276,7 @@ def test_errors_name_what_is_wrong(message: str, wrong: dict[str, Any]) -> None:
         jax.eval_shape(backward.value_and_step(tx, embed, layer, head, **given), params, state, BATCHES[0])
 
 
-def test_of_a_single_leaf_only_the_state_tells() -> None:
+def test_a_dependence_of_a_single_leaf_is_found_in_the_state() -> None:
     tx, params = optax.apply_if_finite(ADAM, 3), {"layers": {"w": jnp.ones((LAYERS, WIDTH))}}
     step = backward.value_and_step(tx, lambda p, b: b, lambda p, h, b: h * p["w"][None], lambda p, h, b: h.mean())
     with pytest.raises(ValueError, match="the state's notfinite_count depends on the gradients of layers/w"):
@@ -290,8 +290,8 @@ def on_mesh(kind: AxisType) -> tuple[Any, Any]:
 
 
 @KINDS
-def test_fully_sharded(kind: AxisType) -> None:
-    """Parameters and state are divided over the mesh and stay so; the numbers are those of one device."""
+def test_fully_sharded_steps_equal_those_of_one_device(kind: AxisType) -> None:
+    """Parameters and state are divided over the mesh and stay so."""
     tx, params = adam_fn.adamw(1e-2, storage="16bit"), init()
     expected = train(ordinary(tx), tx, params)
     mesh, batches = on_mesh(kind)
@@ -313,8 +313,8 @@ def test_fully_sharded(kind: AxisType) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [(jnp.float32, AxisType.Explicit), (jnp.bfloat16, AxisType.Auto)])
-def test_zero1(dtype: Any, kind: AxisType) -> None:
-    """The state stays divided, also inside the loop; parameters stay whole, and the numbers are those without it."""
+def test_zero1_keeps_the_state_divided_inside_the_loop(dtype: Any, kind: AxisType) -> None:
+    """The parameters stay whole, and the numbers are those without `zero1`."""
     tx = adam_fn.adamw(1e-2, eps=1e-2, storage="16bit")
     tx = adam_fn.master_weights(tx) if dtype == jnp.bfloat16 else tx
     mesh, batches = on_mesh(kind)
@@ -334,7 +334,7 @@ def test_zero1(dtype: Any, kind: AxisType) -> None:
 
 @pytest.mark.parametrize(("divide", "max_norm"), [(False, None), (True, None), (True, 0.1)])
 def test_a_batch_divided_inside_shard_map_gives_the_ordinary_steps(divide: bool, max_norm: float | None) -> None:
-    """Each device has a part of the batch; gradients are summed where `jax.grad` does, or where zero1 divides them."""
+    """Each device has a part of the batch; `jax.grad` sums the gradients, or zero1 as it divides them."""
     tx, params = adam_fn.adam(1e-2, eps=1e-2, storage=None if divide else "24bit"), init(index=not divide)
     mesh = mesh_of()
     spread = adam_fn.zero1(tx, params, mesh, layers="layers") if divide else tx
@@ -355,7 +355,7 @@ def test_a_batch_divided_inside_shard_map_gives_the_ordinary_steps(divide: bool,
     assert ("reduce_scatter" in str(jax.make_jaxpr(step)(params, state, BATCHES[0]))) == divide
 
 
-# In the frameworks' own idioms: stacked layers, and how to apply one.
+# Stacked layers in the frameworks' own idioms, and how to apply one.
 
 
 class Block(nn.Module):
@@ -397,8 +397,8 @@ class Root(eqx.Module):
 
 
 @pytest.mark.parametrize("framework", [linen_scan, nnx_vmap, equinox_filtered])
-def test_layers_of_frameworks(framework: Callable[[], Any]) -> None:
-    """In a nested tree, with injected hyperparameters and groups."""
+def test_stacked_layers_of_frameworks_take_the_ordinary_step(framework: Callable[[], Any]) -> None:
+    """They are in a nested tree, with injected hyperparameters and groups."""
     groups = adam_fn.Groups({"*": Group(rate=0.5)}, complete=True)
     tx = optax.inject_hyperparams(lambda learning_rate: adam_fn.adamw(learning_rate, groups=groups))(learning_rate=1e-2)
     layers, apply = framework()

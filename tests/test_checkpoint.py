@@ -1,4 +1,4 @@
-"""States in and out of checkpoints: bit for bit with Orbax, flax and pickle, and the right one or an error."""
+"""Checkpoints: Orbax, flax and pickle restore states bit for bit, and a state that does not fit is an error."""
 
 import json
 import pickle
@@ -79,7 +79,7 @@ def trained(runs: Any, start: int, steps: int) -> Any:
 
 
 def by_orbax(runs: Any, folder: Path) -> Any:
-    """As the documentation has it: descriptions, and Orbax's own shapes, are checked before anything is restored."""
+    """Saves and restores as documented: descriptions and Orbax's own shapes are checked before anything is restored."""
     about: Any = {name: checkpoint.describe(tx, runs[name]["params"]) for name, tx in TXS.items()}
     with ocp.CheckpointManager(folder / "run", item_handlers=ocp.StandardCheckpointHandler()) as manager:
         manager.save(7, args=ocp.args.StandardSave(runs), custom_metadata=about)
@@ -102,13 +102,13 @@ def by_pickle(runs: Any, folder: Path) -> Any:
 
 
 def assert_same(found: Any, expected: Any) -> None:
-    """Equal bit for bit, structures and dtypes too."""
+    """Asserts equality bit for bit, of structures and dtypes too."""
     chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
     chex.assert_trees_all_equal(found, expected)
 
 
 def test_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    """Every state, saved and restored by Orbax, flax and pickle."""
+    """Every state is saved and restored by Orbax, flax and pickle."""
     runs = trained(begin(), 0, 3)
     expected = trained(runs, 3, 3)
     for name, tx in TXS.items():
@@ -123,7 +123,7 @@ def test_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "storage"), [(AxisType.Auto, "24bit"), (AxisType.Explicit, "16bit")], ids=str)
 def test_a_sharded_run_goes_on_bit_for_bit_on_another_mesh(tmp_path: Path, kind: AxisType, storage: Any) -> None:
-    """Saved from eight devices; back on them, and on two by two laid out otherwise."""
+    """It is saved from eight devices, and restored on them and on two by two with another layout."""
     tx = adam_fn.master_weights(adam_fn.adamw(1e-2, storage=storage))
     train = adam_fn.make_step(tx)
     one, two = mesh_of(kind), mesh_of(kind, (2, 2))
@@ -134,7 +134,7 @@ def test_a_sharded_run_goes_on_bit_for_bit_on_another_mesh(tmp_path: Path, kind:
         return {"params": params, "state": tx.init(params)}
 
     def go(params: Any, state: Any) -> dict[str, Any]:
-        for at in range(3):  # The gradients of any mesh, which XLA might round otherwise on another.
+        for at in range(3):  # Gradients are computed off the mesh: XLA might round them differently on another.
             grads = jax.tree.map(lambda p: jax.device_put(gradients(np.asarray(p), at), p.sharding), params)  # noqa: B023
             params, state = train(params, state, grads)
         return {"params": params, "state": state}
@@ -164,20 +164,20 @@ CHANGE = "adam_fn.interop.change_storage converts a state to another"
 
 
 def leaves(slot: str, found: str, expected: str) -> list[str]:
-    """The lines about all leaves of a slot, one of whose dtypes may be nothing."""
+    """The lines about all leaves of a slot; one of the dtypes may be "nothing"."""
     shapes = {"w": "64,128", "b/0": "3", "b/1": "2"}
     forms = ([kind if kind == "nothing" else f"{kind}[{x}]" for x in shapes.values()] for kind in (found, expected))
     return [f"state/0/{slot}/{leaf}: {x}, expected {y}" for leaf, x, y in zip(shapes, *forms, strict=True)]
 
 
 class Other(NamedTuple):
-    """What continues in the place of what was saved, and what the errors must say.
+    """A transformation that continues instead of the saved one, and the lines of the error.
 
     Attributes:
-      lines: of a description.
-      state: of a state alone, which names neither its rule nor its parameters; None for the same lines about it.
-      params: the parameters after.
-      saved: the transformation before.
+      lines: those about a description.
+      state: those about a state alone, which names neither rule nor parameters; None if they are the same.
+      params: the parameters of the run that continues.
+      saved: the transformation whose state was saved.
       all: whether there are no other lines.
     """
 
@@ -231,7 +231,7 @@ OTHERS = {
         ],
         [*leaves("mu", "int8", "bfloat16"), *leaves("nu", "bfloat16", "nothing")],
     ),
-    "another storage of one of two": Other(  # The slots of the other do not hide behind it.
+    "another storage of one of two": Other(  # It does not hide the lines about the slots of the other.
         partitioned(adam_fn.adamw(1e-3, storage="bfloat16"), w=1),
         [
             "storage/0/mu: Cast('float32'), expected Cast('bfloat16')",
@@ -292,7 +292,7 @@ def swapped(line: str) -> str:
 @pytest.mark.quick
 @pytest.mark.parametrize("other", OTHERS)
 def test_another_checkpoint_is_an_error_that_names_what_differs(other: str) -> None:
-    """Of a description in both directions, and of a state alone, with its types and as dictionaries."""
+    """A description is checked in both directions, and a state alone with its types and as dictionaries."""
     tx, expected, of_state, params, saved, complete = OTHERS[other]
     about, after = (json.loads(json.dumps(checkpoint.describe(*x))) for x in ((saved, P), (tx, params)))
     checkpoint.check(about, saved, P)
@@ -317,7 +317,7 @@ def test_another_checkpoint_is_an_error_that_names_what_differs(other: str) -> N
         (ADAMW, adam_fn.nadamw(1e-3, storage="24bit"), "float32"),  # Its moments are Adam's.
         (ADAMW, optax.GradientTransformation(ADAMW.init, ADAMW.update), "float32"),
         (adam_fn.adamw(1e-3), optax.adamw(1e-3), "float32"),
-        # A cast to the dtype of the arithmetic is no other storage.
+        # A cast to the dtype of the arithmetic is the same storage.
         (adam_fn.adamw(1e-3), adam_fn.adamw(1e-3, mu_dtype="float32", nu_dtype="float32"), "float32"),
         (adam_fn.adamw(1e-3), adam_fn.adamw(1e-3, mu_dtype="float32", nu_dtype="float32"), "bfloat16"),
         # Schedules count in the state, as in optax: one may be replaced by another.
@@ -325,7 +325,7 @@ def test_another_checkpoint_is_an_error_that_names_what_differs(other: str) -> N
         (adam_fn.adamw(COSINE, weight_decay=COSINE), adam_fn.adamw(LINEAR, weight_decay=LINEAR), "float32"),
     ],
 )
-def test_what_may_change_between_two_runs(saved: Any, tx: Any, dtype: str) -> None:
+def test_hyperparameters_and_schedules_may_change_between_two_runs(saved: Any, tx: Any, dtype: str) -> None:
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), P)
     checkpoint.check(checkpoint.describe(saved, params), tx, params)
     checkpoint.check(checkpoint.describe(tx, params), saved, params)
@@ -340,7 +340,7 @@ def test_boxes_have_no_value_in_their_path() -> None:
         checkpoint.check(state, tx, params)
         assert "state/0/mu/kernel: float32[2,3], expected float32[2,4]" in lines_of(state, tx, wider)
     assert list(checkpoint.describe(tx, params)["params"]) == ["params/bias", "params/kernel"]
-    # A parameter that is called so is no box.
+    # A parameter that is called "value" is no box.
     assert list(checkpoint.describe(tx, {"value": jnp.ones(2)})["params"]) == ["params/value"]
 
 

@@ -1,4 +1,4 @@
-"""Diagnostics against float64 transcriptions, and found in every wrapper, storage and tree."""
+"""Diagnostics against float64 transcriptions, with every wrapper, storage and kind of tree."""
 
 import functools
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def ema(beta: float, xs: Array, start: float = 0.0) -> Array:
 
 
 def direction(oracle: Callable[..., family.Trajectory], **options: Any) -> Callable[[Array], Array]:
-    """The ratio as the last step that a paper would take at a rate of 1 and without ε."""
+    """A function for the ratio: the last step that a paper would take at a rate of 1 and without ε."""
     return lambda g: -oracle(g, np.zeros_like(g[0]), 1.0, eps=0.0, **options).updates[-1]
 
 
@@ -79,7 +79,7 @@ RATIOS: dict[str, tuple[optax.GradientTransformation, Callable[[Array], Array]]]
 
 @functools.cache
 def ratios() -> dict[str, jax.Array]:
-    """Of all after some steps, in one program."""
+    """The ratios of all optimizers after some steps, in one program."""
 
     def read(grads: jax.Array, params: jax.Array) -> dict[str, jax.Array]:
         states = {name: (tx, stepped(tx, grads, params)[1]) for name, (tx, _) in RATIOS.items()}
@@ -89,7 +89,7 @@ def ratios() -> dict[str, jax.Array]:
 
 
 @pytest.mark.parametrize("name", RATIOS)
-def test_signal_to_noise(name: str) -> None:
+def test_signal_to_noise_equals_the_papers_step_at_rate_1(name: str) -> None:
     tolerance = 2e-5 if name == "adabelief" else 3e-6  # AdaBelief's g - m cancels.
     assert relative_error(np.asarray(ratios()[name]), RATIOS[name][1](wide(GRADS))) < tolerance
 
@@ -130,7 +130,7 @@ PARAMS = {"w": START, "b": np.ones(2, np.float32)}
 
 @functools.cache
 def runs() -> dict[str, Any]:
-    """Of all wrappers, in one program: what a run ended with, and what is read of it."""
+    """The end of a run with each wrapper, and the diagnostics that are read there, in one program."""
 
     def run(grads: Any, params: Any) -> dict[str, Any]:
         found = {}
@@ -164,7 +164,7 @@ def test_the_optimizer_is_found_in_every_wrapper(name: str) -> None:
         assert float(found["update_to_weight"]) == float(found["update_to_weight/w"])
 
     assert relative_error(np.asarray(moments["mu"]["w"]), ema(0.9, wide(GRADS))) < 1e-6
-    tolerance = 2e-5 if name.startswith("injected") else 1e-6  # Which makes 1 - β₂ one of float32.
+    tolerance = 2e-5 if name.startswith("injected") else 1e-6  # Injection makes 1 - β₂ a float32.
     assert relative_error(np.asarray(moments["nu"]["w"]), ema(0.999, wide(GRADS) ** 2)) < tolerance
     assert (moments["mu"]["b"] == optax.MaskedNode()) == alone
 
@@ -185,8 +185,8 @@ def test_bfloat16_parameters_with_masters_have_the_ratios_of_float32_ones(storag
     chex.assert_trees_all_close(found, expected, rtol=1e-5)
 
 
-def test_before_the_first_step() -> None:
-    """The last rate is then the first."""
+def test_diagnostics_are_finite_before_the_first_step() -> None:
+    """The last rate is then that of the first step."""
     for name in ("bare", "injected"):
         tx, params = WRAPPERS[name], {"w": jnp.asarray(START)}
         state = tx.init(params)
@@ -197,7 +197,7 @@ def test_before_the_first_step() -> None:
         assert float(found["at_bound"]) == float(found["signal_to_noise"]) == 0
 
 
-def test_the_rate_of_one_step() -> None:
+def test_a_rate_of_one_step_is_passed_to_the_diagnostics() -> None:
     tx, params = adam_fn.adam(rate), jnp.asarray(START)
     _, state = tx.update(jnp.ones(SIZE), tx.init(params), params, learning_rate=0.5)
     np.testing.assert_allclose(np.asarray(diagnostics.effective_step(tx, state, params, learning_rate=0.5)), 0.5)
@@ -207,16 +207,16 @@ def test_the_rate_of_one_step() -> None:
     assert float(found["effective_step"]) == pytest.approx(0.5)
 
 
-def test_injected_hyperparameters_that_are_set() -> None:
-    """By assignment, as optax documents it."""
+def test_an_injected_rate_is_read_after_it_is_set() -> None:
+    """It is set by assignment, as optax documents it."""
     tx, params = optax.inject_hyperparams(adam_fn.adam)(RATE), jnp.asarray(START)
     _, state, _ = stepped(tx, jnp.ones((1, SIZE)), params)
     state.hyperparams["learning_rate"] = jnp.float32(0.25)
     assert float(diagnostics.learning_rate(tx, state, params, ahead=1)) == 0.25
 
 
-def test_share_at_the_step_bound() -> None:
-    """Of three signs that are steady, and one that alternates; a growing gradient goes beyond the bound."""
+def test_at_bound_is_the_share_of_elements_at_the_step_bound() -> None:
+    """Gradients of steady sign reach the bound, those of alternating sign do not, and growing ones go beyond."""
     ages = np.arange(40.0)
     a = np.stack([1 + 0 * ages, 2 + 0 * ages, -3 + 0 * ages, (-1) ** ages], axis=1, dtype=np.float32)
     grads = {"a": a, "b": (1.1 ** ages[:, None]).astype(np.float32), "e": np.ones((40, 0), np.float32)}
@@ -229,7 +229,7 @@ def test_share_at_the_step_bound() -> None:
     assert all(np.isfinite(float(x)) for x in found.values())
 
 
-def test_update_to_weight() -> None:
+def test_update_to_weight_is_the_ratio_of_norms() -> None:
     cases = {  # An update, a parameter, and the ratio of their norms.
         "w": ([0.0, 0.5], [3.0, 4.0], 0.1),
         "of zeros": ([1.0, 1.0], [0.0, 0.0], np.inf),
@@ -250,8 +250,8 @@ def test_update_to_weight() -> None:
     assert jax.tree.map(float, found) == pytest.approx(expected, rel=1e-6, nan_ok=True)
 
 
-def test_leaves_that_are_not_trained() -> None:
-    """None, integers, frozen leaves; complex ones are two reals, and empty ones and scalars are no trouble."""
+def test_leaves_that_are_not_trained_are_left_out() -> None:
+    """They are None, integers and frozen leaves. Complex ones are two reals; empty ones and scalars work as well."""
     z = np.random.default_rng(0).standard_normal((STEPS, 3, 2)) @ [1, 1j]
     shapes = {"c": (3,), "e": (0, 3), "f": (2,), "s": ()}
     first: Any = {name: jnp.zeros(shape, jnp.complex64 if name == "c" else float) for name, shape in shapes.items()}
@@ -286,8 +286,8 @@ def test_leaves_that_are_not_trained() -> None:
     ],
     ids=str,
 )
-def test_storage_is_decoded(storage: Any, most: dict[str, float]) -> None:
-    """The error of storing is of one step, with the gradients that the optimizer gets, and the same at any scale."""
+def test_moments_are_decoded_and_their_storage_error_is_that_of_one_step(storage: Any, most: dict[str, float]) -> None:
+    """The error is computed with the gradients that the optimizer gets, and is the same at any scale."""
     coded, plain = optax.chain(optax.scale(0.5), adam_fn.adam(RATE, storage=storage)), adam_fn.adam(RATE)
     params = {"w": jnp.zeros((64, 128)), "b": jnp.zeros(3)}
     grads = {"w": MATRIX, "b": MATRIX[:, 0, :3]}
@@ -310,14 +310,14 @@ def test_storage_is_decoded(storage: Any, most: dict[str, float]) -> None:
         return before, after, (updates, expected), read
 
     before, after, updates, (ratio, errors, logged) = run(params, grads, now)
-    chex.assert_trees_all_close(*updates, rtol=1e-6)  # From the moments, one that stores float32 continues alike.
+    chex.assert_trees_all_close(*updates, rtol=1e-6)  # Float32 storage continues alike from these moments.
     m, v = (wide(before[slot]["w"]) for slot in ("mu", "nu"))
     for slot, x, expected in (("mu", m, ema(0.9, MATRIX / 2)), ("nu", v, ema(0.999, wide(MATRIX / 2) ** 2))):
         assert (relative_error(x, expected) > 1e-4) == (slot in most)
         assert relative_error(x, expected) < most.get(slot, 1e-6)
     assert relative_error(np.asarray(ratio["w"]), m / (1 - 0.9**4) / np.sqrt(v / (1 - 0.999**4))) < 1e-5
 
-    # One more step: the slots in float64, and what is read back of them.
+    # One more step: the exact slots in float64, against the stored ones.
     kept = {key for key in logged if key.startswith("quantisation_error")}
     assert kept == {f"quantisation_error/{slot}{leaf}" for slot in most for leaf in ("", "/w", "/b")}
     powers = {"mu": (0.9, 1), "nu": (0.999, 2)}
@@ -335,8 +335,8 @@ def test_storage_is_decoded(storage: Any, most: dict[str, float]) -> None:
         assert min(expected, float(errors[0][slot]["w"])) > 1e-4
 
 
-def test_summary_in_a_compiled_step() -> None:
-    """Float32 scalars, the same inside of `jit` as outside, and one compilation."""
+def test_a_summary_in_a_compiled_step_equals_one_outside() -> None:
+    """Its entries are float32 scalars, and it is compiled once."""
     tx = adam_fn.adamw(rate, storage="24bit")
 
     @jax.jit
@@ -362,18 +362,18 @@ def test_summary_in_a_compiled_step() -> None:
 
 
 def test_reading_the_rate_runs_no_step() -> None:
-    """The update that tells what is inside is not in the program."""
+    """The update that is traced to find the optimizer is not in the program."""
     tx, params = optax.chain(optax.clip_by_global_norm(1.0), adam_fn.adam(rate)), jnp.zeros((256, 256))
     read = jax.jit(lambda state, params: diagnostics.learning_rate(tx, state, params))
     cost = read.lower(tx.init(params), params).compile().cost_analysis()
     assert cost is not None
     assert cost["flops"] < 100
-    assert tx.update(params, tx.init(params), params)[1] is not None  # And nothing is left behind.
+    assert tx.update(params, tx.init(params), params)[1] is not None  # Tracing leaves nothing behind.
 
 
 @KINDS
 def test_a_sharded_summary_gathers_no_array(kind: AxisType) -> None:
-    """The same numbers, of elements that stay where they are."""
+    """The numbers are the same, and the elements stay where they are."""
     mesh = mesh_of(kind, (2, 4))
     where = NamedSharding(mesh, PartitionSpec("data", "model"))
     tx = adam_fn.adamw(RATE, storage="16bit")
@@ -394,7 +394,7 @@ def test_a_sharded_summary_gathers_no_array(kind: AxisType) -> None:
 
 
 @pytest.mark.quick
-def test_what_is_not_there_is_an_error() -> None:
+def test_a_missing_optimizer_rate_or_ratio_is_an_error() -> None:
     def read(function: Callable[..., Any], tx: optax.GradientTransformation) -> Any:
         grads = (START,) if function is diagnostics.quantisation_error else ()
         return function(tx, tx.init(START), *grads, START)

@@ -1,4 +1,4 @@
-"""What users of other libraries run into at the edges: names, kinds of leaves and numbers, and JAX's settings."""
+"""Edge cases that users of other libraries meet: names, kinds of leaves and numbers, and JAX's settings."""
 
 import dataclasses
 import functools
@@ -46,7 +46,7 @@ FAMILY: dict[str, Any] = {
 
 
 def first_updates(txs: Sequence[Any], params: Any, grads: Any = None) -> list[Any]:
-    """The first update of each, in one program; the gradients are the parameters where there are none."""
+    """The first update of each, in one program; the gradients are the parameters if none are given."""
     grads = params if grads is None else grads
     return jax.jit(lambda p, g: [tx.update(g, tx.init(p), p)[0] for tx in txs])(params, grads)
 
@@ -96,7 +96,7 @@ def test_a_field_called_value_keeps_its_name_and_a_box_has_none() -> None:
             assert jax.tree.leaves(masks.path(path)(tree)) == [name == path for name in names]
 
 
-def test_leaves_of_one_path_are_not_merged() -> None:
+def test_two_leaves_with_the_same_path_are_not_merged() -> None:
     params = {"a": {"b": jnp.ones(3)}, "a/b": jnp.ones(3)}
     old, new = adam_fn.adam(1e-3), adam_fn.adam(1e-3, storage=Cast("bfloat16"))
     state: Any = old.init(params)
@@ -118,7 +118,7 @@ def test_leaves_of_one_path_are_not_merged() -> None:
 # Kinds of leaves.
 
 
-def test_an_integer_leaf_with_a_floating_gradient() -> None:
+def test_an_integer_leaf_with_a_gradient_stays_as_it_is() -> None:
     params = {"w": np.ones(3, np.float32), "i": np.arange(3, dtype=np.int32)}
     txs = [optax.chain(optax.scale(0.5), FAMILY[x]) for x in ("adam", "swats", "lamb", "cautious", "masters")]
     for dtype in (np.float32, np.int32):
@@ -127,15 +127,15 @@ def test_an_integer_leaf_with_a_floating_gradient() -> None:
             np.testing.assert_array_equal(after["i"], params["i"])
 
 
-def test_float8_leaves() -> None:
+def test_float8_leaves_keep_their_dtype() -> None:
     params = {"w": jnp.ones(3, jnp.float8_e4m3fn)}
     txs = [FAMILY[name] for name in ("adamw", "lamb", "cautious", "swats", "guard", "clip", "average")]
     for updates, after in jax.jit(lambda params: [step(tx, params) for tx in txs])(params):
         assert updates["w"].dtype == after["w"].dtype == jnp.float8_e4m3fn
 
 
-def test_an_equinox_model_with_its_functions() -> None:
-    """As params of `init` and `update`, as optax takes it: what is no array passes through."""
+def test_an_equinox_model_may_keep_its_functions() -> None:
+    """It may be params of `init` and `update`, as in optax: leaves that are no arrays pass through."""
     model = eqx.nn.MLP(2, 2, 2, 0, key=jax.random.key(0))
     arrays, functions = eqx.partition(model, eqx.is_inexact_array)
     txs = [FAMILY[name] for name in ("adamw", "masters", "guard", "lamb", "16bit")]
@@ -165,8 +165,8 @@ def test_keys_of_random_streams_get_no_update() -> None:
 
 
 @pytest.mark.parametrize("name", ["nadam's schedule", "average", "schedules", "radam", "radam's least threshold"])
-def test_updates_stay_finite_at_first_and_past_the_last_count(name: str) -> None:
-    """Nothing is computed from the count that follows the largest one, which is negative."""
+def test_updates_stay_finite_in_the_first_steps_and_past_the_largest_count(name: str) -> None:
+    """No update uses the number after the largest count, which is negative."""
     tx, params = FAMILY[name], jnp.ones(2)
     state = tx.init(params)
     for _ in range(8):
@@ -187,8 +187,8 @@ def test_decay_options_without_a_weight_decay_are_errors(name: str, options: dic
         getattr(adam_fn, name)(1e-3, weight_decay=None, **options)
 
 
-def test_mutable_variables_of_flax() -> None:
-    """In a model of such variables; `nnx.grad` cannot differentiate it yet, with optax either."""
+def test_mutable_variables_of_flax_are_stepped_as_by_optax() -> None:
+    """The model has such variables; `nnx.grad` cannot differentiate it yet, not with optax either."""
     with nnx.var_defaults(hijax=True):
         model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
         grads = jax.tree.map(jnp.ones_like, nnx.as_pure(nnx.state(model, nnx.Param)))
@@ -204,7 +204,7 @@ def test_mutable_variables_of_flax() -> None:
 def test_every_array_of_a_state_is_checked(name: str) -> None:
     """A training state that was cast to bfloat16 would count to 256 and stay there."""
     tx, params = FAMILY[name], {"w": jax.ShapeDtypeStruct((2,), jnp.float32)}
-    if name != "stored":  # What is not stored in it is another one's, here `optax.trace`'s.
+    if name != "stored":  # Wide arrays belong to the inner transformation, here `optax.trace`.
         params["short"] = jax.ShapeDtypeStruct((2,), jnp.bfloat16)
     leaves, treedef = jax.tree.flatten(jax.eval_shape(tx.init, params))
     jax.eval_shape(tx.update, params, treedef.unflatten(leaves), params)
@@ -219,7 +219,7 @@ def test_every_array_of_a_state_is_checked(name: str) -> None:
 
 @pytest.fixture
 def few_objects() -> Iterator[None]:
-    """The search for leaked tracers collects garbage again and again: without what was there before it takes less."""
+    """Hides older objects from the garbage collector, which the search for leaked tracers runs again and again."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -227,8 +227,8 @@ def few_objects() -> Iterator[None]:
 
 @pytest.mark.usefixtures("few_objects")
 @pytest.mark.parametrize("name", FAMILY)
-def test_strict_promotion_and_leaked_tracers(name: str) -> None:
-    """Both show when a step is traced."""
+def test_a_step_promotes_no_dtypes_and_leaks_no_tracers(name: str) -> None:
+    """Tracing a step shows both."""
     for dtype in (jnp.float32, jnp.bfloat16):
         with jax.numpy_dtype_promotion("strict"), jax.checking_leaks():
             jax.eval_shape(functools.partial(step, FAMILY[name]), {"w": jax.ShapeDtypeStruct((2, 3), dtype)})
@@ -242,7 +242,7 @@ def test_the_whole_family_steps_the_same_without_jit() -> None:
         np.testing.assert_allclose(found["w"], expected["w"], rtol=1e-5, err_msg=name)
 
 
-def test_numbers_without_jit() -> None:
+def test_python_numbers_are_parameters_without_jit() -> None:
     tx = adam_fn.adam(1e-3)
     with jax.disable_jit():
         state = tx.init({"w": 1.0})
@@ -252,7 +252,7 @@ def test_numbers_without_jit() -> None:
         assert found["learning_rate"] == np.float32(0.1)
 
 
-# Arrays in a transformation, and what looks for them.
+# Arrays in a transformation, and the libraries that look for them.
 
 
 def test_array_hyperparameters_are_leaves_to_equinox_and_not_to_flax() -> None:
@@ -278,7 +278,7 @@ def test_array_hyperparameters_are_leaves_to_equinox_and_not_to_flax() -> None:
     nnx.Optimizer(model, adam_fn.adam(jnp.asarray(1e-2)), wrt=nnx.Param)
 
 
-# What errors say.
+# Error messages.
 
 
 def test_errors_say_what_was_expected() -> None:
@@ -294,15 +294,15 @@ def test_errors_say_what_was_expected() -> None:
         adam_fn.lamb(1e-3).update(params, (), params)
 
 
-def test_summary_where_updates_are_wider_than_the_parameters() -> None:
+def test_a_summary_works_where_updates_are_wider_than_the_parameters() -> None:
     short = {"w": jnp.ones(3, jnp.bfloat16)}
     tx = optax.apply_if_finite(adam_fn.stochastic_rounding(adam_fn.adam(1e-3)), 2)
     _, state = tx.update({"w": jnp.ones(3)}, tx.init(short), short)
     assert diagnostics.summary(tx, state, short)["learning_rate"] == np.float32(1e-3)
 
 
-def test_a_state_without_an_array_for_each_parameter() -> None:
-    """`optax.flatten` makes one array of all parameters: it is whole everywhere, and cannot be edited by parameter."""
+def test_a_state_without_an_array_for_each_parameter_stays_whole() -> None:
+    """`optax.flatten` makes one array of all parameters: it is not divided, and cannot be edited by parameter."""
     mesh = jax.make_mesh((8,), ("data",))
     params = {"w": jnp.ones((16, 8)), "b": jnp.ones(8)}
     params = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))

@@ -1,4 +1,4 @@
-"""Mistakes of a first hour: each error says what to do, and following it works."""
+"""Mistakes of the first hour: each error says what to do, and following it works."""
 
 import functools
 from collections.abc import Callable
@@ -82,7 +82,7 @@ def test_errors_say_what_to_do(message: str) -> None:
         assert len(str(error.value)) < 400
 
 
-def test_pure_trees_of_flax_have_their_rate() -> None:
+def test_the_rate_is_read_from_pure_trees_of_flax() -> None:
     assert rate_of_flax(pure_state=True, pure_params=True) == np.float32(1e-3)
 
 
@@ -108,7 +108,7 @@ def held(state: Any) -> list[Any]:
     ids=["plain", "masters", "masters of 24 bits"],
 )
 def test_leaves_are_frozen_and_trained_again(wrap: Callable[[Any], Any], bytes_each: int) -> None:
-    """Frozen ones hold nothing; conversions drop and begin what they hold, and errors name these conversions."""
+    """Frozen leaves have no moments; conversions drop and begin these moments, and errors name the conversions."""
     trains, freezes = wrap(ADAMW), wrap(FROZEN)
     start = P if bytes_each == 8 else SHORT
     state: Any = freezes.init(start)
@@ -159,7 +159,7 @@ def test_a_state_of_optax_that_does_not_fit_is_converted(tx: Any, state: Any, pa
 
 
 @pytest.mark.parametrize("wrapper", [adam_fn.skip_nonfinite, adam_fn.stochastic_rounding, adam_fn.master_weights])
-def test_a_wrapper_takes_the_state_of_what_is_inside(wrapper: Callable[[Any], Any]) -> None:
+def test_a_wrapper_says_how_to_use_the_state_of_the_optimizer_inside(wrapper: Callable[[Any], Any]) -> None:
     tx = wrapper(ADAMW)
     with pytest.raises(TypeError, match=r"own state.*got a tuple: .*tx\.init\(params\)\._replace\(inner=state\)"):
         tx.update(GRADS, OPTAX, P)

@@ -23,15 +23,15 @@ from adam_fn.schedules import inverse_sqrt
 pytestmark = pytest.mark.quick
 
 ALIASES = tuple(dict.fromkeys(case.alias for case in CASES))  # in order: workers must collect the same
-# Defaults that differ: the paper has no eps_root; a function by the same formula.
+# Defaults that differ: Adan's paper has no eps_root; ADOPT's default is another function of the same formula.
 DEPARTURES = {"adan": "eps_root", "adopt": "clip_value_fn"}
 UNTYPED: Any = adam_fn  # For arguments that a type checker refuses too.
 PARAMS = np.random.default_rng(1).standard_normal(16).astype(np.float32)
 
 
 @pytest.mark.parametrize("alias", ALIASES, ids=lambda alias: alias.__name__)
-def test_signatures(alias: Callable[..., Any]) -> None:
-    """The names, order and defaults of optax, and the options that all share."""
+def test_signatures_are_those_of_optax_with_the_common_options(alias: Callable[..., Any]) -> None:
+    """The names, order and defaults are those of optax; all functions share the other options."""
     signature = inspect.signature(alias)
     ours = signature.parameters
     assert len(str(signature)) < 400  # `help` shows it in one line.
@@ -61,7 +61,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 
 
 def test_optimizers_are_equal_by_value() -> None:
-    """So are their masks, schedules and storage."""
+    """Their masks, schedules and storage are equal by value as well."""
     makes = [*(case.make for case in CASES), *(functools.partial(adam_fn.adamw, **options) for options in OPTIONS)]
     for make in makes:
         one, two = make(inverse_sqrt(1e-3)), make(inverse_sqrt(1e-3))
@@ -73,7 +73,7 @@ def test_optimizers_are_equal_by_value() -> None:
 
 
 def test_equal_transformations_share_compilations() -> None:
-    """As static arguments of a jitted function, and in eager use."""
+    """They do so as static arguments of a jitted function, and in eager use."""
     from adam_fn.trees.update import _init, _update
 
     def step(tx: adam_fn.Transformation, p: jax.Array) -> jax.Array:
@@ -197,7 +197,7 @@ def test_bad_arguments_are_named(make: Callable[[], Any], message: str) -> None:
 
 
 def test_a_composed_rule_whose_decay_would_make_weights_grow_is_an_error() -> None:
-    """``p - αu + λp`` would let the weights grow."""
+    """The step ``p - αu + λp`` would let the weights grow."""
     rate, decay, independent = adam_fn.Rate(1e-3), adam_fn.Decay(0.1), adam_fn.Decay(0.1, independent=True)
     for rule in (decay >> rate, rate >> independent, decay >> adam_fn.Adam() >> rate >> independent):
         u, _ = adam_fn.transform(rule).update(jnp.zeros(2), adam_fn.transform(rule).init(jnp.ones(2)), jnp.ones(2))
@@ -223,8 +223,8 @@ def test_an_independent_decay_follows_its_own_schedule_and_not_the_rate() -> Non
     np.testing.assert_allclose(updates, -0.005 * PARAMS, rtol=1e-6)
 
 
-def test_the_learning_rate_of_one_step() -> None:
-    """Of any kind, through a chain, in the proximal decay too, and without a compilation for each."""
+def test_update_takes_a_learning_rate_for_one_step() -> None:
+    """It is any kind of number, passes through a chain, sets the proximal decay too, and needs no new compilation."""
     from adam_fn.trees.update import _update
 
     for make in (adam_fn.adamw, functools.partial(adam_fn.adan, weight_decay=0.5, decay="proximal")):
@@ -243,7 +243,7 @@ def test_the_learning_rate_of_one_step() -> None:
         assert compilations(jitted) == 1
 
 
-def test_first_update_sees_schedule_of_zero() -> None:
+def test_the_first_update_sees_the_schedule_at_zero() -> None:
     tx = adam_fn.adam(lambda count: count * 1.0)
     np.testing.assert_allclose(trajectory(tx, np.ones((3, 2)), PARAMS[:2])[1][:, 0], [0, -1, -2], rtol=1e-6)
 
@@ -255,7 +255,7 @@ def test_hyperparameters_may_be_numpy_scalars_and_arrays() -> None:
     np.testing.assert_allclose(found, [expected] * 4, rtol=1e-5)
 
 
-def test_masks_by_rank_and_path() -> None:
+def test_masks_by_rank_and_by_path_choose_the_same_leaves() -> None:
     params = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}, "norm": {"scale": jnp.ones(3)}, "none": None}
     expected = {"dense": {"kernel": True, "bias": False}, "norm": {"scale": False}, "none": None}
     masks = adam_fn.masks
@@ -263,7 +263,7 @@ def test_masks_by_rank_and_path() -> None:
         assert mask(params) == expected
 
 
-def test_transform_of_a_rule_alone() -> None:
+def test_transform_makes_an_optimizer_of_a_rule_without_moments() -> None:
     tx = adam_fn.transform(adam_fn.Decay(0.1) >> adam_fn.Rate(1.0), mask={"a": True, "b": False})
     params = {"a": jnp.ones(2), "b": jnp.ones(2)}
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
@@ -273,7 +273,7 @@ def test_transform_of_a_rule_alone() -> None:
 
 
 def test_array_hyperparameters_compare_by_identity() -> None:
-    """So do the methods; the functions around them, where Equinox looks for arrays, are closures."""
+    """The methods do so too; the functions around them, in which Equinox looks for arrays, are closures."""
     rate = jnp.asarray(1e-3)
     one, two = adam_fn.adam(rate), adam_fn.adam(rate)
     for a, b, other in zip(one, two, adam_fn.adam(jnp.asarray(1e-3)), strict=True):
@@ -285,7 +285,7 @@ def test_array_hyperparameters_compare_by_identity() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Sloppy(adam_fn.Rule):
-    """A custom rule that returns what it should not."""
+    """A custom rule that returns wrong results."""
 
     returned: Callable[[jax.Array, Any], Any]
 

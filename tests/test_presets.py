@@ -50,7 +50,7 @@ NAMES = {"lr": "learning_rate", "beta_1": "b1", "beta_2": "b2", "epsilon": "eps"
 
 
 class Row(NamedTuple):
-    """A preset with our arguments, and its transcription's with the framework's or the name of its record."""
+    """A preset with our arguments, and the framework's arguments for the transcription, or the name of the record."""
 
     preset: str
     ours: Mapping[str, Any] = {}
@@ -58,7 +58,7 @@ class Row(NamedTuple):
 
 
 def of_record(framework: str, name: str, kind: str, given: Mapping[str, Any]) -> Row:
-    """The preset of a recorded row with its arguments, or without where they are the framework's defaults."""
+    """The preset of a recorded row with its arguments, or without them if they are the framework's defaults."""
     ours = {NAMES.get(key, key): value for key, value in given.items() if key != "betas"}
     ours |= dict(zip(("b1", "b2"), given.get("betas", ()), strict=False))
     return Row(f"{framework}_{kind.lower()}", {} if name == kind.lower() else ours, name)
@@ -90,12 +90,12 @@ ROWS = (
     Row("mxnet_adam"),
     Row("mxnet_adam", {**OTHER, "weight_decay": 1e-2}, {**THEANO_OTHER, "wd": 1e-2}),
     Row("mxnet_adamax"),
-    # At this rate the parameter whose gradient is λp alone stays away from 0, where it is chaotic for want of an ε.
+    # At this rate the parameter whose gradient is λp alone stays away from 0, where without an ε it is chaotic.
     Row("mxnet_adamax", {"learning_rate": 1e-4, "b1": 0.8, "b2": 0.95, "weight_decay": 1e-3},
         {"learning_rate": 1e-4, "beta1": 0.8, "beta2": 0.95, "wd": 1e-3}),
     Row("cntk_adam", {"learning_rate": 1e-3, "b1": 0.9, "minibatch_size": 128},
         {"lr": 1e-3, "momentum": 0.9, "minibatch_size": 128, "use_mean_gradient": True}),
-    Row("cntk_adam",  # As CNTK is by default: the learner sees the sum over the minibatch.
+    Row("cntk_adam",  # CNTK's default: the learner sees the sum over the minibatch.
         {"learning_rate": 1e-3, "b1": 0.9, "minibatch_size": 128, "eps": 1e-8 / 128, "weight_decay": 1e-2},
         {"lr": 1e-3, "momentum": 0.9, "minibatch_size": 128, "l2_regularization_weight": 1e-2}),
     Row("cntk_adam",
@@ -113,7 +113,7 @@ ROWS = (
 
 
 def _example_library(make: Callable[..., example_libraries.Optimizer]) -> Callable[..., optax.GradientTransformation]:
-    """One of jax's triples as a transformation."""
+    """An optimizer of `jax.example_libraries` as a transformation."""
 
     def factory(step_size: float, **arguments: float) -> optax.GradientTransformation:
         init, step, get_params = make(step_size, **arguments)
@@ -127,14 +127,14 @@ def _example_library(make: Callable[..., example_libraries.Optimizer]) -> Callab
     return factory
 
 
-#: The frameworks that are there with adam_fn, and a call that has no defaults.
+#: The frameworks that are installed with adam_fn, and arguments other than the defaults.
 LIVE: Mapping[str, tuple[Callable[..., optax.GradientTransformation], Mapping[str, Any]]] = {
     "jax_adam": (_example_library(example_libraries.adam), BETAS_EPS),
     "jax_adamax": (_example_library(example_libraries.adamax), BETAS_EPS),
     "optax_adam": (optax.adam, {**BETAS_EPS, "eps_root": 1e-6, "nesterov": True}),
     "optax_adamw": (optax.adamw, {**BETAS_EPS, "eps_root": 1e-6, "weight_decay": 0.1}),
 }
-#: What must be given, since the framework has no default for it.
+#: The arguments that must be given, since the framework has no default for them.
 REQUIRED: Mapping[str, Mapping[str, float]] = {
     "caffe_adam": {"learning_rate": 1e-3, "b1": 0.9},
     "cntk_adam": {"learning_rate": 1e-3, "b1": 0.9, "minibatch_size": 128},
@@ -155,7 +155,7 @@ def _id(row: Row) -> str:
 
 
 def of_the_framework(row: Row) -> Array:
-    """[5, 64]: the parameters after the steps RECORDED."""
+    """The framework's parameters after the steps RECORDED, [5, 64]."""
     if isinstance(row.theirs, str):
         return load("torch" if row.preset.startswith("torch") else "keras").params[row.theirs]
     this = problem()
@@ -164,12 +164,12 @@ def of_the_framework(row: Row) -> Array:
 
 
 @pytest.mark.quick
-def test_every_preset_is_here() -> None:
+def test_every_preset_is_tested() -> None:
     assert {name for name, value in vars(presets).items() if isinstance(value, types.FunctionType)} == set(PRESETS)
 
 
 def followed(txs: Sequence[optax.GradientTransformation], dtype: DTypeLike) -> Array:
-    """[len(txs), 5, 64]: everyone's parameters after the steps RECORDED, from one program."""
+    """The parameters of each after the steps RECORDED, [len(txs), 5, 64], from one program."""
     tiled = Problem(*(np.stack([x] * len(txs), axis=-2) for x in problem()))
     return np.swapaxes(follow(together(txs), tiled, dtype), 0, 1)
 
@@ -181,14 +181,14 @@ def paths(dtype: DTypeLike) -> Array:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=_id)
-def test_preset_is_the_framework(row: Row) -> None:
+def test_a_preset_equals_its_framework(row: Row) -> None:
     expected, i = of_the_framework(row), ROWS.index(row)
     assert distance(paths(np.float64)[i], expected) < 1e-10
     assert relative_error(paths(np.float32)[i], expected) < 2e-6
 
 
 @pytest.mark.parametrize("name", [name for name in TORCH if "complex" in name])
-def test_preset_is_the_framework_for_complex_parameters(name: str) -> None:
+def test_a_preset_equals_its_framework_for_complex_parameters(name: str) -> None:
     row = of_record("torch", name, *TORCH[name])
     tx, expected = getattr(presets, row.preset)(**row.ours), of_the_framework(row)
     with jax.enable_x64(True):
@@ -197,7 +197,7 @@ def test_preset_is_the_framework_for_complex_parameters(name: str) -> None:
 
 
 @pytest.mark.parametrize(("framework", "rows"), [("torch", TORCH), ("keras", KERAS)])
-def test_record_is_of_this_problem_and_of_these_rows(framework: str, rows: Rows) -> None:
+def test_a_record_belongs_to_this_problem_and_these_rows(framework: str, rows: Rows) -> None:
     record = load(framework)
     assert record.text["problem"] == fingerprint(problem())
     assert record.text["rows"] == listing(rows)
@@ -208,11 +208,11 @@ def test_record_is_of_this_problem_and_of_these_rows(framework: str, rows: Rows)
 
 
 def test_adamw_of_keras_is_its_adam_with_a_decay() -> None:
-    """No record has `amsgrad` and a decay."""
+    """No record has both `amsgrad` and a decay."""
     assert presets.keras3_adamw(amsgrad=True) == presets.keras3_adam(amsgrad=True, weight_decay=4e-3)
 
 
-def test_presets_are_the_live_frameworks() -> None:
+def test_presets_equal_the_installed_frameworks() -> None:
     rows = [(name, arguments) for name, (_, some) in LIVE.items() for arguments in ({}, some)]
     with jax.enable_x64(True):
         theirs = followed([LIVE[name][0](3e-3, **arguments) for name, arguments in rows], np.float64)
@@ -223,7 +223,7 @@ def test_presets_are_the_live_frameworks() -> None:
 
 @functools.cache
 def decayed() -> dict[str, Any]:
-    """The first update of everyone that decays w alone, in one program."""
+    """The first update of each preset that has a decay, here of w alone, in one program."""
     mask = {"w": True, "b": False, "fixed": False}
     txs = {name: make(name, weight_decay=0.5, mask=mask) for name in sorted(DECAYING)}
     grads = dict.fromkeys(LEAVES, np.array([-0.5, 0.5, 2.0], np.float32))
@@ -235,7 +235,7 @@ STORED = {"frozen": {"w": False, "b": False, "fixed": True}, "mu_dtype": "bfloat
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_arguments_and_help(name: str) -> None:
+def test_every_preset_has_its_arguments_and_help(name: str) -> None:
     preset, required = getattr(presets, name), REQUIRED.get(name, {})
     parameters = inspect.signature(preset).parameters
     assert [p.name for p in parameters.values() if p.default is p.empty] == list(required)

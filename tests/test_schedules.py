@@ -68,7 +68,7 @@ FORMULAS: dict[str, tuple[Any, Any]] = {
 
 @functools.cache
 def values(wide: bool) -> dict[str, jax.Array]:
-    """Of all schedules in float64 or float32, from one program."""
+    """The values of all schedules, in float64 or float32, from one program."""
     read = jax.jit(lambda counts: {key: jax.vmap(schedule)(counts) for key, (schedule, _) in FORMULAS.items()})
     with jax.enable_x64(wide):
         return read(COUNTS)
@@ -85,7 +85,7 @@ def test_schedules_follow_their_formulas(key: str) -> None:
 
 @pytest.mark.quick
 @pytest.mark.parametrize("key", FORMULAS)
-def test_compares_hashes_and_pickles_by_value(key: str) -> None:
+def test_schedules_compare_hash_and_pickle_by_value(key: str) -> None:
     schedule, _ = FORMULAS[key]
     copy = pickle.loads(pickle.dumps(schedule))
     assert copy == schedule
@@ -118,13 +118,13 @@ def test_restarts_fall_on_whole_steps(first: int, factor: float) -> None:
         (lambda: schedules.warm_restarts(10, 0.5), "factor must be at least 1"),
     ],
 )
-def test_bad_arguments(make: Callable[[], Any], message: str) -> None:
+def test_bad_arguments_are_named(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_paper_beta1_decay_in_adam() -> None:
-    """β₁,t = β₁λ^(t-1) goes through the bias correction exactly; for other schedules see `family/test_oracles.py`."""
+def test_the_papers_beta1_decay_is_corrected_exactly() -> None:
+    """The paper has β₁,t = β₁λ^(t-1); for other schedules see `family/test_oracles.py`."""
     tx = adam_fn.adam(schedules.inverse_sqrt(0.1), b1=schedules.beta1_decay(0.9, 0.5))
     state = tx.init(jnp.zeros(()))
     for t in range(1, 5):
@@ -133,7 +133,7 @@ def test_paper_beta1_decay_in_adam() -> None:
     np.testing.assert_allclose(kept_weights(state)[0].sum(), 1 - 0.9**4 * 0.5**6, rtol=1e-6)
 
 
-def test_a_decay_rate_by_its_distance_from_one() -> None:
+def test_a_decay_rate_given_by_its_distance_from_one_keeps_its_digits() -> None:
     """The slow moment after many steps against float64, where a float32 β would be off by one part in a hundred."""
     steps, schedule = 300, schedules.ademamix_b3(0.999999, 100)
     grads = np.random.default_rng(0).standard_normal(steps).astype(np.float32) + 1
@@ -151,7 +151,7 @@ def test_a_decay_rate_by_its_distance_from_one() -> None:
     def tiny(count: Any) -> float:
         return 1e-5
 
-    # As the number, in every member that has the argument; and equal by value.
+    # It acts like the number in every member that has the argument, and is equal by value.
     makes = (adam_fn.adam, adam_fn.nadam, adam_fn.adan, adam_fn.radam, adam_fn.adamax, adam_fn.lion)
     numbers, others = ([make(1e-3, b2=b2) for make in makes] for b2 in (0.99999, schedules.by_complement(tiny)))
     assert others == [make(1e-3, b2=schedules.by_complement(tiny)) for make in makes]

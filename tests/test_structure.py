@@ -1,4 +1,4 @@
-"""The package's own laws: imports run one way, from room to room and within one; files stay short; privacy is held."""
+"""The package's own laws: imports run one way, from room to room and within one; files are short; internals private."""
 
 import ast
 import graphlib
@@ -66,12 +66,12 @@ def test_imports_run_one_way(file: Path) -> None:
         assert same or _room(imported) < _room(module), f"{module} imports {imported}"
 
 
-def test_there_is_no_cycle() -> None:
+def test_imports_have_no_cycle() -> None:
     graphlib.TopologicalSorter({_module(file): {*_imports(file)} - {_module(file)} for file in FILES}).prepare()
 
 
-def test_what_is_seen_at_the_root() -> None:
-    """Names that a user may use, and modules, each in a room; no function hides a module."""
+def test_the_root_has_only_public_names_and_modules() -> None:
+    """Each module is in a room, and no function hides a module."""
     assert {_module(file).split(".")[0] for file in FILES} - {""} == FIRST
     assert all(inspect.ismodule(getattr(adam_fn, name)) for name in FIRST)
     assert {name for name in dir(adam_fn) if not name.startswith("_")} == {*adam_fn.__all__} | FIRST
@@ -90,7 +90,7 @@ def test_no_file_is_longer_than_300_lines(file: Path) -> None:
     assert len(file.read_text().splitlines()) <= 300
 
 
-def test_init_only_imports() -> None:
+def test_the_packages_init_only_imports() -> None:
     *imports, names = ast.parse((ROOT / "__init__.py").read_text()).body[1:]
     assert {*map(type, imports)} == {ast.ImportFrom}
     assert ast.unparse(names).startswith("__all__ = [")

@@ -1,4 +1,4 @@
-"""Changes of a running state: what is chosen begins again, everything else goes on bit for bit."""
+"""Changes of a running state: the chosen parts begin again, everything else goes on bit for bit."""
 
 import functools
 from typing import Any, NamedTuple
@@ -58,12 +58,12 @@ def ran(tx: Any, params: Any, steps: int = 31) -> Any:
 
 @functools.cache
 def states() -> dict[str, Any]:
-    """Of all transformations after some steps, in one program."""
+    """The states of all transformations after some steps, in one program."""
     return jax.device_get(jax.jit(lambda params: {name: ran(tx, params) for name, tx in TXS.items()})(P))
 
 
 class Edited(NamedTuple):
-    """A state as it begins, with rows forgotten, with rows moved, for a leaf more, and without it again."""
+    """A fresh state, and a state with rows reset, with rows moved, with one more leaf, and without that leaf again."""
 
     fresh: Any
     reset: Any
@@ -74,7 +74,7 @@ class Edited(NamedTuple):
 
 @functools.cache
 def edited() -> dict[str, Edited]:
-    """All states, in one program."""
+    """The edits of all states, in one program."""
 
     def edit(tx: Any, state: Any) -> Edited:
         reset = surgery.reset(tx, state, P, WHERE, second="zero")
@@ -86,8 +86,8 @@ def edited() -> dict[str, Edited]:
 
 
 @pytest.mark.parametrize("name", TXS)
-def test_what_is_chosen_begins_again_or_moves_and_nothing_else_changes(name: str) -> None:
-    """Rows are forgotten, or kept, permuted, repeated, dropped and new; leaves are kept, new and dropped."""
+def test_chosen_rows_and_leaves_begin_again_or_move_and_nothing_else_changes(name: str) -> None:
+    """Rows are reset, or kept, permuted, repeated, dropped and new; leaves are kept, new and dropped."""
     tx, state, (fresh, reset, moved, more, back) = TXS[name], states()[name], edited()[name]
     assert jax.tree.structure(reset) == jax.tree.structure(state)
     chex.assert_trees_all_equal(back, state)
@@ -148,7 +148,7 @@ def test_masters_and_averages_begin_at_the_parameters() -> None:
     np.testing.assert_array_equal(averages["bias"][DEAD], P["bias"][DEAD])
 
 
-def test_resize_of_a_vocabulary_along_another_axis() -> None:
+def test_a_vocabulary_is_resized_along_any_axis() -> None:
     tx = adam_fn.adam(1e-2, storage="24bit")
     old = {"embedding": P["kernel"], "head": P["kernel"].T, "norm": np.ones(4, np.float32)}
     new = {"embedding": jnp.ones((8, 4)), "head": jnp.ones((4, 8)), "norm": old["norm"]}
@@ -181,8 +181,8 @@ def test_errors_of_surgery_name_what_is_wrong() -> None:
             call(argument)
 
 
-def test_muon_and_adam_in_two_bytes() -> None:
-    """`stored` narrows the momentum of any transformation; training goes as with float32."""
+def test_muon_and_adam_train_in_two_bytes() -> None:
+    """`stored` narrows the momentum of any transformation; training goes on as with float32."""
 
     def muon(tx: optax.GradientTransformation) -> optax.GradientTransformation:
         return optax.partition({"a": tx, "b": adam_fn.adam(1e-2, storage="16bit")}, labels)

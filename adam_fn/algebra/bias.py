@@ -109,7 +109,7 @@ def _corrections(betas: Sequence[float], count: jax.Array, dtype: DTypeLike) -> 
         found[0] = 1 / jnp.minimum(count, 1).astype(dtype)
     if positive := [beta for beta in betas if beta]:
         counts = jax.lax.broadcast(count, (len(positive),))
-        # The division comes before the slices: XLA for CPUs would compute all weights anew for each of them.
+        # The division comes before the slices: XLA for CPUs would compute all weights anew for each slice.
         if dtype == jnp.float64:  # (1 + coth(y/2))/2 compiles in less time than 1/(1 - exp(-y)).
             half = jax.lax.mul(jax.lax.convert_element_type(counts, dtype), -np.log(positive) / 2)
             corrections = jax.lax.add(0.5, jax.lax.div(0.5, jax.lax.tanh(half)))

@@ -167,7 +167,8 @@ def _either(
 def _either_jvp(write: bool, primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]) -> tuple[PyTree, PyTree]:
     """Differentiates a choice between both steps instead: a while loop has no reverse-mode derivative.
 
-    `jax.lax.cond` would have none where a function of a `vmap` is differentiated: its batching rule stops gradients.
+    Nor would `jax.lax.cond` have one inside a `vmap` that is differentiated: JAX's rule for it inserts a
+    `stop_gradient`, which cannot be transposed.
     """
 
     def either(definition: Definition, rule: Adam, alpha: jax.Array, tolerance: ArrayLike, call: _Call) -> PyTree:

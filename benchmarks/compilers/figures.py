@@ -1,4 +1,4 @@
-"""What is told of the compilers' programs: the limits that they are held to, and their tables."""
+"""The limits of the figures of compiled programs, and their tables."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ def label(row: Row) -> str:
 
 
 def relative(row: Row, figure: str, rows: Sequence[Row], base: str = BASE) -> float | None:
-    """A figure in that of another step of the same tree on the same target; None where there is none."""
+    """A figure in units of another step's, of the same tree on the same target; None if there is none."""
     every = [x for x in where(rows, target=row["target"], part=row["part"], step=base) if figure in x]
     found = next(iter(where(every, way=row["way"]) or every), None)
     return row[figure] / found[figure] if found and figure in row else None
@@ -33,7 +33,7 @@ class Limit:
     Attributes:
       steps: those that it holds for; by default all but optax's.
       least: the least that it may be.
-      base: the step in whose figure it is counted; that of float32 is the same step with another storage, and ORDINARY
+      base: the step whose figure is the unit; that of float32 is the same step with another storage, and ORDINARY
         the same step after all gradients.
       way: the one that it holds for; all by default.
     """
@@ -53,13 +53,13 @@ class Limit:
         return known and (step in self.steps if self.steps else not step.startswith("optax"))
 
     def compared(self, row: Row) -> str:
-        """The step in whose figure that of a row is counted."""
+        """The step whose figure is the unit for a row."""
         if self.base == "float32":
             return ", ".join([*row["step"].split(", ")[:-1], self.base])
         return f"{row['step']}{ORDINARY}" if self.base == ORDINARY else self.base
 
     def broken(self, row: Row, rows: Sequence[Row]) -> str:
-        """What is wrong with a row that it holds for; nothing if nothing is."""
+        """The error of a row that it holds for; empty if there is none."""
         base = self.compared(row)
         value = relative(row, self.figure, rows, base) if base else row.get(self.figure)
         if value is None:
@@ -121,7 +121,7 @@ LIMITS = (
 
 
 def exceeded(rows: Sequence[Row]) -> Iterator[str]:
-    """A line for each row that did not compile, and for each limit that it is beyond."""
+    """A line for each row that did not compile, and for each limit that one exceeds."""
     for row in rows:
         if "error" in row:
             wrong = [f"does not compile: {row['error']}"]
@@ -152,7 +152,7 @@ HEADS = {
 
 
 def summary(rows: Sequence[Row]) -> Iterator[str]:
-    """Of one compiler's rows a table for each part, with its name, all targets in one cell."""
+    """A table for each part of one compiler's rows, with its name, and all targets in one cell."""
     for part, forms in FIGURES.items():
         own, lines = where(rows, part=part), []
         heads = {x: HEADS.get(x, x) for x in forms if any(x in row for row in own)}
@@ -168,7 +168,7 @@ def summary(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def family(rows: Sequence[Row]) -> str:
-    """Whether every member compiles; nothing where that was not asked."""
+    """Whether every member compiles; empty if that was not asked."""
     members = [row for row in rows if row["part"] == FAMILY and "error" not in row]
     programs, failed = sum(row["programs"] for row in members), sum(len(row["failed"]) for row in members)
     about = f"{len({row['step'] for row in members})} members of the family with every storage and every kind of write"

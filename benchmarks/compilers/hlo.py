@@ -1,4 +1,4 @@
-"""What a compiled program would run, read from the text of its optimized HLO."""
+"""The instructions that a compiled program would run, read from the text of its optimized HLO."""
 
 import dataclasses
 import math
@@ -6,13 +6,13 @@ import re
 import typing
 from collections.abc import Iterator
 
-# Neither run nor move anything: they name what is there, or are counted where what they call or start is.
+# These neither run nor move anything: they name arrays, or are counted with what they call or start.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "optimization-barrier", "after-all"}
 FREE |= {"partition-id", "replica-id", "while", "call", "async-start", "async-update", "async-done"}
 # A TPU's fetches into its fast memory, ahead of the kernel that reads them, which is counted.
 FREE |= {f"{name}-{end}" for name in ("copy", "slice", "dynamic-slice") for end in ("start", "done")}
 FREE_CALL = re.compile(r'custom_call_target="(ConcatBitcast|AllocateBuffer|Sharding)"')
-#: What calls what, once.
+#: Instructions that call a computation once, and the attribute that names it.
 CALLS = {"call": "to_apply", "async-start": "calls", "while": "body"}
 EXCHANGES = ("all-gather", "all-reduce", "all-to-all", "collective-", "ragged-all-to-all", "reduce-scatter")
 HOST = 5
@@ -57,7 +57,7 @@ class Instruction:
 
     @property
     def made(self) -> tuple[Array, ...]:
-        """What it writes; what starts a copy has the copy, what it copies and a number."""
+        """The arrays that it writes; the start of a copy has the copy, its source and a number."""
         return self.result[:1] if self.opcode == "copy-start" else self.result if self.is_kernel else ()
 
 
@@ -95,7 +95,7 @@ class Program:
                     self.results = parsed.result
 
     def run(self, name: str = "", times: int = 1) -> Iterator[tuple[Instruction, list[Array], int]]:
-        """Every instruction that runs, once, what it is given, and how often it runs: as a loop's condition says."""
+        """Every instruction that runs, once, with its operands and how often it runs, which a loop's condition says."""
         beside = self.computations[name or self.entry]
         for each in beside.values():
             given = (beside[operand] for operand in each.operands if operand in beside)
@@ -107,7 +107,7 @@ class Program:
                     yield from self.run(called, times * loops)
 
     def kernels(self, size: int = 0) -> int:
-        """How many kernels read or write an array of `size` elements or more."""
+        """The number of kernels that read or write an array of `size` elements or more."""
         kernels = ((*given, *each.result) for each, given, _ in self.run() if each.is_kernel)
         return sum(any(array.size >= size for array in arrays) for arrays in kernels)
 
@@ -117,7 +117,7 @@ class Program:
         return sum(n * int(x) for each, n in found for x in re.findall(r'"estimated_cycles":"(\d+)"', each.rest))
 
     def temporaries(self, memory: typing.Any) -> float:  # noqa: ANN401 (JAX has no public type for it)
-        """The bytes of arrays that are made and are no results.
+        """The bytes of arrays that are made but are no results.
 
         XLA's own figure, or the sum of all arrays in the main memory, as if each had a place of its own: as soon as
         there is any, if only of one number, XLA for TPUs counts another 16 kB for each fetch into fast memory.

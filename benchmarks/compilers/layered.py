@@ -58,7 +58,7 @@ def head(p: Tree, h: jax.Array, batch: jax.Array) -> jax.Array:
 
 
 def loss(p: Tree, h: jax.Array, batch: jax.Array) -> jax.Array:
-    """Of what `embed` returned; only the layers' inputs are kept for the backward pass."""
+    """The loss of what `embed` returned; only the layers' inputs are kept for the backward pass."""
     again = jax.checkpoint(functools.partial(layer, batch=batch), policy=None)
     return head(p, jax.lax.scan(lambda h, q: (again(q, h), None), h, p["layers"])[0], batch)
 
@@ -112,7 +112,7 @@ def compiled(name: str, way: str, target: str) -> Row:
     text = Program(program.as_text() or "")
     moved = [size for _, size in text.exchanges()]
     temporaries, activations = (x.memory_analysis().temp_size_in_bytes / count for x in (program, alone))
-    gradient = held(p["layers"]) / DEPTH / count  # In FSDP whole at first.
+    gradient = held(p["layers"]) / DEPTH / count  # With FSDP it is whole at first.
     found: Row = {
         "temporaries": temporaries,
         "activations": activations,

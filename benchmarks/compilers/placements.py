@@ -1,4 +1,4 @@
-"""Steps whose arrays are elsewhere: Llama-7B, divided as people divide it, `zero1`, and `offload`."""
+"""Steps with arrays on several devices or the host: Llama-7B, divided as is usual, `zero1`, and `offload`."""
 
 import functools
 import math
@@ -32,7 +32,7 @@ MESHES: dict[str, dict[str, tuple[str, tuple[int, int]]]] = {
 
 
 def division(name: str, shape: Sequence[int]) -> jax.P:
-    """How FSDP and tensor parallelism divide a leaf; what takes a layer's features has them in its rows."""
+    """The division of a leaf by FSDP and tensor parallelism; the features that a layer takes are in a matrix's rows."""
     if len(shape) == 1:
         return jax.P("fsdp")
     return jax.P("tp", "fsdp") if name.endswith(("o", "down", "embedding")) else jax.P("fsdp", "tp")
@@ -150,7 +150,7 @@ def offload(name: str, way: str, target: str) -> Row:
     batch = jax.ShapeDtypeStruct((16384, 2048), step.dtype, sharding=place)
 
     def compiled(tx: optax.GradientTransformation) -> tuple[typing.Any, float]:
-        """The program with the step, and the largest peak of all there are."""
+        """The program with the step, and the largest peak of all programs."""
         state = placed(jax.eval_shape(tx.init, params), adam_fn.state_shardings(tx, params))
         run = adam_fn.make_step(tx)
         if way == "one program":

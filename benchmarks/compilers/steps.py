@@ -72,7 +72,7 @@ NAMES = {"h200": "NVIDIA H200 141GB HBM3e", "a100": "NVIDIA A100-SXM4-80GB"}
 
 @functools.cache
 def devices(target: str, topology: str = "") -> Sequence[typing.Any]:  # `jax.Device` is no type to pyright.
-    """Those of a topology, such as `4x4` for a TPU and `1x1x8` for a GPU; four by default."""
+    """The devices of a topology, such as `4x4` for a TPU and `1x1x8` for a GPU; four by default."""
     jax.devices()  # This also registers the compilers that are installed.
     if target not in GPUS:
         return topologies.get_topology_desc(platform="tpu", topology_name=f"{target}:{topology or '2x2'}").devices
@@ -82,7 +82,7 @@ def devices(target: str, topology: str = "") -> Sequence[typing.Any]:  # `jax.De
 
 
 def first(target: str) -> jax.sharding.Sharding:
-    """Where the arrays are of a program for one device."""
+    """The sharding of the arrays of a program for one device."""
     return jax.sharding.SingleDeviceSharding(devices(target)[0])
 
 

@@ -29,7 +29,7 @@ HASTY: typing.Any = {"exec_time_optimization_effort": -1.0}
 
 
 def measured(tree: Shapes, name: str, way: str, target: str) -> scripts.Row:
-    """What a step's program needs and runs; bytes per parameter."""
+    """The memory and the kernels of a step's program; bytes per parameter."""
     step = STEPS[name]
     arguments, count = placed(step.arguments(tree), first(target)), size(tree)
     jax.clear_caches()
@@ -46,13 +46,13 @@ def measured(tree: Shapes, name: str, way: str, target: str) -> scripts.Row:
     }
     if not (cycles := program.cycles()):
         return found | {"kernels": program.kernels()}
-    # Of a TPU.
+    # Only for a TPU.
     moved, least = compiled.cost_analysis()["bytes accessed"], 2 * held(arguments[:2]) + held(arguments[2])
     return found | {"cycles": cycles, "bytes": moved / count, "beyond": (moved - least) / count}
 
 
 def together(every: Mapping[str, Step], target: str) -> list[str]:
-    """Compiles the steps in one program, or one by one if that fails; which failed, and why."""
+    """Compiles the steps in one program, or one by one if that fails; returns which failed, and why."""
     given = {name: placed(step.arguments(steps.SMALL), first(target)) for name, step in every.items()}
 
     def run(given: Mapping[str, tuple[typing.Any, ...]]) -> object:
@@ -80,11 +80,11 @@ def member(name: str, _: str, target: str) -> scripts.Row:
 
 
 def jobs(target: str) -> Iterator[Job]:
-    """What can be compiled for a target: what identifies it, and a function that does it."""
+    """The programs for a target: the names of each, and a function that compiles it."""
     divisions = itertools.product(placements.MESHES.get(target, ()), ("auto", "explicit"), SIZES)
     trainings = itertools.product(layered.WAYS.get(target, ()), figures.STEPPED, ("", ORDINARY))
     offloads = [*((x, "make_step") for x in (*SIZES, TREE)), ("training", "one program"), ("training", "two programs")]
-    told = target in (figures.TPU[0], figures.GPU[0])  # One target of a compiler tells.
+    told = target in (figures.TPU[0], figures.GPU[0])  # One target per compiler is enough.
     parts: dict[str, tuple[Callable[[str, str, str], scripts.Row], Iterable[tuple[str, str]]]] = {
         figures.LEAF: (
             functools.partial(measured, steps.ONE),
@@ -124,7 +124,7 @@ def main() -> None:
     say({"versions": {"adam_fn": adam_fn.__version__} | parts})
     targets, only = json.loads(sys.argv[1])
     for target in targets:
-        # The first compilation also starts the compiler; it belongs to nobody.
+        # The first compilation also starts the compiler; its time is not counted.
         jax.jit(jnp.sin).lower(placed(jax.ShapeDtypeStruct((8, 128), "float32"), first(target))).compile()
         for about, run in wanted(target, only):
             say({"begin": about})

@@ -1,4 +1,4 @@
-"""What other libraries store of Adam's moments, emulated: what is decoded of what was encoded.
+"""The storage of Adam's moments in other libraries, emulated: arrays are encoded and decoded again.
 
 Written for comparisons, not for speed; the formulas are those of the libraries named, in our own words. All round to
 the nearest.
@@ -17,14 +17,14 @@ Grid: TypeAlias = Callable[[jax.Array], jax.Array]
 
 
 class Moment(NamedTuple):
-    """How a moment is stored: its bytes a parameter, and what is decoded of an array that was encoded."""
+    """The storage of a moment: its bytes per parameter, and a function that encodes and decodes an array."""
 
     bytes: float
     stored: Callable[[jax.Array], jax.Array]
 
 
 def table(values: Sequence[float]) -> Grid:
-    """The nearest of some values."""
+    """A grid of some values: numbers become the nearest of them."""
     ordered = np.sort(values)
     between = (ordered[1:] + ordered[:-1]) / 2
     return lambda z: jnp.asarray(ordered, z.dtype)[jnp.searchsorted(jnp.asarray(between, z.dtype), z)]

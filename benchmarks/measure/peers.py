@@ -1,4 +1,4 @@
-"""Who is measured: one table of optimizers and the machine's copy, each turned into a runner."""
+"""The optimizers that are measured, in one table, and the machine's copy, each turned into a runner."""
 
 import concurrent.futures
 import dataclasses
@@ -25,7 +25,7 @@ Step = Callable[..., tuple[Tree, optax.OptState]]
 
 
 def plain(tx: optax.GradientTransformation) -> Step:
-    """What a user writes around any optax transformation."""
+    """The step that a user writes around any optax transformation."""
 
     def step(params: Tree, state: optax.OptState, grads: Tree) -> tuple[Tree, optax.OptState]:
         updates, state = tx.update(grads, state, params)
@@ -146,7 +146,7 @@ def jax_runner(peer: JaxPeer, step: Step, params: Tree, inputs: Tree) -> Runner:
 
 
 def torch_device() -> str | None:
-    """Where torch can be compared with JAX: the same kind of device, else None."""
+    """The device on which torch can be compared with JAX, of the same kind; None if there is none."""
     if importlib.util.find_spec("torch") is None:
         return None
     torch = importlib.import_module("torch")

@@ -1,4 +1,4 @@
-"""What is kept of the measurements of `speed.py`, and the tables of a device."""
+"""The records of the measurements of `speed.py`, and the tables of a device."""
 
 from collections.abc import Mapping, Sequence
 
@@ -21,7 +21,7 @@ class Records:
         self.rows: list[Row] = []
 
     def add(self, case: workloads.Case, metric: str, unit: str, values: Mapping[str, float | Sequence[float]]) -> None:
-        """By peer a number, or what was found in each of the same rounds, of which the median counts."""
+        """Adds a number for each peer, or the numbers of the same rounds, of which the median counts."""
         about = {"case": case.name, "title": case.title, "parameters": case.parameters}
         found = {peer: [float(x) for x in np.percentile(value, [25, 50, 75])] for peer, value in values.items()}
         for peer, (low, median, high) in found.items():
@@ -57,7 +57,7 @@ class Device:
         return {record["case"]: record["title"] for record in self.records if record["metric"] == metric}
 
     def value(self, case: str, peer: str, metric: str) -> str:
-        """What was measured, or after a slash in units of optax's."""
+        """The measured value; in units of optax's if the metric begins with a slash."""
         record = self.found.get((case, peer, metric.removeprefix("/")))
         if record is None or not metric.startswith("/"):
             return cell(record) if record else NONE
@@ -78,7 +78,7 @@ class Device:
         return table([head, *(head for head, _, _ in columns)], lines)
 
     def text(self) -> str:
-        """The tables that have rows, and on what they were measured."""
+        """The tables that have rows, and the device on which they were measured."""
         runs = dict.fromkeys(f"{named(record['versions'])} ({record['date'][:10]})" for record in self.records)
         about = f"**{self.records[0]['device']}**, with {'; '.join(runs)}, by `benchmarks/speed.py`:"
         rates = [[row["peer"], cell(row)] for row in self.records if row["metric"] == "compilations per new rate"]

@@ -1,4 +1,4 @@
-"""What the scripts do alike: their options, where and when they measure, their rows and files, Markdown tables."""
+"""The common parts of the scripts: options, place and time of a measurement, rows and files, Markdown tables."""
 
 import argparse
 import datetime
@@ -31,7 +31,7 @@ def parser(doc: str | None, *, quick: str = "", only: str = "", out: str | None 
 
 
 def selected(names: Iterable[str], texts: Sequence[str]) -> list[str]:
-    """The names that are one of the texts, or have one in them that is no name; all if there are no texts.
+    """The names that equal one of the texts, or contain one that is itself no name; all names without texts.
 
     The script ends if there is no such name.
     """
@@ -52,7 +52,7 @@ def collected(rows: Iterable[Row]) -> list[Row]:
 
 
 def read(path: pathlib.Path) -> Any:  # noqa: ANN401 (JSON)
-    """What a file holds; nothing where there is none."""
+    """The contents of a file; empty if there is none."""
     return json.loads(path.read_text()) if path.exists() else {}
 
 
@@ -108,19 +108,19 @@ def now() -> str:
 
 
 def about() -> Row:
-    """On what and when something is measured."""
+    """The device, the versions and the time of a measurement."""
     compared = versions("adam_fn", "jax", "jaxlib", "optax", "torch", "numpy")
     return {"device": device(), "versions": {"python": platform.python_version()} | compared, "date": now()}
 
 
 def save(options: argparse.Namespace, name: str, rows: Sequence[Row], **more: object) -> None:
-    """Writes the rows, what they were measured on and what else a script says of them, if it has a folder for it."""
+    """Writes the rows, what they were measured on and what else a script says of them, if the options have a folder."""
     if options.out:
         write(options.out / f"{name}.json", {**about(), **more, "rows": rows})
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the first column stands left, the others right."""
+    """A Markdown table; the first column is aligned left, the others right."""
     lines = [head, [":--", *["--:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -130,6 +130,6 @@ def named(versions: dict[str, str]) -> str:
 
 
 def span(values: Iterable[float | None], form: str) -> str:
-    """The least and the largest, or the one; a dash where there is none."""
+    """The least and the largest value, or the only one; a dash if there is none."""
     known = sorted(x for x in values if x is not None)
     return " to ".join(dict.fromkeys(format(end, form) for end in (*known[:1], *known[-1:]))) or NONE

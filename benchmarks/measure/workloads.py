@@ -1,4 +1,4 @@
-"""What is measured: trees of parameters and a training step, full size and small."""
+"""The workloads: trees of parameters and a training step, in full size and small."""
 
 import dataclasses
 import itertools

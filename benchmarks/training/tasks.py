@@ -1,4 +1,4 @@
-"""What is trained to compare storages: the character transformer and the MLP, with their data, rates and losses.
+"""The trainings that compare storages: the character transformer and the MLP, with their data, rates and losses.
 
 A workload says everything about a training but how the parameters and moments are stored.
 """
@@ -68,7 +68,7 @@ class Model:
         return workloads.size(self.shapes())
 
     def init(self, seed: int) -> Params:
-        """float32; ones for the norms, else normal with the variance 1/inputs (1/width for embeddings and head), and
+        """Float32: ones for the norms, else normal with the variance 1/inputs (1/width for embeddings and head), and
         1/(2 blocks) of that for the two matrices of a block that write to the residual stream.
         """
 
@@ -79,7 +79,7 @@ class Model:
         return workloads.weights(self.shapes(), seed, scale, 1.0)
 
     def logits(self, params: Params, tokens: jax.Array) -> jax.Array:
-        """``[batch time, vocabulary]`` float32 of int32 ``[batch, time]``.
+        """The logits ``[batch time, vocabulary]``, float32, of int32 ``[batch, time]``.
 
         Batch and time are one axis: a CPU is slow at products that contract two, which the gradients would be.
         """
@@ -114,14 +114,14 @@ def _norm(x: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def sample(text: jax.Array, seed: jax.typing.ArrayLike, step: jax.typing.ArrayLike, batch: int, time: int) -> jax.Array:
-    """``[batch, time + 1]`` neighbouring characters from random places, which depend on `seed` and `step` alone."""
+    """Windows ``[batch, time + 1]`` of characters from random places, which depend on `seed` and `step` alone."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     starts = jax.random.randint(key, (batch, 1), 0, text.size - time)
     return text[starts + jnp.arange(time + 1)[None]]
 
 
 def spread(text: jax.Array, windows: int, time: int) -> jax.Array:
-    """``[windows, time + 1]``: evenly spaced windows, none predicting a character of another if there is room."""
+    """Evenly spaced windows ``[windows, time + 1]``, none predicting a character of another if there is room."""
     starts = jnp.linspace(0, text.size - time - 1, windows).astype(jnp.int32)
     return text[starts[:, None] + jnp.arange(time + 1)[None]]
 
@@ -133,7 +133,7 @@ def schedule(rate: float, steps: int) -> optax.Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a workload's runs have in common; runs of other settings are not compared with them."""
+    """The settings that a workload's runs share; runs of other settings are not compared with them."""
 
     parameters: int
     steps: int
@@ -154,7 +154,7 @@ class Workload:
 
     Attributes:
       init: the float32 parameters of a seed.
-      batch: of the data, a seed and a step.
+      batch: the batch of the data, a seed and a step.
       loss: the mean cross-entropy of a batch, in nats.
       evaluate: on the data: the mean cross-entropy, and the accuracy or nan.
     """
@@ -242,7 +242,7 @@ def images(quick: bool = False, dataset: mnist.Dataset | None = None) -> Workloa
 
 
 def groups(params: Params, rows: int) -> dict[str, npt.NDArray[np.intp]]:
-    """Which elements of the transformer are recorded: by leaf, [its rows, 256] indices that spread evenly over it.
+    """The elements of the transformer to record: by leaf, [its rows, 256] indices that spread evenly over it.
 
     `rows`, an even share of them a leaf, come from the embedding, the attention and the MLP of the first and the last
     block, and the head. A group is 256 neighbours in memory: whole rows, or a whole part of one.
@@ -257,7 +257,7 @@ def groups(params: Params, rows: int) -> dict[str, npt.NDArray[np.intp]]:
 
 
 def recorded(workload: Workload, steps: int, rows: int, seed: int = 0) -> npt.NDArray[np.float32]:
-    """float32[steps, rows, 256]: gradients of the elements of `groups` in a training in float32."""
+    """Gradients float32[steps, rows, 256] of the elements of `groups`, in a training in float32."""
     tx, params = dataclasses.replace(workload.settings, steps=steps).adam(), workload.init(seed)
     chosen = groups(params, rows)
 

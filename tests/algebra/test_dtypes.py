@@ -16,12 +16,12 @@ import adam_fn
 from adam_fn.algebra.bias import BiasWeights
 
 MAGNITUDES = (0.0, 1e-8, 1e-4, 1.0, 300.0, 6e4)
-#: What may divide by 0: one row a rule, and those with another ε.
+#: Cases that may divide by 0: one row per rule, and every row with another ε.
 EPSILONS = (*MEMBERS, *(x for x in CASES if x not in MEMBERS and any(key.startswith("eps") for key in x.options)))
 
 
-def test_low_precision_gradients() -> None:
-    """Finite at every magnitude, and the float32 result to the dtype's rounding."""
+def test_low_precision_gradients_give_the_float32_updates_rounded() -> None:
+    """Updates are finite at every magnitude, and equal those of float32 rounded to the dtype."""
     tx = together([case.make() for case in EPSILONS])
 
     @jax.jit
@@ -53,8 +53,8 @@ def test_low_precision_gradients() -> None:
         *((jnp.bfloat16, storage) for storage in (None, "16bit")),
     ],
 )
-def test_finite_gradients_recover_at_any_magnitude_and_nan_shows_for_good(dtype: Any, storage: Any) -> None:
-    """Any magnitude and spike gives finite updates and moments, which recover; what is not finite shows, for good."""
+def test_any_finite_gradient_keeps_updates_finite_and_nan_shows_for_good(dtype: Any, storage: Any) -> None:
+    """Finite gradients of any size, spikes included, give finite updates and moments; nan or inf shows, for good."""
     txs = [case.make(storage=storage) for case in MEMBERS]
     tx: Any = together(txs)
     largest = float(jnp.finfo(dtype).max)
@@ -76,17 +76,17 @@ def test_finite_gradients_recover_at_any_magnitude_and_nan_shows_for_good(dtype:
     for i, case in enumerate(MEMBERS):
         assert finite[:, i, :-2].all(), case.name
         assert not finite[1:, i, -2].any(), case.name
-        # Lion takes its sign and atan2 its angle; ADOPT clips it, and divides the later ones by it.
+        # Lion takes the sign of inf and atan2 its angle: only later steps show it. ADOPT clips it and divides by it.
         assert not finite[2:, i, -1].any() or case.alias is adam_fn.adopt, case.name
         for slot, x in case.member.slots.items():
             assert jnp.isfinite(moments[i][slot][:-2]).all(), case.name
             assert not jnp.isinf(moments[i][slot]).any(), case.name
-            if x.unit is not None:  # Codes rely on that.
+            if x.unit is not None:  # Codes take their nan from their unit.
                 assert jnp.isnan(moments[i][x.unit.slot][-2:]).all(), case.name
 
 
 def test_state_is_float32_for_bfloat16_parameters() -> None:
-    """Unless it is asked otherwise. Under a constant gradient of 1, v reaches 1 and does not stick at 0.5."""
+    """A narrower dtype must be asked for. Under a constant gradient of 1, v reaches 1 and does not stick at 0.5."""
     ones = jnp.ones(4, jnp.bfloat16)
     for case in MEMBERS:
         wide, narrow = (case.make(**options) for options in ({}, case.stored("bfloat16")))
@@ -113,7 +113,7 @@ NARROW: Any = {"learning_rate": optax.cosine_decay_schedule(1e-3, 10), "storage"
 )
 @pytest.mark.parametrize("case", MEMBERS, ids=name)
 def test_state_types_are_stable(case: Case, params: str, grads: str, options: Any) -> None:
-    """Dtype and weak type of the state out equal those in, through `scan` and `cond`; float64 stays float64."""
+    """A step keeps the dtypes and weak types of the state, through `scan` and `cond`; float64 stays float64."""
     tx = case.make(**options)
 
     def run(p: Any, g: Any) -> Any:
@@ -133,14 +133,14 @@ def test_state_types_are_stable(case: Case, params: str, grads: str, options: An
         assert isinstance(state[-1], BiasWeights) == bool(case.member.betas)
 
 
-def test_mixed_float32_and_float64() -> None:
+def test_float32_and_float64_leaves_are_each_stepped_in_their_own_dtype() -> None:
     with jax.enable_x64(True):
         params = {"wide": jnp.ones(3, jnp.float64), "narrow": jnp.ones(3, jnp.float32)}
         for b1 in (0.9, optax.constant_schedule(0.9)):
             tx = adam_fn.adam(1e-3, b1=b1, weight_decay=0.1)
             updates, state = tx.update(params, tx.init(params), params)
             assert {key: x.dtype for key, x in updates.items()} == {"wide": jnp.float64, "narrow": jnp.float32}
-            # A bias weight of float32 would show at 1e-8.
+            # A float32 bias weight would make an error of 1e-8.
             np.testing.assert_allclose(updates["wide"], -1e-3 * (1 / (1 + 1e-8) + 0.1), rtol=1e-14)
         assert isinstance(state[-1], BiasWeights)
         assert {x.dtype for x in jax.tree.leaves(state[-1])} == {jnp.dtype(jnp.float64)}

@@ -1,4 +1,4 @@
-"""The laws of the algebra, over every rule (law 6, of the scale of the gradients, is in paper/test_text.py)."""
+"""The laws of the algebra, for every rule (law 6, about the scale of the gradients, is in paper/test_text.py)."""
 
 import dataclasses
 from typing import Any
@@ -33,7 +33,7 @@ def test_rules_commute_with_permutations_of_the_elements() -> None:
 
 @pytest.mark.quick
 def test_a_composed_rule_equals_the_chain_of_its_transformations() -> None:
-    """2. ``transform(a >> b)`` is ``chain(transform(a), transform(b))``, of each rule with itself and two others."""
+    """2. ``transform(a >> b)`` is ``chain(transform(a), transform(b))``, for each rule with itself and two others."""
     rules = [*(case.member for case in MEMBERS), adam_fn.Rate(0.1), adam_fn.Decay(0.1, independent=True)]
     pairs = [(a, rules[(i + j) % len(rules)]) for i, a in enumerate(rules[:-1]) for j in (0, 1, 5)]
     pairs += [(adam_fn.Decay(0.1), rule) for rule in rules[:-1:4]]

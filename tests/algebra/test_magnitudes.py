@@ -1,4 +1,4 @@
-"""Gradients of any finite magnitude: those whose square a float cannot hold count as the largest that has one."""
+"""Gradients of any finite magnitude: those whose square would overflow count as the largest whose square does not."""
 
 import dataclasses
 from typing import Any
@@ -22,7 +22,7 @@ PARAMS = np.linspace(-0.7, 0.7, 6).astype(np.float32)
 
 
 def _gradients(magnitudes: list[float]) -> np.ndarray[Any, Any]:
-    """``[steps, 6]``: constant, of changing sign, growing, falling, a spike among small ones, small among large."""
+    """Rows ``[steps, 6]``: constant, changing sign, growing, falling, one large among small, one small among large."""
     sign = np.where(np.arange(STEPS) % 3 == 1, -1, 1)
     among = np.resize(magnitudes, STEPS)
     spike = np.where(np.arange(STEPS) == 4, -magnitudes[0], 1.0)
@@ -34,7 +34,7 @@ HUGE = _gradients([3e38, 1e30, 1e20, 3.0])
 
 
 def test_gradients_are_clipped_before_they_are_squared() -> None:
-    """The float64 transcription of gradients clipped to 2⁶³ (2⁶²: of differences; 2⁶³/3: of Adan's), and no others."""
+    """The transcription has gradients clipped to 2⁶³ (AdaBelief: 2⁶², Adan: 2⁶³/3); smaller ones are not clipped."""
     _, found = trajectories([case.make() for case in SQUARING], HUGE, PARAMS)
     for case, updates in zip(SQUARING, found, strict=True):
         bound = 2.0**63 / {"AdaBelief": 2, "Adan": 3}.get(type(case.member).__name__, 1)
@@ -47,7 +47,7 @@ def test_gradients_are_clipped_before_they_are_squared() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_growing_gradients_reach_the_step_bound_and_none_exceed_it(dtype: str) -> None:
-    """Law 6, at any magnitude."""
+    """Law 6 holds at any magnitude."""
     steps, largest, betas = 60, float(np.finfo(dtype).max), [(0.9, 0.999), (0.5, 0.9), (0.9, 0.99)]
     sign = np.where(np.arange(steps) % 3 == 1, -1.0, 1.0)
     huge = [np.full(steps, largest), largest * sign, largest * sign * 10.0 ** np.linspace(-30, 0, steps)]
@@ -62,7 +62,7 @@ def test_growing_gradients_reach_the_step_bound_and_none_exceed_it(dtype: str) -
         bound = step_bound(b1, b2, steps)
         assert (np.abs(updates[:, i]).max(axis=1) <= bound * (1 + 1e-5)).all()
         np.testing.assert_allclose(np.abs(updates[-1, i, :4]), bound[-1], rtol=1e-5)
-        assert np.abs(updates[-1, i, 4]) == pytest.approx(1, rel=1e-5)  # Of a constant gradient, however large.
+        assert np.abs(updates[-1, i, 4]) == pytest.approx(1, rel=1e-5)  # A constant gradient, however large.
 
 
 def test_huge_float32_gradients_are_not_clipped_in_float64() -> None:
@@ -72,7 +72,7 @@ def test_huge_float32_gradients_are_not_clipped_in_float64() -> None:
     np.testing.assert_allclose(found, family.adam(grads, params, 1e-3).updates, rtol=1e-9, atol=1e-15)
 
 
-def test_what_is_linear_is_exact() -> None:
+def test_linear_rules_do_not_clip() -> None:
     grads = _gradients([8e37, 1e30, 1e20, 3.0])
     _, found = trajectories([case.make() for case in LINEAR], grads, PARAMS)
     for case, updates in zip(LINEAR, found, strict=True):
@@ -82,13 +82,13 @@ def test_what_is_linear_is_exact() -> None:
     rate, decay = adam_fn.transform(adam_fn.Rate(0.5)), adam_fn.transform(adam_fn.Decay(0.5))
     np.testing.assert_array_equal(rate.update(largest, rate.init(largest))[0], -0.5 * largest)
     np.testing.assert_array_equal(decay.update(largest, decay.init(largest), jnp.ones(3))[0], largest)
-    held = np.where(np.arange(40) < 39, LARGEST, -LARGEST)[:, None].astype(np.float32)  # m is as large as g then.
+    held = np.where(np.arange(40) < 39, LARGEST, -LARGEST)[:, None].astype(np.float32)  # m becomes as large as g.
     assert np.isfinite(trajectory(adam_fn.transform(Momentum()), held, PARAMS[:1])[1]).all()
 
 
 @dataclasses.dataclass(frozen=True)
 class Momentum(adam_fn.Rule):
-    """Of a user: linear, and with a memory."""
+    """A user's rule: linear, with a memory."""
 
     @property
     def slots(self) -> Any:
@@ -115,7 +115,7 @@ def test_each_rule_of_a_chain_has_its_own_bound(dtype: str) -> None:
 
 
 def test_converted_states_that_are_not_finite_become_nan_in_every_moment() -> None:
-    """A code of m relies on v for its nan, also where only one of the two was not finite before."""
+    """The code of m takes its nan from v, even if only one of the two was not finite before."""
     params, plain = jnp.ones(4), adam_fn.adam(1e-3)
     state: Any = plain.init(params)
     adam = state[0]._replace(mu=jnp.asarray([jnp.nan, 0.5, 0.5, 0.5]), nu=jnp.asarray([1.0, jnp.inf, 1.0, 1.0]))

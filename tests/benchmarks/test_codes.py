@@ -1,4 +1,4 @@
-"""The storages that the benchmark emulates are those that the other libraries publish; ours keep to the bars."""
+"""Emulated storages are those that the other libraries publish; our storages stay within the bars."""
 
 import functools
 import pathlib
@@ -18,7 +18,7 @@ Array = npt.NDArray[np.float64]
 
 
 def values(*, signed: bool) -> Array:
-    """Normal numbers with zeros, a row of them and one of tiny numbers; squares if unsigned."""
+    """Normal numbers and some zeros, with a row of zeros and a row of tiny numbers; squared if unsigned."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((8, 256)) * np.exp(0.7 * rng.standard_normal((8, 256))) * (rng.random((8, 256)) > 0.05)
     x[3], x[4] = 0, 1e-9 * x[4]
@@ -26,7 +26,7 @@ def values(*, signed: bool) -> Array:
 
 
 def stored(moment: peers.Moment, x: Array) -> Array:
-    """What is decoded of x, in float64."""
+    """The numbers decoded after x was stored, in float64."""
     with jax.enable_x64(True):
         return np.asarray(jax.jit(moment.stored)(jnp.asarray(x)))
 
@@ -40,7 +40,7 @@ def nearest(group: int, floor: float, tables: Sequence[Sequence[float]], x: Arra
 
 
 def flashoptim(x: Array, *, signed: bool) -> Array:
-    """2z/(1 + |z|) in 127 codes a side, or √v in 256, with scales in float16."""
+    """FlashOptim's storage: 2z/(1 + |z|) in 127 codes on each side of 0, or √v in 256, with scales in float16."""
     blocks = (x if signed else np.sqrt(x)).reshape(-1, 32)
     scale = np.maximum(np.abs(blocks).max(-1, keepdims=True), 1e-12)
     z, rounded = blocks / scale, np.float64(np.float16(scale))
@@ -52,8 +52,8 @@ EIGHT = [peers.dynamic(8, 7, signed) for signed in (True, False)]
 FOUR = [peers.dynamic(4, 3, True), [i / 16 for i in range(1, 17)]]
 
 
-def test_dynamic_maps() -> None:
-    """The maps of bitsandbytes, 8 bits, and torchao, 4: as published, by their counts and some of their values."""
+def test_dynamic_maps_are_those_published() -> None:
+    """The maps of bitsandbytes (8 bits) and torchao (4 bits) have the published counts and values."""
     signed, unsigned = map(np.array, EIGHT)
     assert len(np.unique(signed)) == len(np.unique(unsigned)) == 256
     np.testing.assert_allclose(-signed[:127], signed[254:127:-1], rtol=1e-15)  # Symmetric but for the 1.
@@ -83,7 +83,7 @@ def test_moments_are_stored_as_published(name: str) -> None:
         np.testing.assert_allclose(stored(moment, x), expected(x, signed=signed).reshape(x.shape), rtol=1e-12)
 
 
-def test_emulated_adam_is_that_of_numpy() -> None:
+def test_emulated_adam_equals_adam_in_numpy() -> None:
     gradients = np.random.default_rng(0).standard_normal((30, 64))
     gradients[:, 5] = 0
     coarse = peers.blocks(8, peers.companded, 32)
@@ -98,8 +98,8 @@ def test_emulated_adam_is_that_of_numpy() -> None:
         m = stored(coarse, m)
 
 
-def test_misses_lists_every_bar_that_is_not_kept() -> None:
-    """Bars from both sides, from one, and of periodic gradients in units of random ones; of nan all are missed."""
+def test_misses_lists_every_bar_that_is_missed() -> None:
+    """Bars have one side or two; that of periodic gradients is relative to random ones; nan misses every bar."""
 
     def row(scenario: str, case: str = "", **found: float) -> scripts.Row:
         return {"storage": "16bit", "scenario": scenario, "case": case, **found}
@@ -113,8 +113,8 @@ def test_misses_lists_every_bar_that_is_not_kept() -> None:
     assert codes.misses([row("quiet", moved=1.0, last=float("nan"))]) == ["16bit, quiet: last nan, not at most 1e-30"]
 
 
-def test_a_quick_run_keeps_to_the_bars(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
-    """Even with few steps and elements 24 bits keep to the bars, but for those that need the steps."""
+def test_a_quick_run_stays_within_the_bars(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """With few steps and elements, 24 bits still stay within all bars except those that need many steps."""
     monkeypatch.setattr(sys, "argv", ["codes.py", "--quick", "--only", "24bit", "--out", str(tmp_path)])
     codes.main()
     rows = scripts.read(tmp_path / "codes.json")["rows"]

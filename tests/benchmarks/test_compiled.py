@@ -1,4 +1,4 @@
-"""What is read from compiled programs, and the limits that hold them; no compiler is needed."""
+"""Figures read from compiled programs, and their limits; no compiler is needed."""
 
 import math
 import sys
@@ -59,15 +59,15 @@ ENTRY %main.4 (p: f32[64,32], s: u8[32]) -> (f32[64,32], u8[32]) {
 """
 
 
-def test_what_a_program_runs() -> None:
+def test_kernels_cycles_and_memory_are_read_from_a_program() -> None:
     program = Program(HLO)
     leaf = 64 * 32
-    # The fusion in the loop and the copy in what is called go over the leaf.
+    # The fusion in the loop and the copy in the called computation go over the leaf.
     assert program.kernels(leaf) == 2
     assert program.kernels() == 3
     assert program.cycles() == 10 + 5
     assert program.exchanges() == []
-    # What is fetched from the host, what the loop makes and u32[64], or less if XLA says so.
+    # The copy fetched from the host, the result of the loop and u32[64]; or XLA's own figure if it is smaller.
     sizes = [program.temporaries(types.SimpleNamespace(temp_size_in_bytes=size)) for size in (1 << 20, 1000)]
     assert sizes == [2 * 4 * leaf + 4 * 64, 1000]
     assert program.bus() == (4 * leaf + 32, 4 * leaf)
@@ -75,7 +75,7 @@ def test_what_a_program_runs() -> None:
 
 
 # For TPUs XLA writes two reduce-scatters in a fusion, and an asynchronous all-gather in two kernels; for GPUs
-# what starts one has many arrays at once, and results that begin with what is given.
+# one instruction starts many arrays at once, and its results begin with its operands.
 EXCHANGES = """\
 %gather.1 (param_0.1: f32[1,1,512]) -> f32[4,1,512] {
   %param_0.1 = f32[1,1,512]{2,1,0:T(1,128)S(1)} parameter(0)
@@ -113,7 +113,7 @@ reduce-scatter-start(%p, %q), channel_id=8, dimensions={0}
 """
 
 
-def test_exchanges() -> None:
+def test_exchanges_between_devices_are_each_counted_once() -> None:
     assert sorted(Program(EXCHANGES).exchanges()) == [
         ("all-gather", 4 * 2048),
         ("all-gather", 4 * 2048),
@@ -138,14 +138,14 @@ def test_an_instruction_is_parsed() -> None:
 
 
 def fitting() -> list[Row]:
-    """Rows of all that is compiled, with figures that every limit allows."""
+    """A row for each compiled program, with figures that every limit allows."""
     bases = {limit.figure: 1.0 for limit in figures.LIMITS if limit.base}
     names = [{"target": target, **name} for target in figures.BOTH for name, _ in worker.jobs(target)]
     held = [(row, [limit for limit in figures.LIMITS if limit.holds_for(row)]) for row in names]
     return [row | bases | {x.figure: x.most for x in found if not x.base} for row, found in held]
 
 
-def test_every_limit_is_of_something_that_is_compiled() -> None:
+def test_every_limit_applies_to_a_compiled_program() -> None:
     rows = fitting()
     assert list(figures.exceeded([row | {"cycles": 0.5} if row["step"] != figures.BASE else row for row in rows])) == []
     for limit in figures.LIMITS:
@@ -180,7 +180,7 @@ def test_every_exceeded_limit_is_listed() -> None:
     assert "h200, leaf: masters, 16bit, make_step: kernels was not measured" in figures.exceeded(list(rows.values()))
 
 
-def test_what_is_compiled() -> None:
+def test_the_whole_family_is_compiled_and_models_have_their_sizes() -> None:
     assert {case.alias.__name__ for case in CASES} <= set(steps.MEMBERS)
     made = {name: jax.tree.leaves(step.arguments({"leaf": (64, 32)})[1]) for name, step in steps.family("adan").items()}
     assert len(made) == len(steps.STORAGES) * len(steps.WRITES)

@@ -1,4 +1,4 @@
-"""The benchmark of precisions, small: the model beside flax, what the rows differ in, and what the file keeps."""
+"""The benchmark of precisions, small: the model against JAX's layers, how the rows differ, and what the file keeps."""
 
 import dataclasses
 import pathlib
@@ -18,7 +18,7 @@ MODEL = dataclasses.replace(tasks.TINY, vocabulary=TEXT.vocabulary)
 
 
 def expected_logits(params: tasks.Params, tokens: jax.Array) -> jax.Array:
-    """The same network of JAX's own layers, block by block."""
+    """The logits of the same network, built from JAX's own layers."""
 
     def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
         return jax.nn.standardize(x, epsilon=1e-5) * scale[None, None]
@@ -33,7 +33,7 @@ def expected_logits(params: tasks.Params, tokens: jax.Array) -> jax.Array:
     return norm(x, params["norm"]) @ params["head"].T
 
 
-def test_the_transformer_is_that_of_jax_s_layers() -> None:
+def test_the_transformer_equals_one_of_jax_layers() -> None:
     random = np.random.default_rng(1)
     params = {name: leaf + 0.2 * random.standard_normal(leaf.shape) for name, leaf in MODEL.init(0).items()}
     tokens = tasks.sample(jnp.array(TEXT.codes), 0, 0, 3, MODEL.context)[:, :-1]
@@ -43,7 +43,7 @@ def test_the_transformer_is_that_of_jax_s_layers() -> None:
     assert MODEL.parameters == sum(leaf.size for leaf in params.values())
 
 
-def test_split_and_windows() -> None:
+def test_text_is_split_and_cut_into_windows() -> None:
     data = tasks.characters(quick=True, text=TEXT).data
     assert data["train"].tolist() == TEXT.codes[:3600].tolist()
     assert data["validation"].ravel()[:5].tolist() == TEXT.codes[3600:3605].tolist()
@@ -56,7 +56,7 @@ def test_split_and_windows() -> None:
     assert found[0, 0] == 0 and found[-1, -1] == 999 and (jnp.diff(found[:, 0]) >= 20).all()
 
 
-def test_recorded_gradients() -> None:
+def test_recorded_gradients_are_those_of_the_chosen_elements() -> None:
     workload = tasks.characters(quick=True, text=TEXT)
     found = tasks.recorded(workload, 2, 16, seed=7)
     windows = tasks.sample(workload.data["train"], 7, 0, tasks.BATCH, MODEL.context)
@@ -68,7 +68,7 @@ def test_recorded_gradients() -> None:
     assert len(chosen) == 8 and (found[1] != found[0]).mean() > 0.9
 
 
-def test_characters() -> None:
+def test_the_character_workload_has_scalar_losses() -> None:
     workload = precision.characters(quick=True, text=TEXT)
     params = jax.eval_shape(lambda: workload.init(0))
     batch = jax.eval_shape(workload.batch, workload.data, jnp.int32(0), jnp.int32(0))
@@ -80,7 +80,7 @@ MASTERS = "bfloat16, 24-bit masters"
 LABELS = [precision.BASE, MASTERS]
 
 
-def test_runs_are_kept(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_runs_are_kept_and_not_repeated(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, digits = tmp_path / "new" / "precision.json", precision.images(quick=True, dataset=mnist.digits())
     precision.measure(digits, LABELS, 1, path)
     found = scripts.read(path)
@@ -90,7 +90,7 @@ def test_runs_are_kept(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) 
     assert [step for step, _ in base["curve"]] == list(range(8, 104, 8))
     for run in runs.values():
         assert run["curve"][-1][1] == run["loss"] < 0.7 * run["curve"][0][1] and run["accuracy"] > 0.6
-    # Masters differ from float32 by the rounding of what the network sees.
+    # With masters, only what the network sees is rounded.
     assert 0 < abs(runs[MASTERS]["loss"] - base["loss"]) < 0.02
     for label, size, state in zip(LABELS, (4, 2), (8, 9), strict=True):
         assert runs[label]["bytes"] == {"parameter": size, "gradient": size, "state": pytest.approx(state, abs=0.01)}
@@ -109,7 +109,7 @@ def test_runs_are_kept(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(scripts.read(path)["runs"]) == 1
 
 
-def test_selected() -> None:
+def test_labels_are_selected_by_name_or_by_a_part_of_it() -> None:
     labels = list(precision.CONFIGURATIONS)
     assert scripts.selected(labels, ["bfloat16"]) == ["bfloat16"]
     both = [label for label in labels if "24-bit" in label or "6-bit s" in label]

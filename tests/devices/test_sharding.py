@@ -27,13 +27,13 @@ TXS: dict[str, optax.GradientTransformation] = {
 
 
 def _expected(x: jax.Array, place: Any) -> Any:
-    """Counts and weights may be anywhere."""
+    """The expected place: that asked for, but counts and weights may be anywhere."""
     return x if x.ndim == 0 else place
 
 
 @KINDS
 def test_every_state_lives_where_the_parameters_live(kind: AxisType) -> None:
-    """As `state_shardings` says and `jit` finds by itself; it stays there, and the steps are those of one device."""
+    """`state_shardings` and `jit` agree on the place, the state stays there, and the steps are those of one device."""
     mesh, rng = mesh_of(kind, (4, 2)), np.random.default_rng(0)
     values = {key: rng.standard_normal((16, 8)).astype(np.float32) for key in SPECS}
     params = {key: jax.device_put(x, NamedSharding(mesh, SPECS[key])) for key, x in values.items()}
@@ -67,7 +67,7 @@ def test_every_state_lives_where_the_parameters_live(kind: AxisType) -> None:
 @KINDS
 @pytest.mark.parametrize("storage", [None, "24bit", "16bit"])
 def test_each_shard_steps_as_it_would_alone_inside_shard_map(kind: AxisType, storage: Any) -> None:
-    """Each shard is stepped as it would be alone, bit for bit; the state may be made inside or outside."""
+    """The steps are equal bit for bit; the state may be made inside or outside of `shard_map`."""
     mesh = mesh_of(kind)
     spec = PartitionSpec("data")
     tx = adam_fn.adamw(1e-2, storage=storage)

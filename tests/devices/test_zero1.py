@@ -1,4 +1,4 @@
-"""The state divided over the axis of the data, on a mesh of eight host devices."""
+"""The state divided along the data axis, or on the host, with a mesh of eight host devices."""
 
 import math
 import re
@@ -23,7 +23,7 @@ BF16 = jnp.bfloat16
 
 
 def _values(dtype: Any = jnp.float32, seed: int = 0) -> dict[str, jax.Array]:
-    """A kernel, a bias, a stack whose second axis alone is divided, and a leaf that is not."""
+    """A kernel, a bias, a stack of which only the second axis can be divided, and a leaf that cannot be."""
     rng = np.random.default_rng(seed)
     shapes = {"kernel": (256, 32), "bias": (32,), "stack": (3, 16, 5), "odd": (5, 3)}
     return {name: jnp.asarray(rng.standard_normal(shape), dtype) for name, shape in shapes.items()}
@@ -34,7 +34,7 @@ def _put(mesh: Mesh, tree: Any, specs: dict[str, PartitionSpec] | None = None) -
 
 
 def _collectives(text: str) -> list[tuple[str, int]]:
-    """Of each operation between devices what it is, and how many bytes it makes."""
+    """The kind of each operation between devices, and the bytes of its result."""
     kinds, found = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter", []
     for shapes, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text):
         arrays = re.findall(r"[a-z]+(\d*)\[([\d,]*)\]", shapes)
@@ -60,15 +60,15 @@ TXS: dict[str, tuple[optax.GradientTransformation, Any]] = {
         BF16,
     ),
 }
-#: Where a part of the stack is computed alone, XLA rounds some of its elements in another way from JAX 0.12 on.
+#: From JAX 0.12 on, XLA rounds some elements of the stack differently if a part of it is computed alone.
 ROUNDS_PARTS = jax.__version_info__ >= (0, 12)
 
 
 def _assert_same(path: tuple[Any, ...], found: jax.Array, expected: jax.Array) -> None:
-    """Bit for bit, but for what newer versions of XLA round: there to the last places, and nearly all codes."""
+    """Asserts equality bit for bit; where newer versions of XLA round, to the last digits and for nearly all codes."""
     if not ROUNDS_PARTS or "stack" not in jax.tree_util.keystr(path, simple=True, separator="/"):
         np.testing.assert_array_equal(found, expected)
-    elif found.dtype in (jnp.int8, jnp.uint16):  # A code that lies between two may become either.
+    elif found.dtype in (jnp.int8, jnp.uint16):  # A number between two codes may become either.
         assert np.mean(np.asarray(found != expected)) < 1e-2
     else:
         few = 64 if found.dtype == jnp.int16 else 3e-8  # Remainders of masters; float32 numbers.
@@ -77,8 +77,8 @@ def _assert_same(path: tuple[Any, ...], found: jax.Array, expected: jax.Array) -
 
 @pytest.mark.quick("16bit")
 @pytest.mark.parametrize("name", TXS)
-def test_the_same_steps_with_an_eighth_of_the_state(name: str) -> None:
-    """Of the same gradients the same numbers; the parameters stay whole."""
+def test_zero1_takes_the_same_steps_with_an_eighth_of_the_state(name: str) -> None:
+    """Equal gradients give equal numbers, and the parameters stay whole."""
     tx, dtype = TXS[name]
     mesh = mesh_of(AxisType.Explicit if name == "16bit" else AxisType.Auto)
     alone, params = _values(dtype), _put(mesh, _values(dtype))
@@ -105,7 +105,7 @@ def test_the_same_steps_with_an_eighth_of_the_state(name: str) -> None:
     [("adamw", AxisType.Auto), ("adamw", AxisType.Explicit), ("masters", AxisType.Auto)],
 )
 def test_gradients_are_reduced_once_and_parameters_gathered(name: str, kind: AxisType) -> None:
-    """A whole step of training. (XLA for CPUs has all-reduce and slice in the place of reduce-scatter.)"""
+    """A whole step of training. (XLA for CPUs has an all-reduce and a slice instead of a reduce-scatter.)"""
     tx, dtype = TXS[name]
     mesh = mesh_of(kind)
     params = _put(mesh, {"first": jnp.ones((256, 32), dtype), "bias": jnp.ones(32, dtype)})
@@ -126,7 +126,7 @@ def test_gradients_are_reduced_once_and_parameters_gathered(name: str, kind: Axi
     assert {kind for kind, _ in found} == {"all-reduce", "all-gather"}, found
     for kind_of in ("all-reduce", "all-gather"):
         assert sum(n for kind, n in found if kind == kind_of) in (size, size // 2), found
-    # What a device is given: its parameters, an eighth of the state and of the batch.
+    # A device is given its parameters, an eighth of the state and an eighth of the batch.
     memory = compiled.memory_analysis()
     assert memory is not None
     given = _bytes(params) + (_bytes(state) + batch.nbytes) / 8
@@ -135,9 +135,9 @@ def test_gradients_are_reduced_once_and_parameters_gathered(name: str, kind: Axi
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_zero1_reduce_scatters_local_gradients_inside_shard_map(exact: bool) -> None:
-    """Local gradients are summed by a reduce-scatter, and all else is as outside, but the dither, a shard's own."""
+    """A reduce-scatter sums local gradients; all else is as outside, except that each shard has its own dither."""
     mesh = mesh_of()
-    # With a small ε, where the gradient is nearly 0 the order of its sum would be a share of a step.
+    # With a small ε, the order of a sum would change the step visibly where the gradient is nearly 0.
     tx = adam_fn.adamw(1e-2, eps=1e-4, storage="float32" if exact else "16bit")
     params = _put(mesh, _values())
     spread = adam_fn.zero1(tx, params, mesh)
@@ -159,20 +159,20 @@ def test_zero1_reduce_scatters_local_gradients_inside_shard_map(exact: bool) -> 
     state = init(params)
     text = run.lower(params, state, batch).compile().as_text() or ""
     assert {kind for kind, _ in _collectives(text)} == {"reduce-scatter", "all-gather", "all-reduce"}
-    assert sum(n for kind, n in _collectives(text) if kind == "all-reduce") == 15 * 4  # Of the leaf that stays whole.
+    assert sum(n for kind, n in _collectives(text) if kind == "all-reduce") == 15 * 4  # For the leaf that stays whole.
     alone, expected = _values(), jax.jit(tx.init)(_values())
     for _ in range(3):
         params, state = run(params, state, batch)
         updates, expected = jax.jit(tx.update)(jax.grad(loss)(alone, batch), expected, alone)
         alone = optax.apply_updates(alone, updates)
     found, wanted = ((params, state), (alone, expected)) if exact else (params, alone)
-    atol = 1e-6 if exact else 5e-3  # Of three steps of up to 1e-2.
+    atol = 1e-6 if exact else 5e-3  # After three steps of up to 1e-2.
     chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=atol)
 
 
 @KINDS
 def test_zero1_divides_further_what_tensor_parallelism_divides(kind: AxisType) -> None:
-    """Tensor parallelism is kept and divided further; what is divided over the axis already is left alone."""
+    """The divisions of tensor parallelism are kept; a leaf already divided along the data axis is left alone."""
     mesh = mesh_of(kind, (4, 2))
     specs = {"kernel": P(None, "model"), "stack": P(None, ("data", "model")), "bias": P("model")}
     tx = adam_fn.adam(1e-2)
@@ -190,7 +190,7 @@ def test_zero1_divides_further_what_tensor_parallelism_divides(kind: AxisType) -
     assert_placed(updates, params)
 
 
-def test_what_stays_whole_is_named() -> None:
+def test_a_warning_names_the_leaf_that_stays_whole() -> None:
     """Neither 90 rows nor 490 columns can be divided by 8; 8 rows can, in any storage."""
     params = {"w": jax.ShapeDtypeStruct((90, 490), "float32"), "v": jax.ShapeDtypeStruct((8, 3), "float32")}
     with pytest.warns(UserWarning, match=r"w of shape \(90, 490\).* stays whole on each of the 8 devices of 'data'"):
@@ -201,7 +201,7 @@ def test_what_stays_whole_is_named() -> None:
 
 
 def test_the_state_is_fetched_after_the_gradients() -> None:
-    """XLA may not move the copies before the backward pass, whose activations need the memory."""
+    """XLA must not move the copies before the backward pass, whose activations need the memory."""
     params = {"w": jnp.ones((64, 64))}
     tx = adam_fn.offload(adam_fn.adam(1e-3))
     program = jax.make_jaxpr(lambda g, s: tx.update(g, s, params))(params, jax.eval_shape(tx.init, params)).jaxpr
@@ -211,14 +211,14 @@ def test_the_state_is_fetched_after_the_gradients() -> None:
     assert len(fetched) == 2 and all(x in barrier.outvars for x in fetched)
 
 
-def test_equal_ones_compare_equal() -> None:
+def test_zero1_transformations_are_equal_by_value() -> None:
     one, other = (adam_fn.zero1(adam_fn.adam(1e-3), _values(), mesh_of()) for _ in range(2))
     assert one == other != adam_fn.zero1(adam_fn.adam(1e-2), _values(), mesh_of())
     assert hash(one) == hash(other)
 
 
 @pytest.mark.quick
-def test_errors_name_what_is_wrong() -> None:
+def test_errors_of_zero1_and_offload_name_what_is_wrong() -> None:
     mesh, params, adam = mesh_of(), _values(), adam_fn.adam(1e-3)
     tx = adam_fn.zero1(adam, params, mesh)
     state, fewer = tx.init(params), {key: x for key, x in params.items() if key != "odd"}
@@ -244,8 +244,8 @@ def test_errors_name_what_is_wrong() -> None:
 # --- shardings of the state ---
 
 
-def test_shardings_where_jit_finds_none() -> None:
-    """What optax remembers, complex and integer leaves, shapes alone."""
+def test_state_shardings_cover_states_of_optax_and_shapes_without_arrays() -> None:
+    """Momentum of optax, complex and integer leaves, and shapes without arrays have shardings."""
     mesh = mesh_of()
     place = NamedSharding(mesh, P("data"))
     shapes = {"w": ((64, 128), "float32"), "c": ((8, 3), "complex64"), "i": ((8,), "int32")}
@@ -271,8 +271,8 @@ def test_shardings_where_jit_finds_none() -> None:
 
 
 @KINDS
-def test_the_state_on_the_host(kind: AxisType) -> None:
-    """Large arrays alone, divided as they were; steps are those of the devices."""
+def test_offload_keeps_large_arrays_of_the_state_on_the_host(kind: AxisType) -> None:
+    """Only large arrays move, divided as they were; the steps are those of a state on the devices."""
     mesh = mesh_of(kind)
     params = _put(mesh, _values())
     inner = adam_fn.zero1(adam_fn.adamw(1e-2), params, mesh)

@@ -1,4 +1,4 @@
-"""The documentation, where a machine can tell: code prints what is shown, links lead somewhere, tables are true."""
+"""The documentation, as far as a machine can check it: code prints what is shown, links resolve, tables are true."""
 
 import contextlib
 import io
@@ -25,7 +25,7 @@ EVERY_PAGE = pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=lambda page:
 
 
 class Printed:
-    """What the last block printed. It is shown in comments beside its prints, or in the ``text`` block that follows."""
+    """The output of the last block, which a page shows in comments beside `print` or in the next ``text`` block."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -52,7 +52,7 @@ def _anchor(heading: str) -> str:
 
 @EVERY_PAGE
 def test_code_runs_and_prints_what_is_shown(page: Path) -> None:
-    """The blocks of a page in order, in one namespace."""
+    """The blocks of a page run in order, in one namespace."""
     printed = Printed()
     parsers = CodeBlockParser("python", printed.python), CodeBlockParser("text", printed.shown)
     for example in Document.parse(str(page), *parsers).examples():
@@ -62,7 +62,7 @@ def test_code_runs_and_prints_what_is_shown(page: Path) -> None:
 
 @pytest.mark.quick
 @EVERY_PAGE
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_lead_to_existing_files_and_headings(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         if "://" in link:
@@ -76,7 +76,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.quick
 def test_index_names_every_page() -> None:
-    """In its lists, which GitHub shows, and in the same order in the site's table of contents."""
+    """Its lists, which GitHub shows, have the pages in the same order as the site's table of contents."""
     index = (ROOT / "docs/index.md").read_text()
     listed = re.findall(r"^- \[.*?\]\((.*?)\.\w+\)", index, re.MULTILINE)
     trees = re.findall(r"^```{toctree}\n(.*?)^```", index, re.DOTALL | re.MULTILINE)
@@ -94,7 +94,7 @@ def test_the_guide_to_a_new_optimizer_shows_the_whole_file() -> None:
     assert lines(shown)[: len(file)] == file
 
 
-# What the tables say.
+# The tables.
 
 README = (ROOT / "README.md").read_text()
 OPTIMIZERS = (ROOT / "docs" / "optimizers.md").read_text()
@@ -118,7 +118,7 @@ PARAMS = jax.ShapeDtypeStruct((4096, 4096), jnp.float32)
 
 
 def state_bytes(tx: optax.GradientTransformation) -> str:
-    """Bytes per parameter, as the tables say them."""
+    """Bytes per parameter, as the tables write them."""
     return f"{adam_fn.state_bytes(tx, PARAMS) / PARAMS.size:.2f}".removesuffix(".00")
 
 
@@ -156,8 +156,8 @@ def test_presets_table_names_every_preset() -> None:
 
 
 @pytest.mark.quick
-def test_two_screens() -> None:
-    """The tables belong into docs."""
+def test_the_readme_fits_on_two_screens() -> None:
+    """Its tables belong in docs."""
     assert len(README.splitlines()) <= 150
     assert len(README.encode()) <= 12_000
     assert MEMBERS - {"lamb"} <= set(re.findall(r"`(\w+)`", README)), "the short table of the family"

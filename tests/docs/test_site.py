@@ -22,7 +22,7 @@ REFERENCE = {
 
 
 def _public() -> dict[str, Any]:
-    """What a user may import, by name."""
+    """Everything that a user may import, by name."""
     found = {f"adam_fn.{name}": getattr(adam_fn, name) for name in adam_fn.__all__}
     found |= {f"adam_fn.interop.{name}": getattr(interop, name) for name in interop.__all__}
     for module in (backward, checkpoint, diagnostics, masks, presets, schedules):
@@ -44,7 +44,7 @@ def _tex(source: str, *, fractions: bool = True) -> str:
     return formulas.Formula(source, fractions=fractions).sequence()
 
 
-def test_the_formulas_of_all_docstrings_are_known() -> None:
+def test_every_formula_in_a_docstring_becomes_tex() -> None:
     nodes = (node for file in (ROOT / "adam_fn").rglob("*.py") for node in ast.walk(ast.parse(file.read_text())))
     seen = 0
     for node in nodes:
@@ -80,7 +80,7 @@ def test_a_formula_becomes_tex(source: str, tex: str) -> None:
     assert _tex(source) == tex
 
 
-def test_formulas_within_a_sentence_stay_in_one_line() -> None:
+def test_formulas_within_a_sentence_stay_on_one_line() -> None:
     assert _tex("α_t/√t ≥ 0.96^(tψ)/(2w)", fractions=False) == r"α_{t}/\sqrt{t}≥0.96^{tψ}/(2w)"
 
 
@@ -90,6 +90,6 @@ def test_a_formula_that_cannot_be_parsed_is_an_error(source: str) -> None:
         _tex(source)
 
 
-def test_code_stays_code() -> None:
+def test_code_is_not_taken_for_a_formula() -> None:
     assert not formulas.is_block("tx = optax.chain(adam_fn.adam(1e-3), adam_fn.average_params(0.999))\n...")
     assert not any(map(formulas.is_inline, ["b1 = 0", "transform(a >> b)", "jit(f, out=…)", "optax.chain(g(λ))"]))

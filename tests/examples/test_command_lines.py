@@ -1,4 +1,4 @@
-"""What the scripts refuse: one line says why."""
+"""Options that the scripts refuse: one line says why."""
 
 from pathlib import Path
 from types import ModuleType
@@ -36,7 +36,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("script", "options", "complaint"), REFUSED, ids=lambda x: getattr(x, "__name__", x))
-def test_bad_options_take_one_line(
+def test_bad_options_are_reported_in_one_line(
     script: ModuleType,
     options: str,
     complaint: str,

@@ -1,4 +1,4 @@
-"""Training on real processes: the course of one process, the end when one is lost, and the way on from there."""
+"""Training in real processes: equal to one process, ended when a process is lost, and resumed afterwards."""
 
 import functools
 import os
@@ -27,7 +27,7 @@ OPTIONS = ("--data", "digits", "--quick", "--epochs", "4", "--timeout", "6")
 
 
 def process(log: Path, *options: str) -> None:
-    """A process of a job, with four host devices; what it says goes to `log`."""
+    """Runs a process of a job, with four host devices and its output in `log`."""
     os.environ["XLA_FLAGS"] = compiling.flags(devices=4)
     with log.open("w") as file:
         for stream in (sys.stdout, sys.stderr):
@@ -36,7 +36,7 @@ def process(log: Path, *options: str) -> None:
 
 
 def train(*options: str) -> distributed_mnist.Trained:
-    """In this process."""
+    """Trains in this process."""
     return distributed_mnist.train(mnist.digits(), distributed_mnist.parse([*OPTIONS, *options]))
 
 
@@ -47,7 +47,7 @@ def launch(*options: str) -> object:
     return ended.value.code
 
 
-def test_a_job_that_loses_a_process_ends_and_goes_on_as_one_process_would(
+def test_a_job_that_loses_a_process_ends_and_resumes_as_one_process_would(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Process 1 of 2 is killed after its first epoch; then two new ones finish the run."""
@@ -71,11 +71,11 @@ def test_a_job_that_loses_a_process_ends_and_goes_on_as_one_process_would(
     assert status == 0, said
     assert re.search(r"resumed from .* after epoch [123]/4", said.out), said
     assert "4 of the 8 devices" in said.out
-    assert said.out.count("ZeRO-1 4/4:") == 1  # Of one process alone.
+    assert said.out.count("ZeRO-1 4/4:") == 1  # Only one process prints it.
     assert (tmp_path / "distributed_mnist.png").exists()
 
     alone = train()
-    # Nothing is left to be done: these are the parameters and the state that two processes saved.
+    # No epochs are left: these are the parameters and the state that two processes saved.
     both = train(*saved)
     assert len(both.run.step_costs) == len(alone.run.step_costs) == 4 * (1437 // 128)
     assert alone.run.step_costs[-1] < 0.9 * alone.run.step_costs[0]
@@ -91,7 +91,7 @@ def test_a_job_that_loses_a_process_ends_and_goes_on_as_one_process_would(
 def test_the_launcher_names_the_process_that_was_lost_and_ends_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Of a script whose process 1 kills itself, and whose process 0 waits."""
+    """In the script, process 1 kills itself while process 0 waits."""
     script = tmp_path / "script.py"
     script.write_text(
         "import os, sys, time\nif '--process=1' in sys.argv:\n    os.kill(os.getpid(), 9)\ntime.sleep(60)\n"
@@ -105,7 +105,7 @@ def test_the_launcher_names_the_process_that_was_lost_and_ends_the_others(
         os.kill(int(pid), 0)
 
 
-def test_rows_that_fill_up_the_test_images_do_not_count() -> None:
+def test_rows_that_pad_the_test_images_do_not_count() -> None:
     graph, params = nnx.split(mnist_mlp.MLP(64, 8, rngs=nnx.Rngs(0)), nnx.Param)
     images, labels = (jnp.asarray(x[:5]) for x in mnist.digits()[3:])
     expected = mnist_mlp.evaluate(nnx.to_pure_dict(params), images, labels, graph=graph)
@@ -122,7 +122,7 @@ def test_processes_with_other_options_data_or_checkpoints_are_named(
     job = ("--coordinator", "h:1", "--processes", "2", "--checkpoint", str(tmp_path), "--process")
 
     def gather(own: np.uint32) -> np.ndarray:
-        """What the first process sent, and what this one sends."""
+        """The numbers that the first process sent and that this one sends."""
         sent.append(own)
         return np.array([sent[0], own])
 
@@ -150,7 +150,7 @@ def test_a_step_that_fails_waits_for_the_runtime_to_name_the_lost_process(
     monkeypatch.setattr(distributed_mnist, "train", unittest.mock.Mock(side_effect=error))
     monkeypatch.setattr(distributed_mnist, "check_same", unittest.mock.Mock())
     monkeypatch.setattr(time, "sleep", waited.append)
-    for processes, waits in ((1, []), (2, [12])):  # Alone there is none to be lost.
+    for processes, waits in ((1, []), (2, [12])):  # A single process has no other to lose.
         monkeypatch.setattr(jax, "process_count", unittest.mock.Mock(return_value=processes))
         with pytest.raises(jax.errors.JaxRuntimeError):
             distributed_mnist.main([*OPTIONS, "--out", str(tmp_path)])

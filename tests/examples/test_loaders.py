@@ -39,7 +39,7 @@ Serve = Callable[..., Mirror]
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No data but what a test names, and no proxy before the loopback."""
+    """Hides the environment's data sets, and keeps proxies away from the loopback."""
     monkeypatch.delenv("ADAM_FN_DATA", raising=False)
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.setenv(name, "127.0.0.1")
@@ -47,7 +47,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def serve() -> Iterator[Serve]:
-    """Starts servers of some files; of the file `cut` only the first half arrives."""
+    """Starts servers of some files; only the first half of the file `cut` arrives."""
     servers: list[ThreadingHTTPServer] = []
 
     def start(files: Files, cut: str = "") -> Mirror:
@@ -68,7 +68,7 @@ def serve() -> Iterator[Serve]:
                 self.do_HEAD()
 
             def log_message(self, format: str, *args: object) -> None:
-                """Say nothing."""
+                """Says nothing."""
 
         servers.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
         threading.Thread(target=servers[-1].serve_forever, kwargs={"poll_interval": 0.01}).start()
@@ -85,7 +85,7 @@ def sha256(content: bytes) -> str:
 
 
 class Data(NamedTuple):
-    """A data set of a few records: what a mirror serves, what stays of it in the cache, and the arrays that it is."""
+    """A data set of a few records: the files that a mirror serves, those kept in the cache, and the arrays in them."""
 
     loader: Any
     folder: str
@@ -194,7 +194,7 @@ def test_data_are_downloaded_once_and_found_in_the_cache_and_in_folders(
 
 
 @ALL
-def test_without_a_mirror_one_line_names_what_stands_in(
+def test_without_a_mirror_one_line_names_the_stand_in(
     data: Data, serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for mirror, tried, reason in ((NOBODY, 0, "no mirror answers)"), (serve({}).url, 2, "404 from")):
@@ -257,7 +257,7 @@ REFUSED: list[tuple[Data, Files, str]] = [
 def test_a_folder_that_does_not_hold_the_data_is_an_error(
     data: Data, files: Files, complaint: str, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The folder that was asked for, and that of the environment: nothing is downloaded instead."""
+    """An argument or the environment names the folder: nothing is downloaded instead."""
     site = serve(data.served)
     folder = write(tmp_path / data.folder, files)
     monkeypatch.setenv("ADAM_FN_DATA", str(tmp_path))
@@ -271,7 +271,7 @@ ALTERED = PACKED | {LAST: flipped(PACKED[LAST])}
 
 
 class TestMnist:
-    def test_packed_and_plain_files(self, tmp_path: Path) -> None:
+    def test_packed_and_plain_files_may_be_mixed(self, tmp_path: Path) -> None:
         MNIST.check(MNIST.load(write(tmp_path, {LAST: PACKED[LAST]} | dict([*PLAIN.items()][:3]))))
 
     @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ class TestMnist:
         [({name: PACKED[name] for name in PACKED if name != LAST},), (PACKED, LAST), (ALTERED,)],
         ids=["lacks a file", "breaks off", "has an altered file"],
     )
-    def test_second_mirror_where_the_first(self, first: tuple[Any, ...], serve: Serve, tmp_path: Path) -> None:
+    def test_the_second_mirror_serves_if_the_first(self, first: tuple[Any, ...], serve: Serve, tmp_path: Path) -> None:
         site, second = serve(*first), serve(PACKED)
         MNIST.check(MNIST.load(mirrors=(NOBODY, site.url, second.url), cache=tmp_path))
         assert set(site.fetched) == set(PACKED)
@@ -300,7 +300,7 @@ class TestMnist:
         said = f"{altered(LAST, PACKED[LAST], ALTERED[LAST])}; downloading it again"
         assert said in capsys.readouterr().out.splitlines()[0]
 
-    def test_a_mirror_that_never_answers_costs_the_timeout(self, tmp_path: Path) -> None:
+    def test_a_mirror_that_never_answers_costs_only_the_timeout(self, tmp_path: Path) -> None:
         with socket.create_server(("127.0.0.1", 0)) as mute:
             url = f"http://127.0.0.1:{mute.getsockname()[1]}/"
             start = time.monotonic()
@@ -328,7 +328,7 @@ class TestMnist:
             assert Checksums(sha256(content), sha256(gzip.decompress(content))) == checksums
 
 
-def test_sample_of_cifars_training_set(tmp_path: Path) -> None:
+def test_a_sample_of_cifars_training_set_is_split(tmp_path: Path) -> None:
     x, y = RNG.integers(0, 256, (10, 32, 32, 3), np.uint8), np.arange(10)
     found = cifar.load(write(tmp_path, {cifar.SAMPLE: npz(x=x, y=y)}))
     chex.assert_trees_all_equal(found[1:], (x[:8], y[:8], x[8:], y[8:]))

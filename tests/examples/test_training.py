@@ -32,7 +32,7 @@ EPOCHS, KILLS = 16, 4
 
 
 def train(dataset: mnist.Dataset, options: mnist_mlp.Options, log: Path) -> None:
-    """In a process of its own, with a cache of its own: if it is killed it may leave half an entry behind."""
+    """Trains in a process with a cache of its own: if killed, it may leave half an entry behind."""
     jax.config.update("jax_compilation_cache_dir", str(log.parent / "cache"))
     with log.open("a") as file, contextlib.redirect_stdout(file):
         mnist_mlp.train(dataset, "adam", options)
@@ -65,7 +65,7 @@ class TestMnistMlp:
         np.testing.assert_allclose(hits, hits.round(), atol=1e-3)
 
     def test_every_optimizer_learns_at_its_own_rate(self, tmp_path: Path) -> None:
-        """The compared ones, from one initialisation on the same images, and the others."""
+        """The compared optimizers start from one initialisation and see the same images; the others learn as well."""
         options = (*QUICK, "--epochs", "16", "--schedule", "constant")
         compared = mnist_mlp.main((*options, "--compare", "--out", str(tmp_path)))
         assert [run.optimizer for run in compared] == list(mnist_mlp.COMPARED)
@@ -87,7 +87,7 @@ class TestMnistMlp:
     def test_a_killed_run_goes_on_from_its_last_checkpoint(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        """Killed again and again, it ends as if nothing had been; it does not go on from another run."""
+        """A run that is killed again and again ends like one that is not; it does not continue another run."""
         digits = mnist.digits()
         options = (*QUICK, "--epochs", str(EPOCHS), "--dropout", "0.2", "--out", str(tmp_path / "out"))
         expected = mnist_mlp.train(digits, "adam", mnist_mlp.parse(options))
@@ -161,7 +161,7 @@ class TestMnistMlp:
         ("name", "shrinks"),
         [("adam", 0.1 * 0.01), ("amsgrad", 0.1 * 0.01), ("sgd-nesterov", 0.1 * 1.9 * 0.01)],
     )
-    def test_weight_decay_at_a_zero_gradient(self, name: str, shrinks: float) -> None:
+    def test_weight_decay_shrinks_parameters_at_a_zero_gradient(self, name: str, shrinks: float) -> None:
         params = jnp.array([2.0, -4.0])
         tx = mnist_mlp.build(name, 0.1, 0.01)
         updates, _ = tx.update(jnp.zeros(2), tx.init(params), params)
@@ -209,7 +209,7 @@ class TestDiagnostics:
         steps = 1e-3 * course.scalars["signal_to_noise"]
         np.testing.assert_allclose(course.scalars["effective_step"], steps, rtol=1e-5)
 
-    def test_means_of_stretches(self) -> None:
+    def test_means_are_taken_over_stretches_of_steps(self) -> None:
         found = diagnostics.means(np.arange(5000.0) + 1)
         assert found[0] == 1
         assert np.all(np.diff(found) > 0)
@@ -218,7 +218,7 @@ class TestDiagnostics:
 
 
 class OneWeight(QHAdam):
-    """The second moment with the first one's bias weight."""
+    """QHAdam that wrongly corrects the second moment by the first one's bias weight."""
 
     @property
     def betas(self) -> Sequence[float]:

@@ -1,4 +1,4 @@
-"""The ways to run a step: the same codes by each, in place, wherever the leaf lies."""
+"""The executors of a step: each computes the same codes, in place, wherever the leaf lies."""
 
 import itertools
 from typing import Any
@@ -39,7 +39,7 @@ TX = adam_fn.adamw(1e-2, storage="24bit", weight_decay=0.1)
 
 
 def stepped(tx: adam_fn.Transformation, shape: tuple[int, ...], write: Destination, steps: int = 3) -> list[Any]:
-    """Some steps of a leaf, each by every way from what the first way left."""
+    """The results of some steps of a leaf, each by every executor from what the first executor left."""
     rule, codecs = rule_of(tx), dict(tx.update.definition.codecs)
     narrow = write.for_dtype(np.dtype(jnp.bfloat16)) is write and write not in (PARAMETERS, UPDATES)
     values = np.random.default_rng(0).standard_normal((steps + 2, *shape))
@@ -66,7 +66,7 @@ def stepped(tx: adam_fn.Transformation, shape: tuple[int, ...], write: Destinati
 
 @pytest.mark.parametrize("case", MEMBERS, ids=name)
 def test_every_executor_computes_the_same_steps(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A product contracted with a sum in one program and not in the other may move a code in a thousand."""
+    """A code in a thousand may differ, where only one of the programs contracts a product and a sum."""
     monkeypatch.setattr(cpu, "single_device", lambda: True)
     for storage, write in KINDS[MEMBERS.index(case) % 10 :: 10]:
         for first, *others in stepped(case.make(1e-2, storage=storage), (2, 24, 128), write):
@@ -77,14 +77,14 @@ def test_every_executor_computes_the_same_steps(case: Case, monkeypatch: pytest.
                     wide, other_wide = np.asarray(a, np.float64), np.asarray(b, np.float64)
                     if a.dtype == jnp.float32:
                         np.testing.assert_allclose(other_wide, wide, rtol=2e-5, atol=1e-6, err_msg=f"{storage} {write}")
-                    elif a is first.remainder:  # The last bit of a master is one of float32.
+                    elif a is first.remainder:  # A master's last bits are those of float32.
                         assert (np.abs(wide - other_wide) > 2).mean() < 2e-2
                     else:
                         assert (wide != other_wide).mean() < 2e-3, f"{storage} {write} {a.dtype}"
 
 
-def test_which_way_each_device_goes() -> None:
-    """Passes on a CPU and two computations on a TPU, which barriers keep apart; otherwise one computation."""
+def test_each_platform_uses_its_executor() -> None:
+    """Barriers separate passes on a CPU and two computations on a TPU; otherwise there is one computation."""
 
     def barriers(tx: Any, size: int, dtype: str = "float32") -> set[str]:
         leaf = jax.ShapeDtypeStruct((size, size), dtype)
@@ -102,9 +102,9 @@ def test_which_way_each_device_goes() -> None:
 
 @pytest.mark.parametrize("storage", STORAGES[:3])
 @pytest.mark.parametrize("kind", ["parameters", "bfloat16", "masters", "rounding", "update and apply"])
-def test_temporaries_on_a_cpu(storage: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most .02 of the leaf, and a copy of the old state where others apply the updates; all in its place."""
-    make = adam_fn.adan if storage == "bfloat16" else adam_fn.adamw  # Of Adan's passes the order matters.
+def test_temporaries_on_a_cpu_are_small(storage: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are at most 0.02 of the leaf, plus a copy of the old state if the caller applies the updates."""
+    make = adam_fn.adan if storage == "bfloat16" else adam_fn.adamw  # The order of Adan's passes matters.
     tx: Any = make(1e-3, storage=storage, weight_decay=0.1)
     tx = {"masters": adam_fn.master_weights, "rounding": adam_fn.stochastic_rounding}.get(kind, lambda tx: tx)(tx)
     leaf = jax.ShapeDtypeStruct((2048, 2048), "bfloat16" if kind in ("bfloat16", "masters", "rounding") else "float32")
@@ -125,7 +125,7 @@ def test_temporaries_on_a_cpu(storage: Any, kind: str, monkeypatch: pytest.Monke
         "update and apply": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)),
     }
     assert memory.temp_size_in_bytes <= copied.get(kind, 0) + 0.02 * leaf.size * 4
-    assert memory.alias_size_in_bytes > memory.output_size_in_bytes - 1000  # In place, save for pointers.
+    assert memory.alias_size_in_bytes > memory.output_size_in_bytes - 1000  # In place, except for pointers.
 
 
 @pytest.mark.parametrize("large", [False, True], ids=["body", "passes"])
@@ -133,7 +133,7 @@ def test_temporaries_on_a_cpu(storage: Any, kind: str, monkeypatch: pytest.Monke
 def test_sharded_steps_are_those_of_one_device_bit_for_bit(
     kind: AxisType, storage: Any, large: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the parameters live, without any communication; with masters, stochastic rounding and neither."""
+    """The arrays live where the parameters do, without communication; with masters, stochastic rounding and neither."""
     if large:
         monkeypatch.setattr(cpu, "LARGE", 0)
     jax.clear_caches()
@@ -170,7 +170,7 @@ def test_sharded_steps_are_those_of_one_device_bit_for_bit(
         np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
 
 
-def test_derivatives_and_batches_of_large_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passes_have_the_derivatives_and_batches_of_one_computation(monkeypatch: pytest.MonkeyPatch) -> None:
     p = jnp.asarray(np.random.default_rng(0).standard_normal((512, 512)), jnp.float32)
 
     def change(rate: jax.Array, g: jax.Array) -> jax.Array:
@@ -195,8 +195,8 @@ def test_derivatives_and_batches_of_large_leaves(monkeypatch: pytest.MonkeyPatch
         assert (np.abs(a - b) > 1e-4 * np.abs(b) + 1e-6).mean() < 1e-4
 
 
-def test_what_make_step_leaves_alone() -> None:
-    """Leaves without a gradient, frozen ones and integers stay as they are; a state of another one is an error."""
+def test_make_step_leaves_untrained_leaves_alone() -> None:
+    """Leaves without a gradient, frozen ones and integers stay as they are; another optimizer's state is an error."""
     params: Any = {"w": jnp.ones((3, 2), jnp.bfloat16), "n": jnp.arange(3), "none": None, "frozen": jnp.ones(2)}
     grads = {**params, "n": None}
     plain, tx = (adam_fn.adam(1e-1, frozen=adam_fn.masks.path("frozen"), storage=x) for x in (None, "24bit"))

@@ -1,4 +1,4 @@
-"""Float32 rounding of the true update, at any beta and step; the measurement is the benchmark's own."""
+"""Updates accurate to float32 rounding, at any beta and step, measured by the benchmark's own code."""
 
 import decimal
 import itertools
@@ -18,7 +18,7 @@ import adam_fn
 from adam_fn.algebra.bias import Lagged, Weight, corrections_of, weigh
 
 BETAS = (0.999, 0.9999, 0.99999, 0.999999)
-#: The optimizer with a β₂ in some form, the form in which it is passed, and what it then is.
+#: The optimizer for a β₂ in some form, the type in which it is passed, and the type in which it is held.
 GIVEN: dict[str, tuple[Callable[[Any], adam_fn.Transformation], type, type]] = {
     "number": (lambda b2: adam_fn.adam(1e-3, b2=b2), float, float),
     "schedule": (
@@ -38,7 +38,7 @@ def test_error_of_the_update_is_below_1e_6(given: str, b2: float) -> None:
     assert max(errors.values()) <= 1e-6, errors
 
 
-def test_the_measure_sees_an_inexact_optimizer() -> None:
+def test_the_measure_detects_an_inexact_optimizer() -> None:
     errors = measure(lambda beta: optax.adam(1e-3, b2=jnp.asarray(beta)), 0.99999, 0.99999, steps=100)
     assert max(errors.values()) > 1e-5
 
@@ -55,8 +55,8 @@ def exact_corrections(beta: float, t: int) -> tuple[Fraction, Fraction]:
         return 1 / Fraction(1 - power), 1 / Fraction(1 - power - (1 - decimal.Decimal(beta)) * t * power)
 
 
-def test_bias_correction_of_a_constant_beta() -> None:
-    """From the count alone, to a relative error of 1.8e-7 in float32 at any step; RAdam's to 3.6e-7."""
+def test_bias_correction_of_a_constant_beta_is_accurate() -> None:
+    """The count alone gives it to a relative error of 1.8e-7 in float32 at any step, and RAdam's to 3.6e-7."""
     random = np.random.default_rng(0)
     many = np.exp(random.uniform(0, np.log(2**31 - 1), 120)).astype(np.int64)
     steps = np.unique(np.concatenate([np.arange(1, 60), many, np.array([*LARGEST_ERRORS, 2**31 - 1])])).astype(np.int32)
@@ -76,8 +76,8 @@ CHANGING = np.concatenate([np.linspace(0, 0.999, 500), np.full(500, 0.99999), np
 @pytest.mark.parametrize(
     "betas", [np.full(100_000, 0.9), np.full(100_000, 0.999999), CHANGING], ids=["0.9", "0.999999", "changing"]
 )
-def test_bias_weight_that_is_kept(betas: np.ndarray) -> None:
-    """``1 - β₁ β₂ … βₜ`` to float32 rounding, and the remainder beyond it."""
+def test_a_kept_bias_weight_is_accurate(betas: np.ndarray) -> None:
+    """The weight is ``1 - β₁ β₂ … βₜ`` to float32 rounding, and more exact with its remainder."""
 
     def step(weight: Weight, beta: jax.Array) -> Any:
         weight = weigh(beta, weight)
@@ -91,15 +91,15 @@ def test_bias_weight_that_is_kept(betas: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
-def test_ema_forgets_what_is_far_larger(beta: float) -> None:
-    """From the far end, ``old + (1 - β)(new - old)``, the rounding of `old` would drown `new`."""
+def test_ema_forgets_a_far_larger_old_value(beta: float) -> None:
+    """Computed from the far end, ``old + (1 - β)(new - old)``, `new` would be lost in the rounding of `old`."""
     old, new = jnp.asarray(1e8, jnp.float32), jnp.asarray(1.0, jnp.float32)
     expected = np.float64(np.float32(beta)) * 1e8 + (1 - np.float64(np.float32(beta)))
     for given in (beta, jnp.asarray(beta, jnp.float32)):
         np.testing.assert_allclose(adam_fn.ema(given, old, new), expected, rtol=1e-7)
 
 
-def test_the_count_stops_at_its_largest() -> None:
+def test_the_count_stops_at_its_largest_value() -> None:
     tx = adam_fn.adam(1e-3)
     last = jnp.asarray(2**31 - 1, jnp.int32)
     adam, *rest = tx.init(jnp.ones(2))

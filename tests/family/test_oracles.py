@@ -16,20 +16,20 @@ PARAMS = np.random.default_rng(1).standard_normal(SIZE).astype(np.float32)
 
 
 @pytest.mark.quick
-def test_follows_its_paper_for_1000_steps() -> None:
+def test_each_member_follows_its_paper_for_1000_steps() -> None:
     found = trajectories([case.make() for case in CASES], GRADS, PARAMS)
     for case, params, updates in zip(CASES, *found, strict=True):
         expected = case.oracle(np.float64(GRADS), np.float64(PARAMS), 1e-3, **case.options)
-        # Float32 parameters round p + u at every step, those of equal updates the same way each time: what the exact
-        # updates would do to them is what can be expected.
+        # Float32 parameters round p + u at every step, and equal updates always the same way: the expected parameters
+        # are those that the exact updates would give with this rounding.
         rounded = np.add.accumulate(np.vstack([PARAMS, np.float32(expected.updates)]), axis=0, dtype=np.float32)[-1]
         assert np.abs(params[-1] - rounded).max() <= 2e-6 * np.abs(PARAMS).max(), case.name
-        # The updates are not blurred so. The parameters that a decay sees are rounded.
+        # The updates are more accurate, although a decay sees the rounded parameters.
         for t in (1, 2, 3, 10, 100, 1000):
             assert relative_error(updates[t - 1], expected.updates[t - 1]) <= case.tolerance, (case.name, t)
 
 
-def test_follows_its_paper_and_optax_in_float64() -> None:
+def test_each_member_follows_its_paper_and_optax_in_float64() -> None:
     peers = [case for case in CASES if case.peer]
     with jax.enable_x64(True):
         txs = *(case.make() for case in CASES), *(case.make_peer() for case in peers)
@@ -44,7 +44,7 @@ def test_follows_its_paper_and_optax_in_float64() -> None:
 
 
 def test_scheduled_betas_are_corrected_exactly() -> None:
-    """With powers of the current beta the first hundred steps are wrong by up to 0.69."""
+    """Powers of the current beta would make the first hundred steps wrong by up to 0.69."""
     scheduled = {
         "adam": ("b1", "b2"),
         "nadam-momentum_decay": ("b2",),  # NAdam's μ is a schedule.

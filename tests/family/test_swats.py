@@ -32,7 +32,7 @@ STORED: dict[str, Any] = {
     ],
 )
 def test_after_the_switch_all_of_adam_but_the_momentum_stays(stored: str, dtype: str) -> None:
-    """Bit for bit, v and the bias weights that are kept; m goes on, of everything that is trained."""
+    """The second moment and the kept bias weights stay bit for bit; m goes on for every trained leaf."""
     with jax.enable_x64(dtype == "float64"):
         w = jnp.linspace(-1, 1, 64 * 128, dtype=dtype).reshape(64, 128)
         params = {"w": w, "frozen": jnp.ones(3, dtype), "none": None, "whole": jnp.arange(3)}
@@ -76,15 +76,15 @@ def test_sgd_computes_no_root(stored: str) -> None:
     loops = [x for x in _equations(traced) if x.primitive.name == "while"]
     roots = [sum(y.primitive.name == "sqrt" for y in _equations(x.params["body_jaxpr"].jaxpr)) for x in loops]
     everywhere = sum(x.primitive.name == "sqrt" for x in _equations(traced))
-    # Adam, the momentum's restart, SGD.
+    # The loops of Adam, of the momentum's restart and of SGD.
     assert len(roots) == 3
     assert roots[0] == everywhere > 0
     assert roots[1:] == [0, 0]
 
 
 @pytest.mark.parametrize("stored", STORED)
-def test_the_step_needs_no_more_memory_for_the_choice(stored: str) -> None:
-    """Two leaves for the step and its sums, as without the choice; a conditional would copy each leaf once more."""
+def test_the_choice_between_the_steps_needs_no_memory(stored: str) -> None:
+    """Temporaries are two leaves, for the step and its sums; a conditional would copy each leaf once more."""
     p = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
     tx = adam_fn.swats(1e-2, **STORED[stored])
     state = jax.eval_shape(tx.init, p)
@@ -95,7 +95,7 @@ def test_the_step_needs_no_more_memory_for_the_choice(stored: str) -> None:
 
 
 def _trained(scale: jax.Array, start: jax.Array) -> tuple[jax.Array, Any]:
-    """The loss after 12 steps; the parameters, and after which steps there was a switch."""
+    """The loss and the parameters after 12 steps, and whether SWATS had switched after each of them."""
     tx: Any = adam_fn.swats(1e-2, b2=0.9, tolerance=1e-4)
     grads = jnp.asarray(1 + random_gradients(12, 5, 0.5))
 
@@ -104,13 +104,13 @@ def _trained(scale: jax.Array, start: jax.Array) -> tuple[jax.Array, Any]:
         updates, state = tx.update(p + scale * g, state, p)
         return (p + updates, state), state.switched
 
-    carry, first = step((start, tx.init(start)), grads[0])  # In `shard_map`, only a step knows what devices differ in.
+    carry, first = step((start, tx.init(start)), grads[0])  # Only a step tells `shard_map` what differs by device.
     (p, _), switched = jax.lax.scan(step, carry, grads[1:])
     return jnp.sum(p**2), (p, jnp.append(switched, first))
 
 
-def test_members_switch_on_their_own() -> None:
-    """Under `vmap`, derivatives included, and on the devices of a `shard_map`: each as it would alone."""
+def test_members_of_a_vmap_or_shard_map_switch_on_their_own() -> None:
+    """Each steps as it would alone; derivatives under `vmap` are the same, too."""
     scales, starts = jnp.asarray([0.3, 3.0]), jnp.broadcast_to(jnp.linspace(-1.0, 2.0, 5), (2, 5))
     with_slopes = jax.value_and_grad(_trained, argnums=1, has_aux=True)
     (losses, (params, switched)), slopes = jax.jit(jax.vmap(with_slopes))(scales, starts)
@@ -123,7 +123,7 @@ def test_members_switch_on_their_own() -> None:
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("data")
     sharded = jax.jit(jax.shard_map(member, mesh=mesh, in_specs=spec, out_specs=spec))(scales, starts)
-    alone, plain = jax.jit(with_slopes), jax.jit(_trained)  # By loops, and by a conditional.
+    alone, plain = jax.jit(with_slopes), jax.jit(_trained)  # By a choice between both steps, and by loops.
     for i, each in enumerate(zip(scales, starts, strict=True)):
         (loss, (p, when)), slope = alone(*each)
         np.testing.assert_allclose([losses[i], plain(*each)[0]], loss, rtol=1e-6)

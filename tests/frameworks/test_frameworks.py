@@ -1,4 +1,4 @@
-"""At home in Flax (linen, NNX) and Equinox, each inside its own jitted training step.
+"""Training in Flax (linen, NNX) and Equinox, inside the jitted training step of each.
 
 A framework sees the form of the state, not the arithmetic: one member is trained for each set of slots.
 """
@@ -29,7 +29,7 @@ Y = jnp.sum(X, axis=1, keepdims=True)
 
 
 def learned(step: Callable[..., Any], *carry: Any) -> Any:
-    """What 60 steps, each of which returns its loss last, carry to their end."""
+    """Runs 60 steps, each of which returns its loss last, checks that they learn, and returns what they carry."""
     losses = []
     for _ in range(60):
         *after, loss = step(*carry)
@@ -96,7 +96,7 @@ class Model(eqx.Module):
 @pytest.mark.quick("adam")
 @pytest.mark.parametrize("case", BY_SLOTS, ids=name)
 def test_every_form_of_state_trains_an_equinox_module(case: Case) -> None:
-    """Modules whose non-array leaves are None, filtered by kind of array or not."""
+    """Leaves that are no arrays are None, whether all arrays are kept or only floating ones."""
     mlp = eqx.filter_jit(eqx.nn.MLP)(4, 1, 16, 1, key=jax.random.key(0))
     for keep in (eqx.is_inexact_array, eqx.is_array):
         model = Model(mlp, jnp.arange(3), "name")
@@ -113,8 +113,8 @@ def test_every_form_of_state_trains_an_equinox_module(case: Case) -> None:
         np.testing.assert_array_equal(model.steps, jnp.arange(3))
 
 
-def test_equinox_mask_module_is_a_tree() -> None:
-    """A module of booleans may be callable; it is a tree all the same."""
+def test_an_equinox_module_of_booleans_is_a_mask() -> None:
+    """Although the module is callable, it is used as a tree."""
     model = eqx.nn.Linear(3, 2, key=jax.random.key(0))
     mask = jax.tree.map(lambda p: p.ndim > 1, model)
     assert callable(mask)

@@ -1,4 +1,4 @@
-"""At home in optax: wrappers, state utilities, no recompilation, vmap, donation."""
+"""Use inside optax: wrappers, state utilities, no recompilation, vmap, donation."""
 
 import functools
 from typing import Any
@@ -24,7 +24,7 @@ ALIASES = tuple({case.alias: case for case in reversed(CASES)}.values())
 
 
 def run(*txs: optax.GradientTransformation, start: Any = PARAMS, grads: Any = GRADS) -> tuple[list[Any], list[Any]]:
-    """The parameters of each after all gradients, and its updates; a state of another type than before would raise."""
+    """The parameters of each after all gradients, and its updates; raises if a state changes its type."""
     named = dict(enumerate(txs))
     stacked = jax.tree.map(lambda *g: jnp.stack(g), *grads)
     (params, _), updates = scanned(by_name(named), dict.fromkeys(named, start), dict.fromkeys(named, stacked))
@@ -32,7 +32,7 @@ def run(*txs: optax.GradientTransformation, start: Any = PARAMS, grads: Any = GR
 
 
 @pytest.mark.parametrize("case", BY_SLOTS, ids=name)
-def test_wrappers_of_optax_around_ours_do_what_they_say(case: Case) -> None:
+def test_wrappers_of_optax_work_around_every_form_of_state(case: Case) -> None:
     tx = case.make(0.1)
     half = optax.chain(
         optax.masked(tx, {"kernel": True, "bias": False}),
@@ -56,14 +56,14 @@ def test_wrappers_of_optax_around_ours_do_what_they_say(case: Case) -> None:
     chex.assert_trees_all_close(several, *run(tx, grads=means)[0], rtol=1e-5, atol=1e-6)
 
 
-def test_lookahead() -> None:
+def test_lookahead_works_as_around_adam_of_optax() -> None:
     txs = [optax.lookahead(make(0.1), 2, 0.5) for make in (adam_fn.adam, optax.adam)]
     (found, expected), _ = run(*txs, start=optax.LookaheadParams.init_synced(PARAMS))
     chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_injected_numbers_give_the_same_optimizer_without_recompiling() -> None:
-    """Numbers given as arrays are the same optimizer; a new value is no new compilation; rates can be schedules."""
+    """Injected rates may be schedules, and a new value needs no new compilation."""
     rate = optax.linear_schedule(0.1, 0.01, 6)
     found, _ = run(*(optax.inject_hyperparams(case.alias)(rate, **case.options) for case in ALIASES))
     expected, _ = run(*(case.make(rate) for case in ALIASES))
@@ -80,14 +80,14 @@ def test_injected_numbers_give_the_same_optimizer_without_recompiling() -> None:
     assert compilations(step) == 1
 
 
-def test_inject_hyperparams_with_bfloat16_parameters() -> None:
-    """Bfloat16 hyperparameters would make 0.999 a 1.0: refused; as float32, and static ones, they are exact."""
+def test_injected_bfloat16_hyperparameters_are_refused_and_float32_ones_are_exact() -> None:
+    """In bfloat16, 0.999 would be 1.0. Float32 hyperparameters and static ones are exact."""
     params = optax.tree.cast(PARAMS, jnp.bfloat16)
     with pytest.raises(ValueError, match=r"b1 is a bfloat16 array.*hyperparam_dtype=jnp.float32"):
         optax.inject_hyperparams(adam_fn.adam)(0.1).init(params)
     wide: Any = np.dtype(np.float32)
     found = [optax.inject_hyperparams(case.alias, hyperparam_dtype=wide)(0.1, **case.options) for case in BY_SLOTS]
-    # With static betas nothing is lost but digits of the rate.
+    # With static betas only the rate loses digits.
     found.append(optax.inject_hyperparams(adam_fn.adam, static_args=("b1", "b2"))(0.125, b2=0.99999))
     expected = [*(case.make(0.1) for case in BY_SLOTS), adam_fn.adam(0.125, b2=0.99999)]
     _, updates = run(*found, *expected, start=params)
@@ -95,8 +95,8 @@ def test_inject_hyperparams_with_bfloat16_parameters() -> None:
 
 
 @pytest.mark.parametrize("case", BY_SLOTS, ids=name)
-def test_tree_utilities(case: Case) -> None:
-    tx = optax.chain(optax.clip(1.0), case.make(0.1, b1=optax.constant_schedule(0.9)))  # Whose weight is kept.
+def test_tree_utilities_work_on_every_form_of_state(case: Case) -> None:
+    tx = optax.chain(optax.clip(1.0), case.make(0.1, b1=optax.constant_schedule(0.9)))  # The weight of b1 is kept.
     state = tx.init(PARAMS)
     _, state = tx.update(GRADS[0], state, PARAMS)
     name = "m1" if case.alias is adam_fn.ademamix else "mu"
@@ -118,7 +118,7 @@ def test_tree_utilities(case: Case) -> None:
     chex.assert_trees_all_equal(same, masked.init(PARAMS))
 
 
-def test_vmap_over_learning_rates() -> None:
+def test_vmap_over_learning_rates_equals_separate_updates() -> None:
     rates = (1e-3, 0.1)
 
     def first(case: Case, rate: Any) -> Any:

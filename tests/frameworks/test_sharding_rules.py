@@ -1,6 +1,6 @@
 """The rules by which frameworks divide a state over a mesh: with each, moments live where their parameters do.
 
-Every form of a state is checked where it is made; one after the other is trained.
+Every form of a state is checked after it is made; each rule trains one of them.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ TXS: dict[str, Callable[[], Any]] = {
     "frozen": lambda: adam_fn.adamw(1e-2, storage="24bit", frozen=adam_fn.masks.path("*norm*")),
     "rate 0": lambda: adam_fn.adamw(1e-2, storage="24bit", groups={"*norm*": adam_fn.Group(rate=0.0)}),
 }
-#: Where parameters live, by their shape, which only one has.
+#: The place of each parameter, by its shape, which no other parameter has.
 SPECS = {
     (32, 16): P("tp", "fsdp"),
     (16,): P(None),
@@ -52,7 +52,7 @@ def by_shape(mesh: Any) -> Callable[[Any], NamedSharding]:
 
 
 def parameters(name: str) -> Any:
-    """The norm is float32 among bfloat16 ones under masters."""
+    """Float32 parameters; under masters, all but the norm are bfloat16."""
 
     def normal(*shape: int) -> jax.Array:
         values = 0.1 * np.random.default_rng(len(shape)).standard_normal(shape)
@@ -71,7 +71,7 @@ def loss(params: Any) -> jax.Array:
 
 
 def check_places(name: str, state: Any, place: Callable[[Any], Any]) -> None:
-    """Every array of a parameter's shape is divided like it, and every trained parameter has such arrays."""
+    """Asserts that arrays of a parameter's shape are divided like it, and that every trained parameter has some."""
     arrays = [x for x in jax.tree.leaves(state) if x.ndim]
     for x in arrays:
         assert x.sharding.is_equivalent_to(place(x), x.ndim), (x.shape, x.dtype, x.sharding)
@@ -112,7 +112,7 @@ def by_optax_with_masks(tx: Any, mesh: Any, like: Any, params: Any) -> Any:
 
 
 def by_names(tx: Any, mesh: Any, like: Any, params: Any) -> Any:
-    """A state's name ends with its parameter's."""
+    """Places each array like the parameter whose path its own path ends with."""
 
     def name(keys: Any) -> str:
         return jax.tree_util.keystr(keys, simple=True, separator="/")
@@ -127,7 +127,7 @@ def by_names(tx: Any, mesh: Any, like: Any, params: Any) -> Any:
 @pytest.mark.parametrize(
     ("rule", "turn"), [(by_optax, "float32"), (by_optax_with_masks, "frozen"), (by_names, "16bit")]
 )
-def test_rules_over_the_shapes_of_a_state(rule: Callable[..., Any], turn: str) -> None:
+def test_rules_over_shapes_place_the_state_like_the_parameters(rule: Callable[..., Any], turn: str) -> None:
     mesh = mesh_of()
     for name, make in TXS.items():
         tx, params = make(), parameters(name)
@@ -149,7 +149,7 @@ def test_rules_over_the_shapes_of_a_state(rule: Callable[..., Any], turn: str) -
             trained(tx, params, state)
 
 
-def test_fsdp_by_the_largest_axis() -> None:
+def test_fsdp_by_the_largest_axis_divides_the_state_like_the_parameters() -> None:
     mesh = mesh_of()
 
     def place(x: Any) -> NamedSharding:
@@ -168,7 +168,7 @@ def test_fsdp_by_the_largest_axis() -> None:
 
 
 @pytest.mark.parametrize(("box", "turn"), [(nn.Partitioned, "masters"), (nn.LogicallyPartitioned, "16bit")])
-def test_boxes_in_a_train_state(box: Callable[..., Any], turn: str) -> None:
+def test_boxes_place_a_train_state_like_its_parameters(box: Callable[..., Any], turn: str) -> None:
     mesh = mesh_of()
     for name, make in TXS.items():
 
@@ -221,8 +221,8 @@ def by_shardings(name: str, mesh: Any) -> Any:
     return nnx.merge(graph, jax.jit(lambda: nnx.split(pair(name))[1], out_shardings=homes)())
 
 
-#: The rules that cannot take `optax.MaskedNode`, which frozen leaves have for moments, from `optax.masked` neither.
-#: With a rate of 0 the leaves stay as they are too, and every rule finds arrays.
+#: Rules that fail on `optax.MaskedNode`, which frozen leaves have instead of moments, as with `optax.masked`.
+#: A rate of 0 also leaves the leaves as they are, and every rule finds arrays.
 MASKED_FAILS = (by_optax, by_shardings)
 
 

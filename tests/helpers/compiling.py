@@ -1,4 +1,4 @@
-"""How well XLA compiles in the tests. Nothing here imports JAX, which reads its flags when it is imported."""
+"""XLA's options in the tests. Nothing here imports JAX, which reads its flags when it is imported."""
 
 #: XLA's defaults, as users compile.
 FULL = {
@@ -6,7 +6,7 @@ FULL = {
     "xla_llvm_disable_expensive_passes": False,
     "xla_cpu_use_fusion_emitters": True,
 }
-#: In half the time.
+#: Compiles in half the time.
 QUICK = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
@@ -16,7 +16,7 @@ QUICK = {
 
 def flags(devices: int) -> str:
     """XLA's flags for that many devices on the host, compiling in half the time."""
-    # On a busy machine one of the devices may wait longer for a core than XLA waits for it before it ends the process.
+    # On a busy machine a device may wait for a core longer than XLA's default, after which it ends the process.
     patience = dict.fromkeys(
         ("xla_cpu_collective_timeout_seconds", "xla_cpu_collective_call_terminate_timeout_seconds"), 600
     )

@@ -41,7 +41,7 @@ def relative_error(ours: Array, theirs: Array) -> float:
 
 
 def follow(tx: optax.GradientTransformation, this: Problem, dtype: DTypeLike, *, is_complex: bool = False) -> Array:
-    """[5, ..., 64]: the parameters after the steps RECORDED, from one compiled scan in `dtype`."""
+    """The parameters after the steps RECORDED, [5, ..., 64], from one compiled scan in `dtype`."""
 
     def as_real(p: jax.Array) -> jax.Array:
         return jnp.stack([p.real, p.imag], axis=-1).reshape(*p.shape[:-1], -1) if is_complex else p

@@ -1,4 +1,4 @@
-"""What several test files need: deterministic gradients, and whole trajectories in one compiled scan."""
+"""Helpers of several test files: deterministic gradients, and whole trajectories in one compiled scan."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ def step_bound(b1: float, b2: float, steps: int) -> Array:
 
 
 def by_name(txs: Mapping[Any, optax.GradientTransformation]) -> optax.GradientTransformation:
-    """Transformations as one, each of the tree by its name: one program to compile."""
+    """One transformation made of several, each for the tree with its name: one program to compile."""
 
     def init(params: Any) -> Any:
         return {name: tx.init(params[name]) for name, tx in txs.items()}
@@ -64,7 +64,7 @@ def trajectory(
 
 
 def together(txs: Sequence[optax.GradientTransformation]) -> optax.GradientTransformation:
-    """The i-th transformation on the i-th row: one program to compile instead of one for each."""
+    """One transformation that applies the i-th to the i-th row: one program to compile instead of one for each."""
 
     def init(params: Any) -> Any:
         return [tx.init(params[i]) for i, tx in enumerate(txs)]
@@ -90,12 +90,12 @@ def trajectories(
 
 
 def relative_error(found: Array, expected: Array) -> float:
-    """Relative L2 error; of an expected zero, the absolute one."""
+    """The relative L2 error, or the absolute one if zero is expected."""
     return float(np.linalg.norm(np.float64(found) - expected) / (np.linalg.norm(expected) or 1.0))
 
 
 def compilations(function: Any) -> int:
-    """How many programs a jitted function holds."""
+    """The number of programs that a jitted function holds."""
     return function._cache_size()
 
 

@@ -16,7 +16,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
-#: A server that has imported what is large forks each process; none of them has run anything of JAX's before.
+#: Forks each process from a server that has imported the large packages and has not run anything of JAX.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["adam_fn.checkpoint", "flax.nnx", "matplotlib.figure", "optax", "orbax.checkpoint"])
 
@@ -52,7 +52,7 @@ def running(log: Path, text: str, times: int, *processes: BaseProcess) -> Iterat
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """JSON as the standard has it: no NaN."""
+    """Reads JSON as the standard defines it, without NaN."""
 
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is not JSON")
@@ -61,7 +61,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def assert_png(path: Path, least: int = 10_000, most: int | None = None) -> None:
-    """A picture of so many bytes."""
+    """Asserts that the file is a picture of more than `least` and at most `most` bytes."""
     content = path.read_bytes()
     assert content.startswith(b"\x89PNG\r\n\x1a\n")
     assert least < len(content) < (most or len(content) + 1)

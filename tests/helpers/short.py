@@ -28,7 +28,7 @@ def bits_of(x: Any) -> np.ndarray:
 def run(
     tx: Any, start: Any, grad: Callable[[Any, Any], Any], steps: int, jit: Callable[..., Any] = jax.jit
 ) -> tuple[Any, Any]:
-    """The parameters after every step, and the last state, of one jitted scan; `grad` is of the parameters and step."""
+    """The parameters after every step, and the last state, of one jitted scan; `grad` takes parameters and step."""
 
     @jit
     def scanned(start: Any) -> Any:

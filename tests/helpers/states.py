@@ -1,4 +1,4 @@
-"""What a state of this package holds, wherever it is in a chain's."""
+"""The parts of a state of this package, wherever it is in the state of a chain."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from adam_fn.algebra.rule import Clock
 
 
 def _is_state(x: object) -> bool:
-    fields = getattr(x, "_fields", ())  # That of `stochastic_rounding` has a count as well.
+    fields = getattr(x, "_fields", ())  # The state of `stochastic_rounding` has a count as well.
     return "count" in fields and len(fields) > 1 and "inner" not in fields
 
 
@@ -22,13 +22,13 @@ def moments_of(state: Any) -> Any:
 
 
 def slots_of(state: Any) -> dict[str, Any]:
-    """What is stored of each moment, by name."""
+    """The stored arrays of each moment, by name."""
     found = moments_of(state)._asdict()
     return {name: tree for name, tree in found.items() if not name.startswith("count")}
 
 
 def stored_of(tx: Any, state: Any) -> dict[str, Any]:
-    """What is stored of each moment, by the names that the rule and its codecs have for it."""
+    """The stored arrays of each moment, by the names that the rule and its codecs use."""
     return tx.update.definition.form.read(state).slots
 
 
@@ -37,7 +37,7 @@ def count_of(state: Any) -> Any:
 
 
 def clock_at(rule: adam_fn.Rule, count: int) -> Clock:
-    """What a rule knows at a zero-based step: for one whose decay rates follow schedules too."""
+    """The clock of a rule at a zero-based step, also if its decay rates follow schedules."""
     zero = jnp.zeros(())
     corrections: list[jax.Array] = []
     for part in rule.parts():
@@ -56,6 +56,6 @@ def bias_weights(tx: Any, state: Any) -> np.ndarray:
 
 
 def kept_weights(state: Any) -> np.ndarray:
-    """The bias weights that a state keeps: of each its value and what the last rounding dropped."""
+    """The bias weights that a state keeps: the value of each, and the part that its last rounding dropped."""
     assert isinstance(state[-1], BiasWeights)
     return np.asarray(state[-1].weights, np.float64)

@@ -1,4 +1,4 @@
-"""States of torch and Keras, recorded by `record_states.py`, to ours and back."""
+"""States of torch and Keras, recorded by `record_states.py`, converted to ours and back."""
 
 import dataclasses
 import functools
@@ -41,7 +41,7 @@ OURS: Mapping[str, Any] = {
 
 
 def path(name: str) -> str:
-    """Our name of torch's parameter."""
+    """Our name for a parameter of torch."""
     return name.replace(".", "/").replace("weight", "kernel")
 
 
@@ -76,7 +76,7 @@ def torch_state(row: str) -> dict[str, Any]:
 
 @dataclasses.dataclass
 class Variable:
-    """What of a Keras variable is used."""
+    """The parts of a Keras variable that are used."""
 
     name: str
     value: Any
@@ -92,7 +92,7 @@ def keras_variables(row: str) -> list[Variable]:
 
 @functools.cache
 def converted(row: str) -> tuple[Any, Any]:
-    """Parameters and our state."""
+    """The recorded parameters, and the recorded state converted to ours."""
     framework, name = row.split("/")
     params = tree(framework, f"{name}/params")
     if framework == "torch":
@@ -125,12 +125,12 @@ def test_training_goes_on_from_states_of_torch_and_keras(row: str) -> None:
     start, expected = (tree(framework, f"{name}/{when}") for when in ("params", "after"))
     error = optax.tree.norm(optax.tree.sub(ended()[row], expected))
     assert error < 1e-6 * optax.tree.norm(expected)
-    # float32 parameters round away more of the steps than any optimizer does; a wrong moment or count shows at 1e-2.
+    # The rounding of float32 parameters is the largest error; a wrong moment or count would show at 1e-2.
     assert error < 1e-4 * optax.tree.norm(optax.tree.sub(expected, start))
 
 
 @pytest.mark.parametrize("row", [row for row in OURS if row.startswith("torch")])
-def test_back_to_torch(row: str) -> None:
+def test_our_state_converts_back_to_torch(row: str) -> None:
     params, state = converted(row)
     saved = torch_state(row.split("/")[1])
     found = to_torch(OURS[row], params, state, {**saved, "state": {}}, paths=path, transpose=FLIP)
@@ -141,7 +141,7 @@ def test_back_to_torch(row: str) -> None:
 
 
 @pytest.mark.parametrize("row", [row for row in OURS if row.startswith("keras")])
-def test_back_to_keras(row: str) -> None:
+def test_our_state_converts_back_to_keras(row: str) -> None:
     params, state = converted(row)
     expected = keras_variables(row.split("/")[1])
     places = [i for i, x in enumerate(expected) if "average" not in x.name and x.name != "learning_rate"]
@@ -153,7 +153,7 @@ def test_back_to_keras(row: str) -> None:
         np.testing.assert_allclose(x, y.value, rtol=2e-6 if y.name == "variable" else 0)
 
 
-def test_ways_to_name_parameters() -> None:
+def test_all_ways_to_name_parameters_give_the_same_state() -> None:
     params, state = converted("torch/adam")
     saved, tx = torch_state("adam"), OURS["torch/adam"]
     without: dict[str, Any] = {**saved, "param_groups": [{"params": [0, 1, 2, 3]}]}
@@ -169,7 +169,7 @@ def test_ways_to_name_parameters() -> None:
 
 
 def test_parameters_without_a_counterpart_are_left_out() -> None:
-    """In both directions."""
+    """Conversions in both directions leave them out."""
     params, state = converted("torch/adam")
     saved, tx = torch_state("adam"), OURS["torch/adam"]
     some = [None, None, "head/kernel", "head/bias"]
@@ -189,8 +189,8 @@ def test_parameter_groups_of_torch_are_read() -> None:
     assert (first["weight_decay"], second["weight_decay"], second["lr"]) == (2**-3, 0.0, 2**-10)
 
 
-def test_convolutions() -> None:
-    """In torch [out, in, height, width], here [height, width, in, out]; the first pattern that matches counts."""
+def test_kernels_of_convolutions_are_transposed() -> None:
+    """Kernels change from [out, in, height, width] to [height, width, in, out]; the first matching pattern counts."""
     params = {"conv": {"kernel": jnp.zeros((5, 7, 2, 3))}, "dense": {"kernel": jnp.zeros((4, 6))}}
     moment = np.arange(3 * 2 * 5 * 7, dtype=np.float32).reshape(3, 2, 5, 7)
     dense = np.arange(24, dtype=np.float32).reshape(6, 4)
@@ -243,12 +243,12 @@ def test_torch_errors_list_every_path() -> None:
         to_torch(tx, params, tx.init(params), saved, paths=wrong)
 
 
-def test_keras_variables() -> None:
+def test_keras_variables_without_names_are_read_in_order_and_checked() -> None:
     params, state = converted("keras/adam_amsgrad")
     tx, plain, named = OURS["keras/adam_amsgrad"], OURS["keras/adam"], keras_variables("adam_amsgrad")
     arrays = [x.value for x in named]
     by_number, scheduled = {str(i): x for i, x in enumerate(arrays)}, [arrays[0], *arrays[2:]]
-    for given in (arrays, by_number, scheduled):  # Without a rate, where that is a schedule.
+    for given in (arrays, by_number, scheduled):  # A scheduled rate is no variable.
         chex.assert_trees_all_equal(from_keras(tx, params, given, paths=PATHS), state)
     accumulated = keras_variables("adam")
     accumulated[2].name = "x_gradient_accumulator"
@@ -265,7 +265,7 @@ def test_keras_variables() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch")
 def test_a_real_torch_optimizer_goes_on(tmp_path: Path) -> None:
-    """Real tensors, a real file, and a real optimizer that goes on."""
+    """Real tensors and a real file are read, and torch's own optimizer continues from our state."""
     import torch  # pyright: ignore[reportMissingImports]
 
     params, state = converted("torch/adamw_groups")

@@ -1,4 +1,4 @@
-"""optax's states to ours and back: training goes on as if nothing had happened."""
+"""Conversion of optax's states to ours and back: training goes on as before."""
 
 import functools
 import operator
@@ -20,7 +20,7 @@ from helpers.states import count_of, kept_weights, slots_of
 import adam_fn
 from adam_fn.interop import from_optax, to_optax
 
-# Their complements are exact in float32: what optax loses elsewhere (`1 - float32(0.999)`) is not what is tested.
+# Their complements are exact in float32: the digits that optax loses elsewhere (`1 - float32(0.999)`) do not matter.
 BETAS: dict[str, Any] = {"b1": 0.875, "b2": 0.96875}
 STEPS = 50
 PARAMS: Any = {
@@ -63,14 +63,14 @@ PAIRS: dict[str, tuple[Any, Any]] = {
     "adam-finite": (optax.apply_if_finite(optax.adam(1e-3, **BETAS), 3), adam_fn.adam(1e-3, **BETAS)),
     "amsgrad": namesakes("amsgrad", 1e-3, **BETAS, bias_correction_nu=False),
     "lion": namesakes("lion", 1e-4, b1=0.75, b2=0.875),
-    # optax has 1 - b2 where b2 belongs: at a half, the same.
+    # optax has 1 - b2 where b2 belongs; at a half, both are the same.
     "adan": (optax.adan(1e-3, b2=0.5, b3=0.96875), adam_fn.adan(1e-3, b2=0.5, b3=0.96875, eps_root=1e-8)),
     "ademamix": namesakes("ademamix", 1e-3, **BETAS, b3=0.96875),
 }
 
 
 class Run(NamedTuple):
-    """Of each pair, by name."""
+    """States, parameters and updates of each pair, by name."""
 
     blank: Any
     params: Any
@@ -83,7 +83,7 @@ class Run(NamedTuple):
 
 @functools.cache
 def ran() -> Run:
-    """As many steps of optax as of both after the conversion, each package in one program."""
+    """Runs STEPS steps of optax, converts, and runs STEPS more of each package, each in one program."""
     theirs, ours = ({name: pair[i] for name, pair in PAIRS.items()} for i in range(2))
 
     def gradients(seed: int) -> Any:
@@ -106,25 +106,25 @@ def flat(tree: Any) -> np.ndarray[Any, Any]:
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_training_goes_on_from_a_state_of_optax(name: str) -> None:
-    """The state is what ours would be."""
+    """The converted state has the types, shapes and counts of ours."""
     run, tx = ran(), PAIRS[name][1]
     found = run.converted[name]
     assert jax.eval_shape(lambda: found) == jax.eval_shape(lambda: tx.init(run.params[name]))
     assert {int(x) for x in jax.tree.leaves(found) if x.dtype == jnp.int32} == {STEPS}
-    # Two optimizers in float32, each with roundings of its own; a moment, count or weight that was wrong shows at 1e-3.
+    # Both optimizers round float32 in their own ways; a wrong moment, count or weight would show at 1e-3.
     assert relative_error(flat(run.our_updates[name]), flat(run.updates[name])) < 1e-6
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_our_state_becomes_that_of_optax(name: str) -> None:
-    """After the last step, optax's state is what optax made of it; there and back is exact."""
+def test_our_state_converts_to_that_of_optax(name: str) -> None:
+    """Our last state becomes the one that optax itself reached; a conversion there and back is exact."""
     run, tx = ran(), PAIRS[name][1]
     found: Any = to_optax(tx, run.params[name], run.ours[name], run.blank[name])
     chex.assert_trees_all_equal_shapes_and_dtypes(found, run.after[name])
     for (path, x), y in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(run.after[name]), strict=True):
         where = jax.tree_util.keystr(path)
         if ("hyperparams" in where and "count" not in where) or (name == "adam-b1_zero" and ".mu" in where):
-            continue  # Computed anew at every step; and with β₁ = 0 of no use.
+            continue  # Computed anew at every step, or not used with β₁ = 0.
         most = 0 if jnp.issubdtype(x.dtype, jnp.integer) else 5e-6
         assert relative_error(np.asarray(x), np.asarray(y, np.float64)) <= most, where
     back: Any = to_optax(tx, run.params[name], run.converted[name], run.blank[name])
@@ -156,8 +156,8 @@ def test_bias_weights_follow_from_the_count() -> None:
     np.testing.assert_allclose(kept_weights(nadam)[0].sum(), 1 - product, rtol=1e-6)
 
 
-def test_amsgrad_of_corrected_maxima() -> None:
-    """The maximum of optax is of the corrected v: what we divide by is the same now, and each knows the other's."""
+def test_maxima_of_optax_amsgrad_are_converted_to_raw_ones() -> None:
+    """The maximum is of the corrected v in optax and of the raw v here; converted, both divide by the same number."""
     theirs, ours = optax.amsgrad(1e-3, **BETAS), adam_fn.amsgrad(1e-3, **BETAS)
     params, (adam, _) = adam_state()
     maxima = jax.tree.map(lambda v: 2 * v / (1 - BETAS["b2"] ** 2), adam.nu)
@@ -169,7 +169,7 @@ def test_amsgrad_of_corrected_maxima() -> None:
     np.testing.assert_allclose(flat(back[0].nu_max), flat(optax_state.nu_max), rtol=1e-6)
 
 
-def test_out_of_optax_bfloat16() -> None:
+def test_a_bfloat16_moment_of_optax_becomes_float32_and_returns_unchanged() -> None:
     params, state = adam_state(jnp.bfloat16)
     found: Any = from_optax(adam_fn.adam(1e-3), params, state)
     assert slots_of(found)["mu"]["scale"].dtype == jnp.float32
@@ -180,7 +180,7 @@ def test_out_of_optax_bfloat16() -> None:
     np.testing.assert_array_equal(back[0].mu["dense"]["kernel"], state[0].mu["dense"]["kernel"])
 
 
-def test_master_weights() -> None:
+def test_a_state_of_optax_is_converted_into_master_weights_and_back() -> None:
     params, state = adam_state()
     short = optax.tree.cast(params, jnp.bfloat16)
     tx: Any = adam_fn.master_weights(adam_fn.adam(1e-3))
@@ -202,7 +202,7 @@ def test_the_state_lives_where_the_parameters_live() -> None:
     assert count_of(found).sharding == count_of(tx.init(params)).sharding
 
 
-def test_leaves_without_moments() -> None:
+def test_leaves_without_moments_are_converted_there_and_back() -> None:
     params = {"w": jnp.ones(3), "steps": jnp.zeros((), jnp.int32), "none": None}
     theirs = optax.adam(1e-3)
     found: Any = from_optax(adam_fn.adam(1e-3), params, theirs.init(params))
@@ -211,7 +211,7 @@ def test_leaves_without_moments() -> None:
     assert back[0].mu["steps"].dtype == jnp.int32
 
 
-def test_inside_other_wrappers() -> None:
+def test_a_state_inside_other_wrappers_is_found() -> None:
     params, (state, _) = adam_state()
     expected: Any = from_optax(adam_fn.adam(1e-3), params, state)
     steps: Any = optax.MultiSteps(optax.chain(optax.clip(1.0), optax.adam(1e-3)), 2).init(params)
@@ -261,8 +261,8 @@ def test_errors_list_every_path() -> None:
             call(*arguments)
 
 
-def test_a_checkpoint_without_its_types(tmp_path: Path) -> None:
-    """Dictionaries and lists are an error that says how to restore it; done so, it is the state."""
+def test_a_checkpoint_without_its_types_is_an_error_that_says_how_to_restore_it(tmp_path: Path) -> None:
+    """Dictionaries and lists are refused; restored as the error says, the state converts."""
     params, state = adam_state()
     tx = adam_fn.adam(1e-3)
     by_flax: Any = serialization.msgpack_restore(serialization.to_bytes(state))

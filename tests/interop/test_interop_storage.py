@@ -1,4 +1,4 @@
-"""A state goes on in another storage."""
+"""Conversion of a state to another storage."""
 
 import functools
 from typing import Any
@@ -29,7 +29,7 @@ def falling(count: Any) -> Any:
 
 @functools.cache
 def after(tx: Any, short: bool = False) -> Any:
-    """Parameters, in bfloat16 where they are `short`, and state after three steps."""
+    """The parameters, in bfloat16 if `short`, and the state after three steps."""
 
     @jax.jit
     def run(params: Any) -> Any:
@@ -49,7 +49,7 @@ def same(found: Any, expected: Any) -> None:
 
 
 @EVERY
-def test_a_change_of_storage_equals_the_way_through_optax(storage: str) -> None:
+def test_a_change_of_storage_equals_a_conversion_through_optax(storage: str) -> None:
     coded = NARROW[storage]
     for old, new in ((PLAIN, coded), (coded, PLAIN), (coded, adam_fn.adamw(1e-3, mu_dtype="bfloat16"))):
         params, state = after(old)
@@ -64,7 +64,7 @@ def test_a_change_of_storage_equals_the_way_through_optax(storage: str) -> None:
 @pytest.mark.quick
 @EVERY
 def test_a_change_of_storage_there_and_back_keeps_the_codes(storage: str) -> None:
-    """What is decoded is encoded as it was; of what was float32, one of the two codes around each number is left."""
+    """Decoded numbers get their codes back; a float32 number becomes one of the two codes around it."""
     coded = NARROW[storage]
     params, state = after(coded)
     wide: Any = change_storage(coded, PLAIN, params, state)
@@ -75,11 +75,11 @@ def test_a_change_of_storage_there_and_back_keeps_the_codes(storage: str) -> Non
     _, exact = after(PLAIN)
     same(change_storage(PLAIN, PLAIN, params, exact), exact)
     found: Any = change_storage(coded, PLAIN, params, change_storage(PLAIN, coded, params, exact))
-    # A code's width, and of m half that of v, in whose root it is measured.
+    # The width of a code; for m, plus half that of v, in whose root it is measured.
     for slot, widest in (("mu", {"24bit": 1 / 18 + 2**-8, "16bit": 2 / 21 + 1 / 8}), ("nu", {"16bit": 1 / 4})):
         for leaf in ("w", "b"):
             x, y = (np.asarray(slots_of(each)[slot][leaf]) for each in (found, exact))
-            # Of m the narrow codes are evenly spaced near 0: a share of √v.
+            # Near 0 the narrow codes of m are evenly spaced, by a share of √v.
             least = (
                 0 if slot == "nu" or storage == "bfloat16" else 0.02 * np.sqrt(np.asarray(slots_of(exact)["nu"][leaf]))
             )
@@ -88,8 +88,8 @@ def test_a_change_of_storage_there_and_back_keeps_the_codes(storage: str) -> Non
 
 
 @EVERY
-def test_what_has_no_counterpart_elsewhere(storage: Any) -> None:
-    """A rule that only this package has, and weights of a scheduled β that the new schedule would not have come to."""
+def test_a_state_without_a_counterpart_in_optax_changes_its_storage(storage: Any) -> None:
+    """The rule is only in this package, and the kept weights of the scheduled β are not those of the new β."""
     kinds: Any = ((falling, None), (jnp.float32(0.9), storage))
     old, new = (adam_fn.laprop(1e-3, b1=b1, storage=kind) for b1, kind in kinds)
     params, state = after(old)
@@ -111,7 +111,7 @@ def test_masters_keep_their_remainders() -> None:
     masters = {name: p.astype(jnp.float32) if p.dtype == jnp.bfloat16 else p for name, p in params.items()}
     same(found.inner, change_storage(PLAIN, CODED, masters, state.inner))
 
-    # Where there were none they begin at the parameters.
+    # New masters begin at the parameters.
     params, state = after(PLAIN, short=True)
     blank: Any = new.init(params)
     expected = blank._replace(inner=change_storage(PLAIN, CODED, params, state))

@@ -21,11 +21,11 @@ Gradients: TypeAlias = Array | Callable[[int, Array], Array]
 """One row of gradients for each step, or the gradient at (t, parameters)."""
 Decay: TypeAlias = Literal["scaled", "independent", "l2", "proximal"]
 Directions: TypeAlias = Generator[Array, Array, None]
-"""`send(gradients)` gives the direction of a step; `next`, before the first step, gives nothing that counts."""
+"""`send(gradients)` gives the direction of a step; `next`, before the first step, gives a value that is ignored."""
 
 
 class Trajectory(NamedTuple):
-    """What an optimizer did: row t-1 belongs to step t."""
+    """The course of an optimizer: row t-1 belongs to step t."""
 
     params: Array
     """[T, n], the parameters after the step."""

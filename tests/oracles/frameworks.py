@@ -31,7 +31,7 @@ def run(oracle: Oracle, gradient: Callable[[int, Array], Array], steps: int) -> 
 def named(update: Callable[..., Oracle], **defaults: float) -> Callable[..., Oracle]:
     """The update under a framework's names for its first arguments, with their defaults; the others keep their names.
 
-    An argument that the framework wants to be given has the default nan.
+    An argument without a default in the framework has the default nan.
     """
 
     def oracle(p: Array, **given: Any) -> Oracle:
@@ -54,7 +54,7 @@ def raw_adam(
     eta: float = 1.0,
     weight_decay_rate: float = 0.0,
 ) -> Oracle:
-    """Adds ε to the root of the raw v. `wd` is L2 (Caffe, MXNet), `decay` of the rate (Keras 2), η Chainer's."""
+    """Adds ε to the root of the raw v. `wd` is L2 (Caffe, MXNet), `decay` that of the rate (Keras 2), η Chainer's."""
     m = v = v_max = np.zeros_like(p)
     for t in count(1):
         g = yield p
@@ -69,7 +69,7 @@ def raw_adam(
 def raw_adamax(
     p: Array, rate: float, b1: float, b2: float, eps: float = 0.0, *, wd: float = 0.0, decay: float = 0.0
 ) -> Oracle:
-    """Adds ε to the raw u. MXNet has none: its 0/0 is nan; here no step."""
+    """Adds ε to the raw u. MXNet has none: its 0/0 is nan; here it is no step."""
     m = u = np.zeros_like(p)
     for t in count(1):
         g = yield p

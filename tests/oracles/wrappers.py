@@ -20,7 +20,7 @@ each: Callable[..., Leaves] = jax.tree.map
 
 
 def _adam(theta: Leaves, b1: float, b2: float, eps: float) -> Callable[[Leaves], Leaves]:
-    """From the gradients of a step to its m_hat / (sqrt(v_hat) + eps)."""
+    """A function from the gradients of a step to its m_hat / (sqrt(v_hat) + eps)."""
     directions = [family.adam_directions(np.zeros_like(x), b1, b2, eps) for x in theta]
     for direction in directions:
         next(direction)
@@ -41,7 +41,7 @@ def _dot(x: Leaves, y: Leaves) -> float:
 
 
 class Switch(NamedTuple):
-    """When SWATS switched (the one-based step; 0 for never) and to which rate."""
+    """The step at which SWATS switched (one-based; 0 for never) and the rate of SGD."""
 
     step: int
     rate: float

@@ -69,7 +69,7 @@ def holds(claims: Sequence[Claim]) -> list[bool | None]:
 class TestSweep:
     @pytest.mark.parametrize("decaying", [False, True])
     def test_a_sweep_steps_each_optimizer_as_it_would_alone(self, decaying: bool) -> None:
-        """120 steps an epoch, more than one part; a rate at which SGD diverges does not disturb the others."""
+        """An epoch has 120 steps, more than one part; a rate at which SGD diverges does not disturb the others."""
         rates, epochs = (0.01, 0.3, 1e30), 2
         problem = quadratic_problem(schedule=harness.inverse_sqrt if decaying else harness.constant)
         for tx, direction, rtol in (
@@ -83,7 +83,7 @@ class TestSweep:
             assert not np.isfinite(run.costs[2]).any()
             assert harness.best(run).point != 2
 
-    def test_hyperparameters_and_metrics_of_each_point(self) -> None:
+    def test_each_point_has_its_own_hyperparameters_and_metrics(self) -> None:
         rates = 0.1, 0.2
         grid = harness.product(b1=(0.0, 0.9), rate=rates)
         assert grid == {"b1": [0.0, 0.0, 0.9, 0.9], "rate": [0.1, 0.2, 0.1, 0.2]}
@@ -97,7 +97,7 @@ class TestSweep:
         np.testing.assert_allclose(run.metrics["first"], np.concatenate(paths)[:, [2, 5], 0], rtol=1e-5)
 
     @pytest.mark.parametrize("kind", ["minibatch", "noise"])
-    def test_same_minibatches_and_noise_for_all_but_new_in_every_step(self, kind: str) -> None:
+    def test_all_optimizers_see_the_same_minibatches_and_noise_new_in_every_step(self, kind: str) -> None:
         def cost(params: jax.Array, data: jax.Array, rows: jax.Array, key: jax.Array) -> jax.Array:
             return (data[rows].sum() if kind == "minibatch" else jax.random.normal(key)) + 0 * params.sum()
 
@@ -111,22 +111,22 @@ class TestSweep:
         np.testing.assert_array_equal(found, seen(optax.adagrad(1.0)))
         assert (found != seen(adam_fn.adam(1.0), seed=1)).all()
         assert len(set(found[0])) == 100, "every epoch shuffles anew"
-        if kind == "noise":  # Means of 8 steps: of independent noise they scatter by 1/√8, of one draw an epoch by 1.
+        if kind == "noise":  # Means of 8 steps scatter by 1/√8 with independent noise, by 1 with one draw an epoch.
             assert found[0].std() == pytest.approx(1 / math.sqrt(8), rel=0.3)
 
 
 class TestBest:
-    def test_lowest_final_cost(self) -> None:
+    def test_the_lowest_final_cost_is_the_best(self) -> None:
         runs = swept((1, 5), (9, 2), (3, 3))
         assert harness.best(runs) == (1, 10.0, 2.0, "")
         assert harness.best(runs, "mean") == (0, 1.0, 3.0, "the lowest rate tried")
 
-    def test_says_where_the_grid_ends(self) -> None:
+    def test_a_best_rate_at_the_end_of_the_grid_is_noted(self) -> None:
         assert harness.best(swept((9, 1), (1, 2))).note == "the lowest rate tried"
         assert harness.best(swept((9, 2), (1, 1))).note == "the highest rate tried"
         assert harness.best(swept((9, 2))).note == ""
 
-    def test_never_a_run_that_diverged(self) -> None:
+    def test_a_run_that_diverged_is_never_the_best(self) -> None:
         runs = swept((math.nan, math.nan), (math.inf, 1), (2, 4), (1, -math.inf))
         assert harness.best(runs).point == harness.best(runs, "mean").point == 2
         with pytest.raises(ValueError, match="Adam: every run diverged"):
@@ -140,14 +140,14 @@ class TestReport:
         Claim("it is " + "so " * 30, "7", "", None),
     )
 
-    def test_claims_table(self) -> None:
+    def test_claims_are_printed_as_a_table(self) -> None:
         lines = harness.claims_table(self.CLAIMS).splitlines()
         assert lines[0].split() == ["section", "claim", "of", "the", "paper", "measured", "holds"]
         assert [line.split()[-1] for line in lines if line[:1] in "67"] == ["yes", "no", "decided"]
         assert max(map(len, lines)) <= 140
         assert " ".join(lines).count("0.2") == 40
 
-    def test_write(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_picture_and_its_numbers_are_written(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         figure = Figure(layout="constrained")
         figure.subplots().plot([1, 2])
         numbers = {"curve": np.array([1.23456789, np.nan]), "count": np.int64(3), "grid": {"rate": (0.1, math.inf)}}
@@ -160,7 +160,7 @@ class TestReport:
         assert {"adam_fn", "jax", "optax"} < set(found["versions"])
         assert_png(tmp_path / "stem.png", 1_000, 150_000)
 
-    def test_command_line(self, tmp_path: Path) -> None:
+    def test_the_command_line_sets_the_epochs_and_the_folders(self, tmp_path: Path) -> None:
         def parse(*argv: str) -> Any:
             return harness.options("script.py", "What.\n", ("--out", str(tmp_path / "new"), *argv), epochs=30)
 
@@ -177,19 +177,19 @@ class TestReport:
 @pytest.mark.parametrize(
     ("drop", "share"), [(figure1.dropped, 0.5), (lambda x, key: figure3.dropout(x, 0.2, key), 0.2)]
 )
-def test_dropout_of_single_features(drop: Callable[..., jax.Array], share: float) -> None:
+def test_dropout_drops_single_features(drop: Callable[..., jax.Array], share: float) -> None:
     features = np.random.default_rng(0).uniform(1, 2, (200, 1003)).astype(np.float32)
     dropped, other = (np.asarray(jax.jit(drop)(features, jax.random.key(seed))) for seed in (0, 1))
     kept = dropped != 0
     np.testing.assert_allclose(dropped[kept], features[kept] / (1 - share), rtol=1e-6)
     assert kept.mean() == pytest.approx(1 - share, abs=0.01)
-    assert np.ptp(kept.mean(0)) < 0.3 and np.ptp(kept.mean(1)) < 0.2, "no column and no row of its own"
+    assert np.ptp(kept.mean(0)) < 0.3 and np.ptp(kept.mean(1)) < 0.2, "no whole column or row is dropped"
     assert (kept != (other != 0)).mean() > 0.3
 
 
 class TestFigure1:
-    def test_costs(self) -> None:
-        """At random parameters, against NumPy."""
+    def test_costs_equal_those_of_numpy(self) -> None:
+        """The parameters are random; dropout changes the cost."""
         rng = np.random.default_rng(0)
 
         def cost(problem: Problem[Any, Any], w: Array, b: Array) -> float:
@@ -228,13 +228,13 @@ class TestFigure2:
         ]
         assert {run["schedule"] for run in runs} == {"constant"}
         assert all(len(run["curve"]["costs"]) == 22 and len(run["epochs"]) == 2 for run in runs)
-        # The same masks for all optimizers, and masks only where there is dropout.
+        # All optimizers see the same masks, and none without dropout.
         dropped, *others = (run["curve"]["costs"][0] for run in runs)
         assert others[:4] == pytest.approx([dropped] * 4, rel=1e-5)
         assert others[4] != pytest.approx(dropped, rel=1e-4)
 
-    def test_dropout_of_hidden_units(self) -> None:
-        """A net of ones counts the hidden units that are kept: of the first layer at most, of the second exactly."""
+    def test_dropout_drops_hidden_units_of_both_layers(self) -> None:
+        """A net of ones returns the product of the shares of hidden units that are kept in both layers."""
         model = mnist_mlp.MLP(4, 1024, rngs=nnx.Rngs(0))  # A power of two: the sums are exact.
         for layer, weight, bias in ((model.hidden1, 0, 1), (model.hidden2, 2**-10, 0), (model.out, 2**-10, 0)):
             layer.kernel[...] = jnp.full_like(layer.kernel[...], weight)
@@ -260,7 +260,7 @@ class TestSection7:
             assert 0.999 < metrics["largest_step"][0][0] / section7.RATES[run["label"]] < section7.BOUND + 0.5
 
     def test_metrics_are_those_of_the_averages(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """After 3 steps with β₂ = 0.5 for the average, against averages taken by hand."""
+        """Averages of 3 steps, with β₂ = 0.5, are compared with averages computed by hand."""
         monkeypatch.setattr(section7, "DECAY", 0.5)
         monkeypatch.setitem(section7.RATES, "Adam", 0.1)
         digits = mnist.digits()
@@ -281,7 +281,7 @@ class TestSection7:
 
 
 class TestClaims:
-    def test_figure_1(self) -> None:
+    def test_claims_of_figure_1_are_decided_by_its_numbers(self) -> None:
         def panel(**costs: float) -> figure1.Panel:
             labels = "Adam", "SGD, Nesterov", "AdaGrad", figure1.CONSTANT
             return figure1.Panel("", {label: swept([2 * costs.get(label, 1.0), 0.0]) for label in labels})
@@ -297,7 +297,7 @@ class TestClaims:
         assert holds(figure1.claims(slow, slow, slow, undecided=False))[3::3] == [False, False]
         assert holds(figure1.claims(slow, slow, slow, undecided=True)) == [None] * 7
 
-    def test_figure_2(self) -> None:
+    def test_claims_of_figure_2_are_decided_by_its_numbers(self) -> None:
         def runs(**costs: float) -> list[figure2.Run]:
             epochs = {name: [report.Epoch(1, cost, 0, 0, 0, 1, 1)] for name, cost in costs.items()}
             return [figure2.Run(name, name, 0.1, 0.0, "constant", epochs=epochs[name]) for name in costs]
@@ -306,7 +306,7 @@ class TestClaims:
         assert holds(figure2.claims(both, False)) == [True, False]
         assert "adam 1.0000, adagrad 2.0000, sgd inf" in figure2.claims(both, True)[0].measured
 
-    def test_figure_3(self) -> None:
+    def test_claims_of_figure_3_are_decided_by_its_numbers(self) -> None:
         falling = 2.0 ** -np.arange(10.0)
 
         def held(adagrad: Array, noisy: Array, below: float, quick: bool = False) -> list[bool | None]:
@@ -319,13 +319,13 @@ class TestClaims:
             dropout = {"Adam": swept(noisy), "SGD, Nesterov": swept(falling), "AdaGrad": swept(falling**0.5)}
             return holds(figure3.claims(figure3.Runs({}, plain, dropout), quick=quick))
 
-        # AdaGrad's square root is slow at first as well.
+        # Falling by a square root, AdaGrad is slow at first as well.
         assert held(0.8 * falling**0.5, 0.9 * falling, 0.1) == [False, True, False, True]
         fast_first = np.minimum(0.8 * falling**0.5, 0.4)
         assert held(fast_first, 1.1 * falling, 0.6) == [True, True, True, False]
         assert held(fast_first, 1.1 * falling, 0.6, quick=True) == [None] * 4
 
-    def test_figure_4(self) -> None:
+    def test_claims_of_figure_4_are_decided_by_its_numbers(self) -> None:
         shape = len(figure4.B1), len(figure4.B2), len(figure4.CORRECTED), len(figure4.RATES)
         cost = np.full((*shape, 10), 100.0)
         cost[:, 1, 1, 2, -1] = 90.0  # the best: corrected, 1 - β₂ small
@@ -342,7 +342,7 @@ class TestClaims:
         assert held(late) == [False, False, False, True], "it diverges late, and the best result is an early one"
         assert held(cost, quick=True) == [None] * 4
 
-    def test_section_7(self) -> None:
+    def test_claims_of_section_7_are_decided_by_its_numbers(self) -> None:
         def runs(adamax: float, step: float, average: float) -> dict[str, Sweep]:
             names = (f"{kind}_{what}" for kind in section7.KINDS for what in ("cost", "accuracy"))
             metrics = dict.fromkeys(names, 1.0) | {"average_cost": average}

@@ -53,7 +53,7 @@ class TestSurface:
 
 
 class TestCnn:
-    def test_learns_from_one_initialisation_and_writes_it(self, tmp_path: Path) -> None:
+    def test_all_optimizers_learn_from_one_initialisation_and_are_written(self, tmp_path: Path) -> None:
         runs = cnn.main(("--data", "digits", "--quick", "--epochs", "6", "--out", str(tmp_path)))
         assert [run.label for run in runs] == list(cnn.OPTIMIZERS)
         for run in runs:
@@ -66,7 +66,7 @@ class TestCnn:
         assert_png(tmp_path / "cnn.png")
         assert [run["label"] for run in read_json(tmp_path / "cnn.json")["runs"]] == list(cnn.OPTIMIZERS)
 
-    def test_forward_pass_against_numpy(self) -> None:
+    def test_the_forward_pass_equals_that_of_numpy(self) -> None:
         rng = np.random.default_rng(0)
         images = rng.integers(0, 256, (2, 16), np.uint8)
         model = cnn.CNN(16, 3, 5, rngs=nnx.Rngs(0))
@@ -101,7 +101,7 @@ class TestFigure3:
         assert written["without dropout"]["AdaGrad"]["costs"][0][0] == pytest.approx(math.log(10), abs=0.3)
 
     @pytest.mark.parametrize("count", [5, 40])
-    def test_whitening(self, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_whitening_decorrelates_without_another_rotation(self, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(figure3, "ZCA", 1e-6)
         rng = np.random.default_rng(0)
         images = rng.integers(0, 256, (count, 2, 2, 3), np.uint8)
@@ -119,13 +119,13 @@ class TestFigure3:
         np.testing.assert_allclose(product, product.T, atol=1e-3)
         assert np.linalg.eigvalsh(product).min() > -1e-3
 
-    def test_pooling(self) -> None:
+    def test_pooling_equals_that_of_flax(self) -> None:
         x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 6, 3)), jnp.float32)
         expected = nnx.max_pool(x, (3, 3), (2, 2), "SAME")
         np.testing.assert_array_equal(np.asarray(figure3.max_pool(x)), np.asarray(expected))
 
     @pytest.mark.parametrize("label", figure3.OPTIMIZERS)
-    def test_training_is_that_of_the_harness(self, label: str) -> None:
+    def test_training_equals_that_of_the_harness(self, label: str) -> None:
         rng = np.random.default_rng(0)
         data = jnp.asarray(rng.standard_normal((20, 3)), jnp.float32), jnp.asarray(rng.standard_normal(20), jnp.float32)
 
@@ -143,8 +143,8 @@ class TestFigure3:
         np.testing.assert_allclose(found.metrics["first"], expected.metrics["first"], rtol=1e-5)
         assert (found.label, found.grid["rate"].tolist()) == (label, [0.1])
 
-    def test_second_moments(self) -> None:
-        tx = figure3.OPTIMIZERS["Adam"][0]  # Whose β₂ the bias weight is of.
+    def test_second_moments_are_compared_with_eps(self) -> None:
+        tx = figure3.OPTIMIZERS["Adam"][0]  # Its β₂ determines the bias weight.
         params = {"full": {"kernel": jnp.zeros((3, 1)), "bias": jnp.zeros(1)}}
         grads = {"full": {"kernel": jnp.array([[1e-9], [1e-6], [2.0]]), "bias": jnp.array([3.0])}}
         state = tx.init(params)
@@ -164,7 +164,7 @@ class TestFigure4:
         (written,) = read_json(tmp_path / "figure4.json")["runs"]
         assert np.shape(written["costs"]) == (60, 2)
 
-    def test_uncorrected_moments_lack_the_bias_weights(self) -> None:
+    def test_uncorrected_moments_lack_the_bias_corrections(self) -> None:
         b1, b2, t = 0.9, 0.999, np.arange(1.0, 21)[:, None]
         points = ({"b1": jnp.float32(b1), "b2": jnp.float32(b2), "corrected": jnp.float32(x)} for x in (0, 1))
         txs = *map(figure4.optimizer, points), adam_fn.adam(1.0, b1, b2)
@@ -172,7 +172,7 @@ class TestFigure4:
         assert relative_error(raw, adam * (1 - b1**t) / np.sqrt(1 - b2**t)) < 1e-5
         assert relative_error(corrected, adam) < 1e-5
 
-    def test_negative_bound_against_numpy(self) -> None:
+    def test_the_negative_bound_equals_that_of_numpy(self) -> None:
         rng = np.random.default_rng(0)
         images, noise = rng.integers(0, 256, (3, 6), np.uint8), rng.standard_normal((3, 2))
         model = figure4.Autoencoder(6, 4, 2, rngs=nnx.Rngs(0))
@@ -192,7 +192,7 @@ class TestFigure4:
         found = nnx.jit(figure4.negative_bound)(model, jnp.asarray(images), jnp.asarray(noise, jnp.float32))
         assert found.item() == pytest.approx((divergence - likelihood).mean(), rel=1e-5)
 
-    def test_losses_stand_where_the_grid_has_them(self) -> None:
+    def test_losses_have_the_places_of_their_points_in_the_grid(self) -> None:
         weights = {"b1": 1.0, "b2": 1e2, "corrected": 1e4, "rate": 1e6}
         first = sum(weight * np.array(figure4.GRID[name]) for name, weight in weights.items())
         costs = np.stack([first] * 3, 1)

@@ -1,6 +1,6 @@
-"""What the Adam paper says of its updates (arXiv 1412.6980, sections 2 to 5 and 7.1) and of where they lead.
+"""The claims of the Adam paper about its updates (arXiv 1412.6980, sections 2 to 5 and 7.1) and where they lead.
 
-Each claim stands against a formula or an independent implementation, and beside a competitor for which it fails.
+Each claim is checked with a formula or an independent implementation, and with a competitor for which it fails.
 """
 
 import math
@@ -42,7 +42,7 @@ DIAGONAL = 10.0 ** np.linspace(-4, 4, SIZE)
 
 
 def test_diagonal_rescaling_leaves_the_updates_unchanged() -> None:
-    """ε = 0: the gradients ``D g``, D diagonal from 1e-4 to 1e4, give the updates of ``g``.
+    """With ε = 0, the gradients ``D g``, D diagonal from 1e-4 to 1e4, give the updates of ``g``.
 
     Powers of two commute with every rounding: for them the updates are equal to the last bit.
     """
@@ -58,7 +58,7 @@ def test_diagonal_rescaling_leaves_the_updates_unchanged() -> None:
 
 
 def test_rotated_gradients_do_not_rotate_the_updates() -> None:
-    """A rotation of the gradients is not a rotation of the updates; SGD's are."""
+    """Adam's updates are not rotated along with the gradients; SGD's are."""
     rotation = np.linalg.qr(np.random.default_rng(3).standard_normal((SIZE, SIZE)))[0]
     grads = np.concatenate([GRADS, GRADS @ rotation.T], axis=1)
     _, updates = trajectories([adam_fn.adam(1.0), optax.sgd(1.0)], grads, np.zeros(2 * SIZE))
@@ -105,8 +105,8 @@ def test_spike_after_zeros_approaches_the_papers_bound() -> None:
     assert found[-1] == pytest.approx(0.1 / math.sqrt(1 - 0.999), rel=1e-4)
 
 
-def test_strict_bound_of_adamax() -> None:
-    """``|Δ| ≤ α (1-β₁)/(1-β₁ᵗ) (1-qᵗ)/(1-q)``, q = β₁/β₂: reached by ``g_i = β₂^i``, 0.9% above the paper's α."""
+def test_strict_bound_of_adamax_is_reached() -> None:
+    """The bound ``|Δ| ≤ α (1-β₁)/(1-β₁ᵗ) (1-qᵗ)/(1-q)``, q = β₁/β₂; ``g_i = β₂^i`` reaches it, 1.009 α."""
     steps = 400
     t = np.arange(1, steps + 1)
     grads = np.concatenate([(0.999**t)[:, None] * [1.0, -1e-5], random_gradients(steps, 60), 0.9 ** t[:, None]], axis=1)
@@ -127,7 +127,7 @@ def test_steps_follow_the_signal_to_noise_ratio() -> None:
     copies, steps, tail = 1500, 1500, 500
     rng = np.random.default_rng(5)
     signal = np.repeat(ratios, copies)
-    scale = 10.0 ** rng.uniform(-4, 4, signal.size)  # Of the gradients; it must not matter.
+    scale = 10.0 ** rng.uniform(-4, 4, signal.size)  # The gradients' scale must not matter.
     grads = (signal + rng.standard_normal((steps, signal.size))) * scale
     _, updates = trajectory(adam_fn.adam(1.0, eps=0.0), grads, np.zeros(signal.size))
     steps_of = -updates[-tail:].reshape(tail, len(ratios), copies)
@@ -142,10 +142,10 @@ def test_steps_follow_the_signal_to_noise_ratio() -> None:
 
 
 @pytest.mark.parametrize("beta", [0.5, 0.9, 0.999, 0.99999])
-def test_corrected_moments_are_means_of_what_was_seen(beta: float) -> None:
-    """Weighted by ``β^(t-i)``, which sums to 1 from the first step on: unbiased where the gradients are stationary.
+def test_corrected_moments_are_weighted_means_of_the_gradients(beta: float) -> None:
+    """The weights ``β^(t-i)``, made to sum to 1 from the first step on: unbiased if the gradients are stationary.
 
-    They are read off the updates: with β₁ = 0 and ε = 0 these are ``g/√v̂``, with β₂ = 0 ``m̂/|g|``.
+    The moments are read off the updates: with β₁ = 0 and ε = 0 these are ``g/√v̂``, with β₂ = 0 ``m̂/|g|``.
     """
     grads = 0.5 + np.random.default_rng(6).standard_normal((100, SIZE))
     lag = np.subtract.outer(np.arange(100.0), np.arange(100.0))  # [t, i]
@@ -157,7 +157,7 @@ def test_corrected_moments_are_means_of_what_was_seen(beta: float) -> None:
 
 
 def test_without_correction_the_first_steps_are_too_large() -> None:
-    """By ``(1-β₁ᵗ)/√(1-β₂ᵗ)``: ``(1-β₁)/√(1-β₂)`` at the first step, and still more in the steps after it."""
+    """The factor is ``(1-β₁ᵗ)/√(1-β₂ᵗ)``: ``(1-β₁)/√(1-β₂)`` at the first step, and more in the steps after it."""
     steps, b1, firsts = 400, 0.9, {0.999: 3.1623, 0.9999: 10.0, 0.999999: 100.0}
     t = np.arange(1, steps + 1)
     corrected = [adam_fn.adam(1.0, b1, b2, eps=0.0) for b2 in firsts]
@@ -170,7 +170,7 @@ def test_without_correction_the_first_steps_are_too_large() -> None:
 
 
 def test_adagrad_is_a_limit_of_adam() -> None:
-    """β₁ = 0 and the rate ``α/√t``: ``α g_t/√(Σ g_i²)`` where v is ``mean(g²)``; else off by something like 1 - β₂."""
+    """β₁ = 0 and the rate ``α/√t`` give ``α g_t/√(Σ g_i²)`` if v is ``mean(g²)``; else the error is about 1 - β₂."""
     rng = np.random.default_rng(8)
     grads = np.float64(random_gradients(200, SIZE)) * (rng.random((200, SIZE)) < 0.3)
     rate, betas = inverse_sqrt(0.1), (mean_decay, 1 - 1e-2, 1 - 1e-4, 1 - 1e-6)
@@ -187,7 +187,7 @@ def test_adagrad_is_a_limit_of_adam() -> None:
 
 @pytest.mark.parametrize("b2", [0.9, 0.999])
 def test_rmsprop_is_adam_without_momentum(b2: float) -> None:
-    """β₁ = 0 is RMSProp with bias correction; RMSProp as it was published has none: its first step is 1/√(1-β₂)."""
+    """Adam with β₁ = 0 has a bias correction; RMSProp as published has none, and its first step is 1/√(1-β₂)."""
     options = {"decay": b2, "eps": 1e-3, "eps_in_sqrt": False}
     peers = [optax.rmsprop(0.1, **options, bias_correction=given) for given in (True, False)]
     ours = adam_fn.adam(0.1, 0.0, b2, eps=1e-3), uncorrected(0.1, 0.0, b2, eps=1e-3)
@@ -258,9 +258,9 @@ def test_sparse_features_are_learned_faster_than_by_sgd() -> None:
 
 
 def test_average_regret_falls_like_one_over_root_t() -> None:
-    """``f_t(x) = ½(x - z_t)²``, z_t ~ N(0, σ²), ``α_t = α/√t``, ``β₁_t = β₁ λ^(t-1)``: ``R(T)/T → ασ/(2√T)``.
+    """With ``f_t(x) = ½(x - z_t)²``, z_t ~ N(0, σ²), ``α_t = α/√t``, ``β₁_t = β₁ λ^(t-1)``: ``R(T)/T → ασ/(2√T)``.
 
-    For the expected loss of a step is ``E[x²]/2 ≈ α_t σ/4`` above the best one's. At a constant rate R(T)/T stays.
+    The expected loss of a step is ``E[x²]/2 ≈ α_t σ/4`` above the best one's. At a constant rate R(T)/T stays.
     R(T) is against the best fixed point in hindsight, the mean of the z_t.
     """
     steps, size = 16_000, 400
@@ -280,8 +280,8 @@ def test_average_regret_falls_like_one_over_root_t() -> None:
     assert constant[-1] > 0.9 * constant[-2]
 
 
-def test_counter_example_of_amsgrad() -> None:
-    """``f_t(x) = 3x`` at every third step and ``-x`` at the others, on [-1, 1]; the best point is -1.
+def test_adam_fails_on_the_counter_example_of_amsgrad() -> None:
+    """With ``f_t(x) = 3x`` at every third step and ``-x`` at the others, on [-1, 1], the best point is -1.
 
     With β₁ = 0 and β₂ = 1/(1+C²) Adam ends at +1, the worst point, from every start: its average regret is 2/3. AMSGrad
     (the paper's form, without bias corrections) and AdaGrad end at -1, and so does Adam where its memory of v, here

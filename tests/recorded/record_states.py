@@ -1,4 +1,4 @@
-"""Record states of torch's and Keras's optimizers: `python tests/recorded/record_states.py [torch] [keras]`.
+"""Records states of torch's and Keras's optimizers: `python tests/recorded/record_states.py [torch] [keras]`.
 
 Writes `states/torch.npz` and `states/keras.npz`, which the tests of `adam_fn.interop` read, so that they need neither
 framework. Each row trains a small model BEFORE steps in float32 on gradients that do not depend on it, and records the
@@ -10,7 +10,7 @@ every row "<row>/params/<parameter>", "<row>/after/<parameter>", and of its stat
 "<row>/groups" (JSON) for torch, "<row>/variables/<number>" and "<row>/names" (JSON) for Keras.
 """
 
-# torch and keras are the maintainer's own, and need not be there where the types are checked.
+# torch and keras are installed by the maintainer, and may be missing where the types are checked.
 # pyright: reportMissingImports=false
 
 from __future__ import annotations

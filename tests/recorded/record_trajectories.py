@@ -1,4 +1,4 @@
-"""Record what torch and Keras do on a small problem: `python tests/recorded/record_trajectories.py [torch] [keras]`.
+"""Records torch and Keras on a small problem: `python tests/recorded/record_trajectories.py [torch] [keras]`.
 
 Writes `trajectories/torch.npz` and `trajectories/keras.npz`, which the tests read, so that they need neither framework.
 Everything runs in float64: the record is the framework's maths and not its rounding. Keras runs on its torch backend
@@ -7,7 +7,7 @@ RECORDED ("params/<row>", [5, 64]), and as text the class and arguments of every
 ("versions", JSON) and the fingerprint of the problem ("problem").
 """
 
-# torch and keras are the maintainer's own, and need not be there where the types are checked.
+# torch and keras are installed by the maintainer, and may be missing where the types are checked.
 # pyright: reportMissingImports=false
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def fingerprint(this: Problem) -> str:
 
 
 def listing(rows: Rows) -> str:
-    """What a file says of its rows."""
+    """The text about the rows of a file."""
     return json.dumps({row: {"class": name, "arguments": dict(arguments)} for row, (name, arguments) in rows.items()})
 
 

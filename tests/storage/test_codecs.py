@@ -1,4 +1,4 @@
-"""The codecs: what they store, that their rounding is right on average, and what a dither is."""
+"""The codecs: the numbers that they store, their rounding, which is right on average, and its dithers."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ CODECS: dict[str, Codec] = {
     "float8": Cast("float8_e5m2").for_slot("mu", SLOTS),
     "float8_e4m3fn": Cast("float8_e4m3fn").for_slot("mu", SLOTS),
 }
-#: The logarithms of the numbers that a codec may get, where not all of float32's.
+#: The ranges of the logarithms of the numbers that a codec may get, if they are not those of float32.
 RANGES = {"mu-law": (-9, 1.9), "float16": (-16, 10), "float8": (-10, 10), "float8_e4m3fn": (-10, 6)}
 #: Dithers that fill their interval evenly, ends included.
 DITHERS = jnp.asarray(np.linspace(-(2**31), 2**31 - 1, 4001).astype(np.int32))
@@ -34,7 +34,7 @@ N = 512
 
 
 def numbers(codec: str, seed: int = 0) -> tuple[jax.Array, ...]:
-    """Numbers of all sizes that a codec may get: of the word moments, else one array."""
+    """Numbers of all sizes that a codec may get: two moments for the word, else one array."""
     rng = np.random.default_rng(seed)
     signs = rng.choice([-1.0, 1.0], N)
     if codec == "word":
@@ -47,7 +47,7 @@ def numbers(codec: str, seed: int = 0) -> tuple[jax.Array, ...]:
 
 
 def spread(codec: Codec, x: tuple[jax.Array, ...]) -> tuple[np.ndarray, ...]:
-    """What is decoded of every number, with every dither: ``[dithers, numbers]`` of each slot."""
+    """The decoded values of every number with every dither: ``[dithers, numbers]`` for each slot."""
 
     def one(dither: jax.Array) -> tuple[jax.Array, ...]:
         u = jnp.full(x[0].shape, dither)
@@ -57,31 +57,31 @@ def spread(codec: Codec, x: tuple[jax.Array, ...]) -> tuple[np.ndarray, ...]:
 
 
 @pytest.mark.parametrize("kind", CODECS)
-def test_the_mean_over_all_dithers_is_the_number_and_there_are_two_neighbours(kind: str) -> None:
+def test_numbers_round_to_two_neighbours_and_to_themselves_on_average(kind: str) -> None:
     codec, x = CODECS[kind], numbers(kind)
     found = spread(codec, x)
     exact = [np.asarray(y, np.float64) for y in x]
-    if kind == "word":  # The root of v is what is dithered, and r = m/√v.
+    if kind == "word":  # It rounds the root of v, and r = m/√v.
         root = np.sqrt(found[1])
         found, exact = (found[0] / root, root), [exact[0] / np.sqrt(exact[1]), np.sqrt(exact[1])]
     for values, wanted in zip(found, exact, strict=True):
         low, high = values.min(0), values.max(0)
         step = high - low
-        assert (np.abs(values - low) * np.abs(values - high) <= 1e-5 * step**2 + 1e-60).all(), "more than two"
+        assert (np.abs(values - low) * np.abs(values - high) <= 1e-5 * step**2 + 1e-60).all(), "more than two values"
         assert (low <= wanted * (1 + np.sign(wanted) * 1e-6) + 1e-45).all()
         assert (high >= wanted * (1 - np.sign(wanted) * 1e-6) - 1e-45).all()
-        # 4,001 dithers place a threshold to 1/4,000 of a step; the bits of μ-laws are those of 1 + c|r|.
+        # 4,001 dithers find a threshold to 1/4,000 of a step; the bits of μ-laws are those of 1 + c|r|.
         assert (np.abs(values.mean(0) - wanted) <= 1e-3 * step + 2e-6 * np.abs(wanted)).all()
         if kind in ("mu-law", "word"):
             assert (step <= np.abs(wanted) / 7.9 + 7.27 / 239 / 7.9).all()
 
 
 @pytest.mark.parametrize("kind", CODECS)
-def test_any_dither_leaves_what_a_code_stands_for(kind: str) -> None:
-    """``encode(decode(code)) = code`` for every code, nan among them; and code 0 stands for 0."""
+def test_a_decoded_code_is_encoded_as_itself_with_any_dither(kind: str) -> None:
+    """The identity ``encode(decode(code)) = code`` holds for every code, nan included; code 0 stands for 0."""
     codec = CODECS[kind]
     if isinstance(codec, MuLaw):
-        codec = dataclasses.replace(codec, unit=None)  # It has a code for nan, and -128 stands for it.
+        codec = dataclasses.replace(codec, unit=None)  # Then -128 is a code, for nan.
     bits = 8 if kind.startswith(("mu-law", "float8")) else 16
     every = jnp.arange(2**bits, dtype=f"uint{bits}")
     code = {"word": every}.get(kind, jax.lax.bitcast_convert_type(every, getattr(codec, "dtype", jnp.int8)))
@@ -92,22 +92,22 @@ def test_any_dither_leaves_what_a_code_stands_for(kind: str) -> None:
 
     values = [np.asarray(y, np.float32) for y in codec.decode(code, jnp.float32)]
     assert all(y[0] == 0 for y in values)
-    # XLA takes subnormal numbers for 0, and of a word with s = 0 or s = nan r is not known.
+    # XLA takes subnormal numbers for 0, and a word with s = 0 or s = nan does not determine r.
     normal = np.all([np.isnan(y) | (np.abs(y) >= 2.0**-126) for y in values], axis=0)
     for dither in (-(2**31), 2**30, -(2**30)):  # u = 1/2, 1/4, 3/4
         found = np.asarray(jax.jit(again)(code, jnp.int32(dither)), np.float32)
         same = (found == np.asarray(code, np.float32)) | np.isnan(found)
-        if kind == "word":  # Of a nan it keeps no r.
+        if kind == "word":  # A word of nan keeps no r.
             same |= np.isnan(values[1]) & (found % 512 == 511)
         assert same[normal].all(), (np.asarray(code)[normal][~same[normal]], dither)
 
 
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_stays_so_in_its_element_alone(bad: float) -> None:
-    codecs = {**CODECS, "mu-law": MuLaw().for_slot("mu", {"mu": Slot(bound=7.27)})}  # With a unit, that is nan.
+def test_an_element_that_is_not_finite_stays_so_and_changes_no_other(bad: float) -> None:
+    codecs = {**CODECS, "mu-law": MuLaw().for_slot("mu", {"mu": Slot(bound=7.27)})}  # With a unit, the unit is nan.
     for kind, codec in codecs.items():
         if kind == "word" and np.isinf(bad):
-            continue  # A rule makes nan of it.
+            continue  # A rule turns it into nan.
         x = tuple(np.asarray([y, y, bad, y, y], np.float32) for y in (0.5, 0.25)[: len(codec.slots)])
 
         def stored(x: Any, dither: jax.Array, codec: Codec = codec) -> Any:
@@ -120,8 +120,8 @@ def test_what_is_not_finite_stays_so_in_its_element_alone(bad: float) -> None:
     assert jnp.isnan(narrowed(every_bit, np.dtype(jnp.bfloat16), jnp.int32(-1)))
 
 
-def test_what_is_too_large_or_too_small_saturates() -> None:
-    """Beyond the bound, of a running sum that rounded up; beyond the word's range; beyond float16's."""
+def test_numbers_that_are_too_large_or_too_small_saturate() -> None:
+    """The limits are the bound (which a running sum may exceed by rounding), the word's range, and float16's."""
     u = jnp.full(3, -1, jnp.int32)
 
     def stored(kind: str, *x: Any) -> Any:
@@ -149,8 +149,8 @@ def test_the_lattice_is_even_along_every_axis(shape: tuple[int, ...]) -> None:
     assert np.unique(found).size > 0.99 * found.size
 
 
-def test_times_are_even_and_without_a_period() -> None:
-    """Of 2ⁿ steps each 1/2ⁿ of the interval has one; no frequency has much of their spectrum; each thing its own."""
+def test_time_offsets_are_even_and_without_a_period() -> None:
+    """Each 1/2ⁿ of the interval has one of 2ⁿ steps; no frequency stands out; each slot has offsets of its own."""
     names = ["mu", "nu", "parameters"]
     steps = jnp.arange(4096) + 3 * 4096
     found = jax.jit(jax.vmap(lambda t: noise.time_offsets(t, names)))(steps)
@@ -167,7 +167,7 @@ def test_times_are_even_and_without_a_period() -> None:
     "case", [x for x in MEMBERS if any(s.bound is not None for s in x.member.slots.values())], ids=name
 )
 def test_bounds_hold_for_the_worst_gradients(case: Case) -> None:
-    """Those that grow as the bound's proof has it, spikes, random walks: slots come near their bounds, not beyond."""
+    """Gradients that grow as in the proof, spikes and random walks bring slots near their bounds, not beyond."""
     rule, steps = case.member, 1500
     bounded = {slot: x for slot, x in rule.slots.items() if x.bound is not None}
     rng = np.random.default_rng(0)
@@ -193,19 +193,19 @@ def test_bounds_hold_for_the_worst_gradients(case: Case) -> None:
     for slot, x in bounded.items():
         assert x.bound is not None
         assert float(most[slot]) <= x.bound * 1.001, slot
-        if case.alias is not adam_fn.adopt:  # The bound of ADOPT is what its clipping allows after a million steps.
+        if case.alias is not adam_fn.adopt:  # Its bound is that of a million steps of clipping.
             assert float(most[slot]) > 0.35 * x.bound, f"{slot}: {most[slot]} of {x.bound}"
 
 
 def test_bounds_depend_on_the_betas() -> None:
     bounds = {beta: adam_fn.Adam(b1=beta).slots["mu"].bound for beta in (0.9, 0.99)}
     assert bounds == {0.9: pytest.approx(7.2703, rel=1e-4), 0.99: pytest.approx(2.2991, rel=1e-4)}
-    assert adam_fn.Adam(b1=jnp.float32(0.5)).slots["mu"].bound == bounds[0.9], "of no numbers, that of the defaults"
+    assert adam_fn.Adam(b1=jnp.float32(0.5)).slots["mu"].bound == bounds[0.9], "arrays have the bound of the defaults"
     assert adam_fn.Adam(b1=0.999, b2=0.9).slots["mu"].bound is adam_fn.AdEMAMix().slots["slow"].bound is None
 
 
 class Half(Codec):
-    """A codec of a user's own: half of the number."""
+    """A user's own codec, which stores half of the number."""
 
     def encode(self, x: tuple[jax.Array, ...], dither: tuple[jax.Array, ...]) -> jax.Array:
         return (x[0] / 2).astype(jnp.float32)
@@ -214,14 +214,14 @@ class Half(Codec):
         return (2 * code.astype(dtype),)
 
 
-def test_a_codec_of_a_users_own() -> None:
+def test_a_users_own_codec_stores_moments() -> None:
     txs = [adam_fn.adam(1e-2, storage=storage) for storage in (Half(), None)]
     _, (half, plain) = trajectories(txs, random_gradients(3, 60), np.zeros(60))
     np.testing.assert_allclose(half, plain, rtol=1e-6, atol=1e-8)
 
 
 def test_derivatives_pass_through_narrow_moments() -> None:
-    """That of a float is the derivative of the number; a code's is 0, and the update has one all the same."""
+    """A narrow float has the derivative of the number; a code has none, but the update still has one."""
     g = jnp.asarray([0.3, -2.0, 0.01])
 
     def second(storage: Any, g: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What storing moments in fewer bits does to what they learn: every member of the family, on signals and on noise."""
+"""The effect of narrow moments on learning: every member of the family, on signals and on noise."""
 
 import functools
 from typing import Any
@@ -15,16 +15,16 @@ import adam_fn
 STORAGES = ("bfloat16", "24bit", "16bit")
 SIZE, STEPS, LAST = 256, 1200, 200
 KINDS = ("random", "steady", "noisy", "quiet")
-#: Relative errors of the last updates on random gradients, and of the way made on steady ones. "lion" is a sign.
+#: Relative errors of the last updates on random gradients, and of the distance moved on steady ones.
 ERROR = {"bfloat16": 0.016, "24bit": 0.08, "16bit": 0.21}
 STEP = {"bfloat16": 0.003, "24bit": 0.01, "16bit": 0.025}
-#: Members whose maximum of a dithered v, or whose sign, makes of storing more than that.
+#: Larger errors, of members that take the maximum of a dithered v, or a sign.
 LARGER = {("lion", "random"): 0.1, ("adamax", "16bit"): 0.09, ("amsgrad", "16bit"): 0.05}
 
 
 @functools.cache
 def gradients() -> jax.Array:
-    """``[steps, kinds, elements]``, each element with a scale of lognormal(0.7)."""
+    """Gradients ``[steps, kinds, elements]``, each element with a scale of lognormal(0.7)."""
 
     def at(t: jax.Array) -> jax.Array:
         scales = jnp.exp(0.7 * jax.random.normal(jax.random.key(3), (SIZE,)))
@@ -36,7 +36,7 @@ def gradients() -> jax.Array:
 
 
 def runs(case: Case) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """By storage, float32 among them: the way that the parameters went, and the last updates; in one program."""
+    """The distances that the parameters moved, and the last updates, for every storage and float32; in one program."""
     txs = {x: case.make(1e-2, storage=x) for x in ("float32", *STORAGES)}
 
     def run(grads: jax.Array) -> Any:
@@ -47,8 +47,8 @@ def runs(case: Case) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 @pytest.mark.parametrize("case", MEMBERS, ids=name)
-def test_every_member_with_every_storage(case: Case) -> None:
-    """On random gradients the updates, on steady and noisy ones the way made, and what moves where gradients end."""
+def test_every_member_steps_with_every_storage_as_with_float32(case: Case) -> None:
+    """Updates on random gradients, distances on steady and noisy ones, and rest after the end are compared."""
     found = runs(case)
     way, updates = found["float32"]
     for storage in STORAGES:
@@ -69,8 +69,8 @@ def test_every_member_with_every_storage(case: Case) -> None:
         assert np.isfinite(u).all()
 
 
-def test_neighbours_with_gradients_of_any_scale_step_as_alone() -> None:
-    """Elements beside each other with gradients from 1e-15 to 1e3: each is stepped as it would be alone."""
+def test_neighbours_with_gradients_of_any_scale_step_as_they_would_alone() -> None:
+    """Gradients of elements beside each other range from 1e-15 to 1e3."""
     scales = 10.0 ** jnp.linspace(-15, 3, 19)[:, None]
     tx = {x: adam_fn.adam(1.0, eps=0.0, storage=x) for x in ("float32", "24bit", "16bit")}
 

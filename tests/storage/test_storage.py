@@ -22,7 +22,7 @@ ADAM: Any = adam_fn.adam
 LION: Any = adam_fn.lion
 
 
-def test_options_of_storage() -> None:
+def test_storages_are_equal_however_they_are_given() -> None:
     both = {"mu": MuLaw(), "nu": Cast("bfloat16")}
     word = adam_fn.transform(adam_fn.Adam() >> adam_fn.Rate(1e-3), storage="16bit")
     for one, other in (
@@ -66,7 +66,7 @@ UNBOUNDED = {"b1": 0.99, "b2": 0.9, "storage": {"mu": MuLaw()}}
         (ADAM, {"storage": "16bit", "storage_mask": adam_fn.masks.rank(2)}, 'no place for .*: use storage="24bit"'),
     ],
 )
-def test_errors_of_storage(make: Any, options: dict[str, Any], message: str) -> None:
+def test_errors_of_storage_name_what_is_wrong(make: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         make(1e-3, **options)
 
@@ -82,8 +82,8 @@ def test_states_of_another_storage_are_errors(storage: Any) -> None:
 
 @pytest.mark.quick
 @pytest.mark.parametrize(("storage", "least"), [("float32", 8), ("bfloat16", 4), ("24bit", 3), ("16bit", 2)])
-def test_state_bytes(storage: Any, least: int) -> None:
-    """Of both moments, for each parameter, without an allocation: these parameters would be 4 TB."""
+def test_a_state_has_the_bytes_of_its_storage(storage: Any, least: int) -> None:
+    """Both moments are counted without an allocation: these parameters would be 4 TB."""
     params = jax.ShapeDtypeStruct((1 << 20, 1 << 20), jnp.float32)
     assert adam_fn.state_bytes(adam_fn.adam(1e-3, storage=storage), params) == least * params.size + 4
     assert adam_fn.state_bytes(optax.adam(1e-3), params) == 8 * params.size + 4
@@ -101,7 +101,7 @@ def test_every_array_of_every_state_has_its_parameters_shape() -> None:
 
 
 @pytest.mark.parametrize("storage", NAMES)
-def test_complex_and_wide_parameters(storage: Any) -> None:
+def test_complex_and_float64_parameters_have_narrow_moments(storage: Any) -> None:
     """Complex ones are stored as two reals, float64 ones as narrow as others; each is stepped in its own precision."""
     g = np.random.default_rng(0).standard_normal((2, 9))
     tx = adam_fn.adam(1e-3, storage=storage)
@@ -138,8 +138,8 @@ def test_every_storage_works_inside_optax_and_vmap(storage: Any) -> None:
         np.testing.assert_allclose(batch["w"][i], scanned(plain, *run)[0][0]["w"], rtol=1e-6)
 
 
-def test_second_moments_in_a_dtype_of_short_range() -> None:
-    """They work where gradients are large enough, and a warning says that they may not be."""
+def test_second_moments_in_a_dtype_of_short_range_work_with_a_warning() -> None:
+    """They work if gradients are large enough; the warning says that they may not be."""
     for dtype in ("float16", "float8_e4m3fn", "float8_e5m2"):
         with pytest.warns(UserWarning, match=f"{dtype} cannot represent small second moments"):
             tx = adam_fn.adam(1.0, nu_dtype=dtype)
@@ -148,7 +148,7 @@ def test_second_moments_in_a_dtype_of_short_range() -> None:
         assert slots_of(state)["nu"].dtype == jnp.dtype(dtype)
 
 
-def test_masks_are_no_schedules() -> None:
+def test_masks_are_not_taken_for_schedules() -> None:
     """`inject_hyperparams` calls every function with the step, unless it is told not to."""
     params = {"embedding": jnp.ones((64, 128)), "w": jnp.ones((64, 128))}
     mask = adam_fn.masks.path("w")
@@ -161,8 +161,8 @@ def test_masks_are_no_schedules() -> None:
 
 
 @pytest.mark.quick
-def test_storage_mask() -> None:
-    """What it leaves out is stored, and updated, as without storage=."""
+def test_leaves_outside_the_storage_mask_stay_wide() -> None:
+    """They are stored, and updated, as without `storage`."""
     params = {"embedding": jnp.ones((8, 16)), "w": jnp.ones((8, 16)), "n": jnp.arange(3), "none": None}
     mask = adam_fn.masks.path("*embedding*", invert=True)
     size, steps = params["w"].size, jnp.linspace(-1, 1, 3 * 8 * 16).reshape(3, 8, 16)

@@ -32,7 +32,7 @@ def _problem() -> tuple[Any, Any]:
 
 # `optax.contrib.adopt` fails on complex leaves; `optax.amsgrad` takes another maximum.
 @pytest.mark.parametrize("name", ["adam", "adamw", "nadam", "radam", "yogi", "adabelief", "lamb", "ademamix"])
-def test_magnitudes_as_in_optax(name: str) -> None:
+def test_steps_with_magnitudes_equal_those_of_optax(name: str) -> None:
     ours, theirs = getattr(adam_fn, name), getattr(optax, name, None) or getattr(optax.contrib, name)
     with jax.enable_x64(True):
         problem = _problem()
@@ -46,7 +46,7 @@ def test_magnitudes_as_in_optax(name: str) -> None:
             chex.assert_trees_all_equal(parts["pair"], found["pair"])
 
 
-def test_a_complex_run_of_optax_goes_on_and_back() -> None:
+def test_a_complex_state_of_optax_is_converted_there_and_back() -> None:
     with jax.enable_x64(True):
         params, grads = _problem()
         tx, theirs = adam_fn.adam(1e-2, complex="magnitude"), optax.adam(1e-2)
@@ -60,7 +60,7 @@ def test_a_complex_run_of_optax_goes_on_and_back() -> None:
 
 
 @pytest.mark.parametrize(("storage", "tolerance"), [("bfloat16", 0.02), ("24bit", 0.04), ("16bit", 0.15)])
-def test_magnitudes_in_codes(storage: Any, tolerance: float) -> None:
+def test_magnitudes_are_stored_in_codes(storage: Any, tolerance: float) -> None:
     params, grads = jax.tree.map(lambda x: x.astype(np.complex64 if np.iscomplexobj(x) else np.float32), _problem())
     txs = [adam_fn.adam(1e-2, complex="magnitude", storage=kind) for kind in (storage, None)]
     ends = [scanned(tx, params, grads)[0][0] for tx in txs]
@@ -69,7 +69,7 @@ def test_magnitudes_in_codes(storage: Any, tolerance: float) -> None:
         assert np.abs(moved - expected).max() < tolerance * expected.max(), name
 
 
-def test_what_has_no_square_has_no_magnitude() -> None:
+def test_a_rule_that_squares_nothing_has_no_magnitude() -> None:
     with pytest.raises(ValueError, match="Lion"):
         adam_fn.lion(1e-3, complex="magnitude")
     with pytest.raises(ValueError, match=r"complex must be one of \['parts', 'magnitude'\], got 'abs'"):

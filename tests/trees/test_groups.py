@@ -1,4 +1,4 @@
-"""Multipliers and frozen leaves by path: as `optax.partition` of the parts, within one state, for every member."""
+"""Multipliers and frozen leaves by path: the steps of `optax.partition`, with one state, for every member."""
 
 import pickle
 from collections.abc import Callable
@@ -30,7 +30,7 @@ GROUPS = {
     "*/bias": Group(decay=0.0),
     "layers/1/kernel": Group(decay=3.0),
 }
-# Of (rate, decay), None where frozen; in the order of the leaves.
+# The multipliers of (rate, decay), None if frozen, in the order of the leaves.
 EXPECTED = [None, (0.25, 0.0), (0.25, 1.0), (1.0, 0.0), (1.0, 3.0)]
 GRADS = jax.tree.map(lambda p: random_gradients(4, p.size, seed=p.size).reshape(4, *p.shape), PARAMS)
 
@@ -54,7 +54,7 @@ def _make(alias: Any) -> Any:
     return lambda rate, scale, **options: alias(0.1 * rate, weight_decay=0.2 * scale, **options)
 
 
-#: Optimizers of the multipliers of rate and decay.
+#: Functions that make optimizers from the multipliers of rate and decay.
 MAKE = {
     **{case.name: _make(case.make) for case in MEMBERS},
     **{decay: _scheduled(decay) for decay in ("independent", "l2", "proximal")},
@@ -80,7 +80,7 @@ def test_the_rate_of_one_step_is_multiplied_too() -> None:
     chex.assert_trees_all_close(found, expected, rtol=2e-5)
 
 
-def test_mask_frozen_and_groups_together() -> None:
+def test_mask_frozen_and_groups_work_together() -> None:
     options: Any = {"mask": adam_fn.masks.path("*/kernel"), "frozen": adam_fn.masks.path("layers/1/*")}
     _, found = scanned(_make(adam_fn.adamw)(1.0, 1.0, groups={"*": Group(rate=0.5)}, **options), PARAMS, GRADS)
     _, expected = scanned(_make(adam_fn.adamw)(0.5, 1.0, **options), PARAMS, GRADS)
@@ -88,7 +88,7 @@ def test_mask_frozen_and_groups_together() -> None:
 
 
 def test_swats_finds_one_rate_for_all_groups() -> None:
-    """SGD's step is that of gradients times the groups' rates, and its rate makes that project on Adam's."""
+    """SGD steps along gradients times the groups' rates; at its rate, this step projects onto Adam's."""
     grads, rates = random_gradients(12, 6, 0.5), np.repeat([0.25, 1.0], 3)
     params, split = {"a": jnp.ones(3), "b": jnp.ones(3)}, {"a": grads[:, :3], "b": grads[:, 3:]}
 
@@ -117,8 +117,8 @@ def test_leaves_of_one_shape_share_a_program() -> None:
 
 
 @pytest.mark.parametrize("storage", ["bfloat16", "24bit", "16bit"])
-def test_groups_with_low_precision(storage: Any) -> None:
-    """Bit for bit, with masters and in place."""
+def test_groups_in_low_precision_step_as_separate_optimizers(storage: Any) -> None:
+    """The steps are equal bit for bit, with masters and in place."""
     params = {x: jnp.ones((2, 64), jnp.bfloat16) for x in "ab"}
     grads = jax.tree.map(lambda p: jnp.linspace(-1, 1, p.size).reshape(p.shape).astype(p.dtype), params)
 
@@ -151,7 +151,7 @@ def test_a_pattern_that_matches_nothing_is_an_error() -> None:
     for function in (lambda: tx.init(PARAMS), lambda: adam_fn.masks.path("*bias", "layer/*", invert=True)(PARAMS)):
         with pytest.raises(ValueError, match=message):
             function()
-    # A leaf that is None, or that another part of a partition has, is there all the same.
+    # A leaf counts even if it is None, or belongs to another part of a partition.
     params = {"a": jnp.ones(2), "bias": None, "c": optax.MaskedNode()}
     adam_fn.adam(0.1, groups={"bias": Group(rate=0.5), "c": Group(rate=0.5)}).init(params)
     assert adam_fn.masks.path("c", "bias", invert=True)(params) == {"a": True, "bias": None, "c": optax.MaskedNode()}
@@ -164,7 +164,7 @@ UNTYPED: Any = adam_fn  # For arguments that a type checker refuses too.
 PARTLY = Groups({"*/kernel": Group(rate=0.5), "embed/*": Group(frozen=True)}, complete=True)
 
 
-def test_groups_are_values() -> None:
+def test_groups_are_equal_by_value() -> None:
     assert ONE == TWO
     assert hash(ONE) == hash(TWO)
     tx = adam_fn.adamw(0.1, groups=ONE)
@@ -192,7 +192,7 @@ def test_groups_are_values() -> None:
         ),
     ],
 )
-def test_errors_of_groups(call: Callable[[], Any], message: str) -> None:
+def test_errors_of_groups_name_what_is_wrong(call: Callable[[], Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         call()
 
@@ -216,7 +216,7 @@ def _model(framework: str) -> Any:
 
 
 @pytest.mark.parametrize("framework", LAYERS)
-def test_paths_of_frameworks(framework: str) -> None:
+def test_groups_match_the_paths_of_frameworks(framework: str) -> None:
     model = _model(framework)
     params = nnx.state(model, nnx.Param) if framework == "nnx" else eqx.filter(model, eqx.is_array)
     ones = jax.tree.map(jnp.ones_like, params)

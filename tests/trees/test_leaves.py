@@ -18,8 +18,8 @@ import adam_fn
 @pytest.mark.quick("0.1-16bit-adam")
 @pytest.mark.parametrize("case", MEMBERS, ids=name)
 @pytest.mark.parametrize(("weight_decay", "storage"), [(None, None), (0.1, "16bit")])
-def test_every_kind_of_leaf(case: Case, weight_decay: float | None, storage: Any) -> None:
-    """Traced for every member, and computed for Adam."""
+def test_every_kind_of_leaf_keeps_its_shape_and_dtype(case: Case, weight_decay: float | None, storage: Any) -> None:
+    """The steps are traced for every member, and computed for Adam."""
     tx = case.make(1e-3, weight_decay=weight_decay, storage=storage)
     start = {
         "w": jnp.ones((3, 2)),
@@ -37,7 +37,7 @@ def test_every_kind_of_leaf(case: Case, weight_decay: float | None, storage: Any
         for _ in range(2):
             updates, state = tx.update(grads, state, params)
             assert updates["none"] is None
-            assert updates["bool"] is None  # As its gradient is.
+            assert updates["bool"] is None  # Like its gradient.
             params: Any = optax.apply_updates(params, {**updates, "bool": jnp.zeros(2, bool)})
         return params, state
 
@@ -66,7 +66,7 @@ def test_frozen_leaves_have_no_moments_and_a_zero_update(frozen: Any) -> None:
 
 
 def test_complex_is_two_reals() -> None:
-    """As in torch, and not |g|²."""
+    """The second moment is that of each part, as in torch, and not |g|²."""
     grads, params = random_gradients(5, 8), np.linspace(-1, 1, 8).astype(np.float32)
     txs = [case.make() for case in MEMBERS]
     _, expected = trajectories(txs, grads, params)
@@ -98,7 +98,7 @@ def _bad(message: str, **changes: Any) -> Any:
         _bad(r"the structure of the parameters: w is a dict, not an array", w={"a": jnp.ones((3, 1))}),
     ],
 )
-def test_gradients_that_do_not_fit(grads: Any, message: str) -> None:
+def test_gradients_that_do_not_fit_are_named(grads: Any, message: str) -> None:
     params = {"w": jnp.ones((3, 1)), "deep": [jnp.ones(2), jnp.ones(2)]}
     tx = adam_fn.adam(1e-3)
     state = tx.init(params)
@@ -108,8 +108,8 @@ def test_gradients_that_do_not_fit(grads: Any, message: str) -> None:
         jax.eval_shape(tx.update, grads, state, params)
 
 
-def test_eager_use_without_parameters_or_jit_and_with_numbers_of_python_and_numpy() -> None:
-    """A state of NumPy arrays is what a checkpoint gives back; only weight decay needs the parameters."""
+def test_update_works_without_parameters_or_jit_and_with_plain_numbers() -> None:
+    """The state has NumPy arrays, as after a checkpoint; only weight decay needs the parameters."""
     params = {"w": jnp.ones((3, 1)), "none": None, "number": 1.0, "numpy": np.ones(2, np.float32)}
     tx = adam_fn.adam(0.1)
     state = jax.device_get(tx.init(params))

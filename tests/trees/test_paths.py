@@ -19,7 +19,7 @@ pytestmark = pytest.mark.quick
 
 
 class Flat(adam_fn.Rule):
-    """Of another shape where there are two axes."""
+    """A rule whose result has another shape if there are two axes."""
 
     def leaf(self, g: jax.Array, p: Any, slots: Any, clock: Any) -> Any:
         return g[0] if g.ndim == 2 else g, slots
@@ -30,7 +30,7 @@ class Layer(NamedTuple):
 
 
 def tree(kernel: Any) -> Any:
-    """Of dictionaries, a list and a named tuple, so that every kind of key is there."""
+    """A tree of dictionaries, a list and a named tuple, so that it has every kind of key."""
     return {"layers": [Layer(kernel)], "z": jnp.ones(2)}
 
 
@@ -60,7 +60,7 @@ def zero1(params: Any = PARAMS) -> Any:
 
 TORCH: Any = {"state": {}, "param_groups": [{"params": [0, 1]}]}
 MASTERS: Any = adam_fn.master_weights(ADAM)
-#: What goes wrong with the leaf, by the module that says so.
+#: Calls that go wrong with the leaf, by the module that says so.
 WRONG: dict[str, Callable[[], Any]] = {
     "transform-shape": lambda: step(ADAM, tree(jnp.ones(3))),
     "transform-none": lambda: step(ADAM, tree(None)),
@@ -97,7 +97,7 @@ def test_an_error_names_the_leaf_as_patterns_do(name: str) -> None:
     assert not re.search(r"\['(layers|z)'\]|\.kernel\b|\[0\]", text), text
 
 
-def test_what_is_returned_by_path() -> None:
+def test_results_by_path_spell_it_as_patterns_do() -> None:
     assert adam_fn.undivided(zero1())[NAME] == 15
     state = ADAM.init(PARAMS)
     for found in (
@@ -107,7 +107,7 @@ def test_what_is_returned_by_path() -> None:
         assert found == {NAME, "z"}
 
 
-def test_the_only_leaf() -> None:
+def test_the_only_leaf_has_an_empty_path() -> None:
     with pytest.raises(ValueError, match="the gradient of the only leaf has shape"):
         step(ADAM, jnp.ones(2), jnp.ones(3))
     assert adam_fn.undivided(zero1(jnp.ones((5, 3)))) == {"": 15}
@@ -122,14 +122,14 @@ def test_the_only_leaf() -> None:
     ],
 )
 def test_containers_of_other_types_are_named(grads: Any, message: str) -> None:
-    """Where all leaves have the same paths."""
+    """All leaves have the same paths."""
     with pytest.raises(ValueError, match=f"the structure of the parameters: {message}"):
         step(ADAM, grads)
     with pytest.raises(ValueError, match=f"a prefix of it: {message}"):
         adam_fn.adamw(1e-3, mask=jax.tree.map(lambda _: True, grads)).init(PARAMS)
 
 
-def test_a_mask_of_a_name_that_begins_like_another_is_named() -> None:
+def test_a_mask_name_that_only_begins_like_a_parameter_is_an_error() -> None:
     with pytest.raises(ValueError, match="w is not a parameter"):
         adam_fn.adamw(1e-3, mask={"w": True, "w2": True}).init({"w2": jnp.ones(2), "w3": jnp.ones(2)})
 

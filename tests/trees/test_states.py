@@ -1,4 +1,4 @@
-"""The state is optax's own: of the same structure, and each goes on where the other stopped."""
+"""The state is optax's own: the structure is the same, and each goes on where the other stopped."""
 
 import copy
 import pickle
@@ -22,7 +22,7 @@ MASK = {"w": True, "b": False}
 SCHEDULE = optax.cosine_decay_schedule(1e-2, 50)
 #: Functions of optax and ours, with arguments.
 PAIRS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    # Another maximum; and ours has no m where β₁ = 0.
+    # Not AMSGrad, whose maximum differs, and not β₁ = 0, where ours has no m.
     **{
         case.name: (case.peer, case.alias, {"learning_rate": 1e-2, **case.options})
         for case in CASES
@@ -40,7 +40,7 @@ PAIRS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 
 
 def pair(name: str) -> tuple[optax.GradientTransformation, Any]:
-    """Optax's and ours."""
+    """The optimizer of optax and ours."""
     theirs, ours, arguments = PAIRS[name]
     return theirs(**arguments), ours(**arguments)
 
@@ -59,7 +59,7 @@ def go(update: Any, params: Any, state: Any, steps: range) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_each_goes_on_where_the_other_stopped(name: str) -> None:
-    """In the middle of a run, with the moments and counts of the other, as they are."""
+    """They exchange the state in the middle of a run, without a conversion."""
     theirs, ours = pair(name)
     one, other = jax.jit(theirs.update), jax.jit(ours.update)
     chex.assert_trees_all_equal(ours.init(P), theirs.init(P), strict=True)
@@ -73,7 +73,7 @@ def test_each_goes_on_where_the_other_stopped(name: str) -> None:
 
 
 def test_a_checkpoint_of_optax_is_restored_as_it_is(tmp_path: Any) -> None:
-    """Bit for bit the run that had the state in memory."""
+    """The run equals, bit for bit, the one that had the state in memory."""
     theirs, ours = pair("schedules")
     params, state = go(jax.jit(theirs.update), P, theirs.init(P), range(5))
     with ocp.StandardCheckpointer() as checkpointer:
@@ -87,7 +87,7 @@ def test_a_checkpoint_of_optax_is_restored_as_it_is(tmp_path: Any) -> None:
 
 
 def test_bias_correction_and_schedule_have_counts_of_their_own() -> None:
-    """A schedule that somebody starts again starts again; the bias correction goes on."""
+    """If a schedule is restarted, the bias correction still goes on."""
     tx = adam_fn.adam(lambda count: 1.0 / (count + 1))
     state = tx.init(jnp.ones(2))
     for _ in range(3):

@@ -20,7 +20,7 @@ PARAMS = {"w": jnp.linspace(-1, 1, SIZE).reshape(2, -1), "b": jnp.asarray([1.0, 
 
 
 def _grads(steps: int) -> dict[str, Any]:
-    """Those of the floating leaves."""
+    """The gradients of the floating leaves."""
     grads = random_gradients(steps, SIZE + 2)
     return {"w": grads[:, :SIZE].reshape(steps, 2, -1), "b": grads[:, SIZE:]}
 
@@ -41,10 +41,10 @@ KINDS: dict[str, Callable[[], optax.GradientTransformation]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_thousands_of_faults_leave_no_trace(kind: str) -> None:
-    """Many trainings at once, a quarter of all steps faulty in one element: each ends as if those had not been."""
+    """In many trainings, a quarter of all steps is faulty in one element: each ends as it would without those steps."""
     members, good, rng = 128, 30, np.random.default_rng(0)
     tx: Any = adam_fn.skip_nonfinite(KINDS[kind](), max_consecutive=STEPS)
-    # Where the faults come, and with which gradient each step is made: the good ones in their order.
+    # The faulty steps, and the gradient of each step: the good steps take them in their order.
     faulty = rng.permuted(np.broadcast_to(np.arange(STEPS) >= good, (members, STEPS)), axis=1)
     place = np.where(faulty, 0, np.cumsum(~faulty, axis=1) - 1)
     clean = _grads(STEPS)
@@ -52,7 +52,7 @@ def test_thousands_of_faults_leave_no_trace(kind: str) -> None:
     for i, t in np.argwhere(faulty):
         leaf = grads["w" if rng.random() < 0.7 else "b"][i, t]
         leaf[tuple(rng.integers(leaf.shape))] = rng.choice([np.nan, np.inf, -np.inf])
-    # As many members, so that the sums of `lamb` and `swats` are rounded alike.
+    # The same number of members, so that the sums of `lamb` and `swats` are rounded alike.
     alike = jax.tree.map(lambda x: np.broadcast_to(x[:good], (members, good, *x.shape[1:])), clean)
     params = PARAMS
     if kind in ("masters", "rounding"):
@@ -76,7 +76,7 @@ def test_thousands_of_faults_leave_no_trace(kind: str) -> None:
 
 
 def test_a_skipped_step_changes_no_bit() -> None:
-    """By updates and in place, also where a parameter is -0."""
+    """Updates and steps in place leave parameters as they are, even one of -0."""
     tx: Any = adam_fn.skip_nonfinite(adam_fn.adan(0.1, storage="24bit"))
     step: Any = adam_fn.make_step(tx)
     grads: Any = {**jax.tree.map(lambda x: jnp.asarray(x[0]), _grads(1)), "n": jnp.zeros(3, int), "z": None}
@@ -117,7 +117,7 @@ def _clip(tree: Any, max_norm: float = 1.0) -> Any:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])
-def test_clipping_at_every_magnitude(dtype: str) -> None:
+def test_clipping_is_accurate_at_every_magnitude(dtype: str) -> None:
     rng, info = np.random.default_rng(0), jnp.finfo(dtype)
     exponents = [-6, -2, 0, 2, 4] if dtype == "float16" else [-36, -28, -21, -18, -10, -9, -8, 0, 8, 18, 19, 20, 36]
     scales, n = 10.0 ** np.asarray(exponents), len(exponents)
@@ -164,7 +164,7 @@ SMALL = {"a": jnp.linspace(-3, 3, 8), "b": jnp.ones((2, 2))}
     ],
     ids=["zero", "to zero", "infinity", "nan", "huge", "empty", "small"],
 )
-def test_clipping_zero_infinity_and_nan(tree: Any, max_norm: float, expected: Any) -> None:
+def test_clipping_handles_zero_infinity_and_nan(tree: Any, max_norm: float, expected: Any) -> None:
     found = jax.tree.map(lambda x: np.asarray(x, float), _clip(tree, max_norm))
     chex.assert_trees_all_close(found, jax.tree.map(lambda x: np.asarray(x, float), expected), rtol=1e-3)
 

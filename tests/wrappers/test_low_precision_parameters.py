@@ -23,14 +23,14 @@ RNG = np.random.default_rng(0)
 
 
 def test_small_steps_move_one_to_zero() -> None:
-    """1,000 steps of 1e-3, which plain bfloat16 rounds away at the first."""
+    """They are 1,000 steps of 1e-3, which plain bfloat16 rounds away."""
 
     def end(tx: Any) -> np.ndarray:
         return np.asarray(run(tx, jnp.ones(100, BF16), lambda p, t: jnp.full(100, 1e-3), 1000)[0][-1], np.float32)
 
     sgd = optax.sgd(1.0)
     assert (end(sgd) == 1).all()
-    # float32's own rounding of 1,000 differences is 2⁻²⁵ each; of 24-bit masters it is 2⁻¹⁷.
+    # Each of 1,000 differences is rounded by 2⁻²⁵ in float32, and by 2⁻¹⁷ in 24-bit masters.
     assert np.abs(end(WRITES["masters of 16 bits"](sgd))).max() < 1000 * 2.0**-25
     assert np.abs(end(WRITES["masters of 8 bits"](sgd))).max() < 1000 * 2.0**-17
     moved = end(WRITES["stochastic"](sgd))
@@ -85,8 +85,8 @@ def test_every_training_loop_lands_on_the_same_bits(kind: str, ours: bool) -> No
 
 
 @pytest.mark.parametrize("kind", ["masters of 16 bits", "stochastic"])
-def test_vmapped_and_sharded_runs_are_what_they_are_alone(kind: str) -> None:
-    """Under `vmap` and in `shard_map` on 8 devices: also the dither."""
+def test_vmapped_and_sharded_runs_equal_separate_runs(kind: str) -> None:
+    """Even the dither is the same under `vmap` and in `shard_map` on 8 devices."""
     tx: Any = WRITES[kind](optax.sgd(2.0**-6))
     start = jnp.asarray(RNG.standard_normal((8, 33)), BF16)
     grads = jnp.asarray(RNG.standard_normal((8, 33)), jnp.float32)
@@ -105,8 +105,8 @@ def test_vmapped_and_sharded_runs_are_what_they_are_alone(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["masters of 16 bits", "stochastic"])
-def test_the_same_bits_with_x64(kind: str) -> None:
-    """Also with gradients in float64 and beside a float64 parameter, which is updated in float64."""
+def test_x64_does_not_change_the_bits(kind: str) -> None:
+    """They stay the same with gradients in float64 and beside a float64 parameter, which is updated in float64."""
     p, g = jnp.asarray(RNG.standard_normal(999), BF16), jnp.asarray(RNG.standard_normal(999), jnp.float32)
     tx: Any = WRITES[kind](optax.sgd(2.0**-6))
     expected, state = tx.update({"a": g}, tx.init({"a": p}), {"a": p})
@@ -146,7 +146,7 @@ def test_other_leaves_pass_through(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", WRITES)
 def test_masters_and_rounding_compose_with_optax_wrappers_and_pickle(kind: str) -> None:
-    """With MultiSteps inside and outside, injected hyperparameters, masks, pickling; equal ones are equal."""
+    """They work with MultiSteps inside and outside, injected hyperparameters and masks, and are equal by value."""
     p = {"a": jnp.ones(8, BF16), "b": jnp.ones(8, BF16)}
     g = jax.tree.map(lambda x: x.astype(jnp.float32), p)
     make = WRITES[kind]

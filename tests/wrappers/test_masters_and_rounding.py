@@ -1,4 +1,4 @@
-"""What is written to bfloat16 parameters: exact masters, unbiased rounding, and updates that land where they should."""
+"""Writing to bfloat16 parameters: exact masters, unbiased rounding, and updates that land where they should."""
 
 import functools
 from typing import Any
@@ -25,7 +25,7 @@ def _floats(bits: Any) -> np.ndarray:
 
 
 def _upper(q: Any) -> np.ndarray:
-    """Of bfloat16 numbers, or of float32 numbers that stand for them."""
+    """The bits of bfloat16 numbers, or of float32 numbers that equal bfloat16 ones."""
     bits = bits_of(q)
     if bits.dtype == np.uint16:
         return bits
@@ -34,7 +34,7 @@ def _upper(q: Any) -> np.ndarray:
 
 
 def _patterns() -> np.ndarray:
-    """Every bfloat16, subnormals and both zeros included, times ties and their neighbours; and random bits."""
+    """Every bfloat16, subnormals and both zeros included, with low bits at and around ties; and random bits."""
     low = np.array([0, 1, 0x7F, 0x80, 0x81, 0x7F7F, 0x7F80, 0x7FFF, 0x8000, 0x8001, 0xFF7F, 0xFF80, 0xFFFF])
     every = (np.arange(0x10000)[:, None] << 16 | low).ravel()
     return np.concatenate([every, RNG.integers(0, 2**32, 2**24, np.uint32)]).astype(np.uint32)
@@ -51,7 +51,7 @@ def there_and_back(x: jax.Array, bits: int) -> Any:
 
 @pytest.mark.quick
 @pytest.mark.parametrize("bits", [16, 8])
-def test_masters_are_the_nearest_and_of_32_bits_lossless(bits: int) -> None:
+def test_masters_are_the_nearest_numbers_and_lossless_with_32_bits(bits: int) -> None:
     patterns, drop = _patterns(), 16 - bits
     x = _floats(patterns)
     q, back = there_and_back(x, bits)
@@ -60,7 +60,7 @@ def test_masters_are_the_nearest_and_of_32_bits_lossless(bits: int) -> None:
     expected = (patterns[inside] + (1 << drop >> 1)) >> drop << drop
     np.testing.assert_array_equal(bits_of(back)[inside], expected)
     np.testing.assert_array_equal(_upper(q)[inside], (expected + 0x8000) >> 16)
-    if bits == 16:  # The few above bfloat16's reach stay below it; inf and nan are what they were.
+    if bits == 16:  # The few beyond bfloat16's range become LARGEST; inf and nan stay as they are.
         most = (patterns & 0x80000000 | LARGEST)[finite & ~inside]
         np.testing.assert_array_equal(bits_of(back)[finite & ~inside], most)
         np.testing.assert_array_equal(np.asarray(back)[~finite], x[~finite])
@@ -94,8 +94,8 @@ TRAINED: dict[str, tuple[Any, int, int]] = {
 
 @pytest.mark.quick("8")
 @pytest.mark.parametrize("kind", TRAINED)
-def test_training_is_that_of_float32(kind: str) -> None:
-    """With decay and with noise in bfloat16: the masters are the float32 parameters, bit for bit."""
+def test_training_with_masters_equals_training_in_float32(kind: str) -> None:
+    """Masters of 32 bits are the float32 parameters bit for bit, with decay and with noise in bfloat16."""
     plain, bits, steps = TRAINED[kind]
     pull = jnp.asarray(RNG.standard_normal(64) * np.exp(RNG.uniform(-6, 3, 64)), jnp.float32)
     start = {"w": jnp.asarray(RNG.standard_normal(64), BF16), "f": jnp.ones(3, BF16)}
@@ -108,7 +108,7 @@ def test_training_is_that_of_float32(kind: str) -> None:
     short, states = run(adam_fn.master_weights(plain, bits), start, grad, steps, full_jit)
     join = full_jit(functools.partial(parameter_bits.join, bits=bits))
     for key, p in short.items():
-        r = states.remainder[key]  # An optimizer of this package knows which leaves it freezes: they have none.
+        r = states.remainder[key]  # An optimizer of this package knows which leaves it freezes: these have none.
         assert isinstance(r, optax.MaskedNode) == (key == "f" and kind == "narrow moments")
         master = np.asarray(p.astype(jnp.float32) if isinstance(r, optax.MaskedNode) else join(p, r))
         expected = np.asarray(exact[key])
@@ -183,7 +183,7 @@ def test_changed_parameters_are_taken_as_they_are() -> None:
 
 
 def test_the_mean_over_all_dithers_is_exact() -> None:
-    """In value: subnormals, next to powers of two, both signs, up to the largest finite bfloat16."""
+    """The numbers are subnormal, next to powers of two, of both signs, and up to the largest finite bfloat16."""
     low = np.array([0, 1, 0x7FFF, 0x8000, 0xFFFF, 0x7F0001, 0x7F8000, 0x7FFFFF])
     magnitudes = (np.array([0, 1, 2, 60, 126, 127, 128, 200, 253])[:, None] << 23 | low).ravel()
     x = _floats(np.concatenate([magnitudes, magnitudes | 0x80000000, [0x7F7EFFFF, 0xFF7EFFFF, 0x7F7F0000]]))
@@ -196,7 +196,7 @@ def test_the_mean_over_all_dithers_is_exact() -> None:
 
 @pytest.mark.quick
 def test_rounding_is_even_in_time_and_to_a_neighbour() -> None:
-    """Of 2,048 steps as many go up as should, but for one, at every magnitude and from any parameter."""
+    """The number of steps that go up, of 2,048, is right within one, at every magnitude and from any parameter."""
     magnitudes = RNG.integers(0x10000000, 0x7F7F0000, 4000)
     patterns = np.concatenate([magnitudes, magnitudes | 0x80000000]).astype(np.uint32)
     steps, x, lower = 2048, _floats(patterns), patterns >> 16
@@ -245,14 +245,14 @@ def test_rounding_keeps_what_is_exact_and_finite() -> None:
     np.testing.assert_array_equal(np.asarray(round_stochastically(x, ones), np.float32), x)
     largest = jnp.asarray(_floats([0x7F7FFFFF, 0xFF7FFFFF]))
     assert np.isfinite(np.asarray(round_stochastically(largest, ones[:2]), np.float32)).all()
-    nan = jnp.asarray(_floats([0x7F800001]))  # Cut off it would be inf.
+    nan = jnp.asarray(_floats([0x7F800001]))  # Truncated, it would be inf.
     assert np.isnan(np.asarray(round_stochastically(nan, ones[:1] * 0), np.float32)).all()
 
 
-def test_seeds_and_steps_round_apart() -> None:
-    """Also the distant steps at which the members of a `vmap` begin, to have a dither of their own."""
+def test_seeds_and_steps_have_dithers_of_their_own() -> None:
+    """So do distant steps, at which the members of a `vmap` may begin."""
     p = jnp.ones(4096, BF16)
-    quarter = jnp.full(p.shape, 2.0**-9)  # Of what lies between 1 and the next bfloat16.
+    quarter = jnp.full(p.shape, 2.0**-9)  # Of the distance from 1 to the next bfloat16.
     counts = jnp.asarray([*range(16), *(i << 20 for i in range(1, 8))])
     rows = []
     for seed in (1, 2):

@@ -1,4 +1,4 @@
-"""What is not elementwise, against float64 transcriptions of the papers: SWATS, LAMB, cautious and averaged."""
+"""Optimizers that are not elementwise, against float64 transcriptions of their papers: SWATS, LAMB and others."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -45,7 +45,7 @@ def follow(tx: Any, scale: float, dtype: Any = jnp.float64, *, odd: bool = True)
             grads = {"real": jax.tree.map(lambda c, p, n: c * p + scale * n, curvature, params["real"], noise)}
             updates, state = tx.update({**grads, **unlike} if odd else grads, state, params)
             if odd:
-                assert updates["bool"] is None  # As its gradient is.
+                assert updates["bool"] is None  # Like its gradient.
                 updates["bool"] = jnp.zeros(2, bool)
             params = optax.apply_updates(params, updates)
             return (params, state), (params, state)
@@ -123,14 +123,14 @@ def test_cautious_follows_its_paper() -> None:
 
 @pytest.mark.parametrize("decay", [0.9, 0.999, None])
 def test_averaged_params_follow_the_paper(decay: float | None) -> None:
-    """Section 7.2, of the parameters that the same run made."""
+    """The averages of section 7.2 are taken of the parameters of the same run."""
     for dtype, tolerance in ((jnp.float32, 1e-6), (jnp.float64, 1e-12)):
         params, states = follow(optax.chain(adam_fn.adam(3e-2), adam_fn.average_params(decay)), 1.0, dtype)
         path = [[np.asarray(leaf[t], np.float64) for leaf in jax.tree.leaves(params)] for t in range(STEPS)]
         assert_follows(slots_of(states[1])["average"]["real"], oracles.averages(path, decay), tolerance)
 
 
-def test_averaged_params_reads_any_state() -> None:
+def test_averaged_params_finds_its_average_in_any_state() -> None:
     params: Any = {
         "w": jnp.asarray([1.0, 2.0], jnp.bfloat16),
         "z": jnp.asarray([1 + 2j]),

@@ -1,4 +1,4 @@
-"""What is not elementwise in use: dtypes, Flax and optax around it, injected hyperparameters, zeros and nan."""
+"""Optimizers that are not elementwise, in use: dtypes, optax around them, injected hyperparameters, zeros and nan."""
 
 import pickle
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def test_wrapped_optimizers_are_equal_by_value(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", WRAPPED)
-def test_all_stays_finite_and_of_its_dtype(name: str, dtype: str) -> None:
+def test_parameters_and_state_stay_finite_and_of_their_dtype(name: str, dtype: str) -> None:
     params = {"w": jnp.ones((3, 2), dtype), "b": jnp.ones(2, dtype)}
     grads = jax.tree.map(lambda x: jnp.stack([scale * x for scale in (1e-4, 0, 3e-4)]), params)
     (after, state), _ = scanned(WRAPPED[name](1e-2), params, grads)
@@ -69,16 +69,16 @@ def test_every_wrapper_works_inside_multi_steps(name: str) -> None:
         (adam_fn.average_params, {}, ()),
     ],
 )
-def test_injected_hyperparameters(make: Any, options: dict[str, Any], static: Any) -> None:
-    """Every number of the signature, as an array."""
+def test_injected_hyperparameters_give_the_same_updates(make: Any, options: dict[str, Any], static: Any) -> None:
+    """Every number of the signature is injected as an array."""
     p = {"w": jnp.asarray([[1.0, -2.0], [0.5, 3.0]])}
     grads = jax.tree.map(lambda x: jnp.stack([jnp.sin(x)] * 4), p)
     txs = make(**options), optax.inject_hyperparams(make, static_args=static)(**options)
     chex.assert_trees_all_close(*(scanned(tx, p, grads)[1] for tx in txs), rtol=1e-6)
 
 
-def test_frozen_leaves_of_swats() -> None:
-    """Of any shape: their m is not there to be a momentum."""
+def test_frozen_leaves_of_swats_stay_as_they_are() -> None:
+    """They may have any shape; they have no m that could become a momentum."""
     params = {"w": jnp.ones(3), "a": jnp.ones(3), "b": jnp.ones(1), "c": jnp.ones(())}
     tx: Any = adam_fn.swats(1e-2, tolerance=1e3, frozen=adam_fn.masks.path("a", "b", "c"))
     (after, state), _ = scanned(tx, params, jax.tree.map(lambda x: jnp.stack([x] * 4), params))
@@ -109,13 +109,13 @@ TRACE, ADAM = optax.trace(1.0), adam_fn.adam(1e-2, eps=0.0)
             [-4, -4, 0, 0],
         ),
         (adam_fn.cautious(ADAM), [[1, 1, 0, 0]], [-2e-2, -2e-2, 0, 0]),
-        (adam_fn.cautious(ADAM), [[np.nan, 1, 0, 0]], [np.nan, -4e-2, 0, 0]),  # It must not pass for a dropped one.
+        (adam_fn.cautious(ADAM), [[np.nan, 1, 0, 0]], [np.nan, -4e-2, 0, 0]),  # A nan must not count as dropped.
         (adam_fn.cautious(ADAM), np.full((1, 4), 1e-7, np.float16), np.full(4, -1e-2)),  # Their squares are 0.
         (adam_fn.cautious(optax.sgd(1.0)), [[1 + 1j, 2 - 1j]], [-1 - 1j, -2 + 1j]),
     ],
     ids=["wrong sign", "half", "zero", "nan", "float16", "complex"],
 )
-def test_cautious_drops_what_points_up_the_gradient(tx: Any, grads: Any, expected: Any) -> None:
+def test_cautious_drops_updates_that_point_up_the_gradient(tx: Any, grads: Any, expected: Any) -> None:
     grads = jnp.asarray(grads)
     grads = grads.astype(jnp.float32) if jnp.issubdtype(grads.dtype, jnp.integer) else grads
     np.testing.assert_allclose(scanned(tx, grads[0], grads)[1][-1], expected, rtol=1e-3)
@@ -123,7 +123,7 @@ def test_cautious_drops_what_points_up_the_gradient(tx: Any, grads: Any, expecte
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_lamb_rounds_once(dtype: Any) -> None:
-    """Of low-precision parameters whose norm float16 could not hold, the updates are float32's, rounded."""
+    """Low-precision parameters, whose norm float16 could not hold, get the updates of float32, rounded."""
     p, *g = (jnp.asarray(x, dtype) for x in np.random.default_rng(1).standard_normal((6, 64, 64)))
     p = p * 2000
     tx: Any = adam_fn.lamb(1e-4, weight_decay=1e-4)
@@ -154,7 +154,7 @@ def test_gradient_through_an_update_at_zero_is_finite(name: str) -> None:
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(found))
 
 
-def test_learning_rate_of_one_step() -> None:
+def test_update_takes_a_learning_rate_for_one_step() -> None:
     p = jnp.asarray([[1.0, -2.0]])
     for name in RATED:
         once, other = WRAPPED[name](1e-3), WRAPPED[name](1e-1)
@@ -200,6 +200,6 @@ def update(tx: Any, state: Any = None, params: Any = ONES) -> Any:
         ),
     ],
 )
-def test_bad_options(call: Callable[[], Any], message: str) -> None:
+def test_errors_of_wrappers_name_what_is_wrong(call: Callable[[], Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         call()
