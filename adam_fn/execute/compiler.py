@@ -16,6 +16,15 @@ def opaque(x: T) -> T:
     return jax.lax.optimization_barrier(x)
 
 
+def as_scalars(xs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Scalars that all leaves read, where they may be elements of one array.
+
+    XLA for GPUs would read that array in each leaf, and fuse leaves that read the same array: such programs take twice
+    as long to compile. XLA for CPUs would need a program for each scalar.
+    """
+    return jax.lax.platform_dependent(*xs, cpu=lambda *xs: xs, default=lambda *xs: opaque(xs)) if xs else ()
+
+
 def zeros_like(p: jax.Array) -> jax.Array:
     """Zeros of the parameter's (real) shape and arithmetic dtype that live where the parameter lives.
 

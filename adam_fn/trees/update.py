@@ -15,7 +15,7 @@ from adam_fn.algebra.hyper import rate_of_step
 from adam_fn.algebra.rule import Clock
 from adam_fn.algebra.values import Method
 from adam_fn.execute.body import Times, decode, encode, lattice_of
-from adam_fn.execute.compiler import zeros_like
+from adam_fn.execute.compiler import as_scalars, zeros_like
 from adam_fn.execute.destination import PARAMETERS, UPDATES, Destination, Inputs
 from adam_fn.execute.run import step_leaf
 from adam_fn.storage import noise
@@ -117,7 +117,9 @@ def _update(
         [True] * len(trained) if definition.mask is None else leaves.broadcast_mask("mask", definition.mask, reference)
     )
     rule, after = advanced(definition, memory)
-    clock = Clock(memory.counts, definition.corrections(after, weight_dtype(leaves, trained)), learning_rate)
+    corrections = definition.corrections(after, weight_dtype(leaves, trained))
+    corrections = as_scalars(corrections) if sum(trained) > 1 else corrections
+    clock = Clock(memory.counts, corrections, learning_rate)
     groups = None if definition.groups is None else definition.groups.per_leaf(reference)
     rules = rules_per_leaf(rule, clock, decays, groups)
     times = Times(_times(definition, after.steps), time, layer)

@@ -84,10 +84,10 @@ def test_every_executor_computes_the_same_steps(case: Case, monkeypatch: pytest.
 
 
 def test_each_platform_uses_its_executor() -> None:
-    """Barriers separate passes on a CPU and two computations on a TPU; otherwise there is one computation."""
+    """Barriers separate passes on a CPU and two computations on a TPU, and elsewhere the scalars that leaves share."""
 
-    def barriers(tx: Any, size: int, dtype: str = "float32") -> set[str]:
-        leaf = jax.ShapeDtypeStruct((size, size), dtype)
+    def barriers(tx: Any, size: int, dtype: str = "float32", leaves: int = 1) -> set[str]:
+        leaf = [jax.ShapeDtypeStruct((size, size), dtype)] * leaves
         traced = jax.jit(tx.update).trace(leaf, jax.eval_shape(tx.init, leaf), leaf)
         texts = {x: traced.lower(lowering_platforms=(x,)).as_text() for x in ("cpu", "cuda", "tpu")}
         return {platform for platform, text in texts.items() if "optimization_barrier" in text}
@@ -95,6 +95,7 @@ def test_each_platform_uses_its_executor() -> None:
     assert barriers(TX, 256) == {"cpu"}
     assert barriers(TX, 64) == set()
     assert barriers(adam_fn.adam(1e-3), 1024) == set()
+    assert barriers(adam_fn.adam(1e-3), 64, leaves=2) == {"cuda", "tpu"}
     assert barriers(adam_fn.adam(1e-3, mu_dtype="bfloat16"), 1024) == {"cpu"}
     assert barriers(adam_fn.master_weights(adam_fn.adam(1e-3)), 64, "bfloat16") == {"tpu"}
     assert barriers(adam_fn.master_weights(TX), 256, "bfloat16") == {"cpu", "tpu"}
