@@ -46,9 +46,10 @@ def ema(beta: Scalar | OneMinus, old: jax.Array, new: jax.Array | float) -> jax.
     """One step of the moving average ``β·old + (1 - β)·new``, accurate for every β in [0, 1].
 
     It is computed from the nearer end, ``old + (1 - β)(new - old)`` or ``new - β(new - old)``: the rounding of β then
-    scales with the small coefficient, and β = 0 gives `new` exactly. The result has the dtype of `old`.
+    scales with the small coefficient, and β = 0 gives `new` exactly.
+    Arrays of two dtypes are a TypeError.
     """
-    new = jnp.asarray(_like(old, new))
+    new = jnp.asarray(new, old.dtype) if isinstance(new, (int, float)) else new
     change = lax.sub(new, old)
     if isinstance(beta, (int, float)):
         late = beta >= 0.5

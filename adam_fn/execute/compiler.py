@@ -19,8 +19,8 @@ def opaque(x: T) -> T:
 def as_scalars(xs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     """Scalars that all leaves read, where they may be elements of one array.
 
-    XLA for GPUs would read that array in each leaf, and fuse leaves that read the same array: such programs take twice
-    as long to compile. XLA for CPUs would need a program for each scalar.
+    XLA for GPUs would read that array in each leaf, and fuse leaves that read the same array: GPT-2 small would take
+    half as long again to compile. XLA for CPUs would make a kernel of its own for each scalar.
     """
     return jax.lax.platform_dependent(*xs, cpu=lambda *xs: xs, default=lambda *xs: opaque(xs)) if xs else ()
 
