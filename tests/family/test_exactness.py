@@ -97,7 +97,8 @@ def test_ema_forgets_a_far_larger_old_value(beta: float) -> None:
     expected = np.float64(np.float32(beta)) * 1e8 + (1 - np.float64(np.float32(beta)))
     for given in (beta, jnp.asarray(beta, jnp.float32)):
         np.testing.assert_allclose(adam_fn.ema(given, old, new), expected, rtol=1e-7)
-        pytest.raises(TypeError, adam_fn.ema, given, old, new.astype(jnp.bfloat16))  # Nothing is rounded in silence.
+        with pytest.raises(TypeError):  # Nothing is rounded in silence.
+            adam_fn.ema(given, old, new.astype(jnp.bfloat16))
 
 
 def test_the_count_stops_at_its_largest_value() -> None:
